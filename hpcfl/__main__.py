@@ -1,0 +1,4 @@
+"""`python -m hpcfl`."""
+from hpcfl.cli import main
+
+main()

@@ -1,0 +1,5 @@
+"""The algorithms by name: each module has a Config (its [algorithm] settings) and a plan (its phases)."""
+from hpcfl.algorithms import fedavg, fedproto, fedvtc, gaussian, standalone
+
+PLANS = {"standalone": standalone, "fedavg": fedavg, "fedproto": fedproto, "fedvtc": fedvtc, "gaussian": gaussian}
+CONFIGS = {name: module.Config for name, module in PLANS.items()}

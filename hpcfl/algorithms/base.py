@@ -1,0 +1,196 @@
+"""What an algorithm is: five verbs over Trees, what it may see at a client and at the server, and the plan that puts its steps in order."""
+from abc import ABC
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from hpcfl import fit, tree
+from hpcfl.comm import Total
+from hpcfl.data.shards import Scale, Shard, epochs
+from hpcfl.errors import JobError
+from hpcfl.group import Group
+from hpcfl.job import Job
+from hpcfl.models import zoo
+from hpcfl.optimizers import Optimizer
+from hpcfl.statistics import Statistics, Uploads
+from hpcfl.streams import Stream
+from hpcfl.tree import Tree
+
+Totals = Mapping[str, Total | Uploads]                             # what the server makes of all clients' Statistics
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What everybody knows about the experiment: the job, the images' shape and scale, the classes, who has which architecture."""
+
+    job: Job
+    shape: tuple[int, int, int]                                    # (C, H, W) as the models see it
+    classes: int
+    scale: Scale
+    architectures: tuple[str, ...]                                 # of client 0 .. K-1
+    device: torch.device
+
+    def model(self, architecture: str) -> nn.Module:
+        """A newly initialised model of the zoo."""
+        models = self.job.models
+        return zoo.build(architecture, self.shape, self.classes, models.features, models.norm, models.feature_relu)
+
+    def stream(self, purpose: str, client: int = -1, round_: int = -1) -> Stream:
+        """The random stream of one purpose."""
+        return Stream(self.job.run.seed, purpose, client, round_)
+
+    def optimizer(self) -> Optimizer:
+        """The local optimiser as the [training] section describes it."""
+        return Optimizer.of(self.job.training)
+
+    def common_feature_size(self) -> int:
+        """The one p of all clients' features.
+
+        Raises: JobError where models.features = 0 leaves every model its own.
+        """
+        if self.job.models.features == 0:
+            raise JobError(f"models.features = 0 lets every model keep its own feature size, but {self.job.algorithm_name} exchanges features; "
+                           "wanted one common size, for example models.features = 64")
+        return self.job.models.features
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """One client's own data: its training, validation and test parts."""
+
+    train: Shard
+    validation: Shard
+    test: Shard
+
+
+@dataclass(frozen=True)
+class ClientSite:
+    """What client code may see: the problem, the parts of the group's own clients, and nothing of anybody else."""
+
+    problem: Problem
+    holdings: Mapping[int, Holdings]
+    modules: Mapping[str, nn.Module]                               # structure only; the parameters are the group's state
+    phase: str
+    round: int
+
+    def stream(self, purpose: str, client: int) -> Stream:
+        """The random stream of one purpose, client and this round."""
+        return self.problem.stream(f"{self.phase}/{purpose}", client, self.round)
+
+    def sizes(self, group: Group) -> Tensor:
+        """Number of training images of each client of the group, (K,) float64."""
+        return torch.tensor([len(self.holdings[client].train) for client in group.clients], dtype=torch.float64)
+
+    def epochs(self, client: int, count: int, batch: int) -> Iterable[Tree]:
+        """Shuffled batches {"x": (B, C, H, W), "y": (B,)} of a client's training part, `count` times over."""
+        return epochs(self.holdings[client].train, batch, count, self.stream("batches", client))
+
+    def fit(self, group: Group, turns: Sequence[fit.Turn], batches: Callable[[int], Iterable[Tree]], *, context: Tree | None = None,
+            frozen_norm: bool = False, keep_optimizer: bool = False, steps: int = 0) -> tuple[Group, dict[str, Tensor]]:
+        """Train the group by the one training loop, with the engine, precision and compilation of the job."""
+        training, run = self.problem.job.training, self.problem.job.run
+        return fit.fit(group, self.modules, turns, batches, context=context, frozen_norm=frozen_norm, keep_optimizer=keep_optimizer,
+                       engine="sequential" if run.deterministic else training.engine, compile=run.compile, precision=training.precision,
+                       expected_steps=steps, where=f"phase {self.phase}, round {self.round}")
+
+    def train_model(self, group: Group, loss: Callable, context: Tree | None = None) -> tuple[Group, dict[str, Tensor]]:
+        """The local training of the [training] section: `epochs` passes of the model over the client's own images."""
+        training = self.problem.job.training
+        turn = fit.Turn(("model",), loss, self.problem.optimizer())
+        each = max(-(-len(self.holdings[client].train) // training.batch) for client in group.clients) * training.epochs
+        steps = each * self.problem.job.federation.rounds
+        return self.fit(group, [turn], lambda client: self.epochs(client, training.epochs, training.batch), context=context, steps=steps)
+
+
+@dataclass(frozen=True)
+class ServerSite:
+    """What server code may see: the problem, the public part of the data, and a way to spread independent work over all ranks."""
+
+    problem: Problem
+    public: Shard | None
+    public_validation: Shard | None
+    spread: Callable[[Callable[[Tree], Tree], Sequence[Tree]], list[Tree]]
+    phase: str
+    round: int
+
+    def stream(self, purpose: str) -> Stream:
+        """The server's random stream of one purpose in this round."""
+        return self.problem.stream(f"server/{self.phase}/{purpose}", round_=self.round)
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a step made of a group: its new state, what it sends up, and one number per client for each metric, name -> (K,)."""
+
+    group: Group
+    statistics: Statistics = field(default_factory=Statistics)
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Algorithm(ABC):
+    """One step of a federated method: state in, state out, no communicator in sight.
+
+    A step overrides what it does differently; every default does nothing. `config` is the [algorithm] section of the job.
+    """
+
+    def __init__(self, config, problem: Problem):
+        self.config, self.problem = config, problem
+
+    def modules(self, architecture: str) -> dict[str, nn.Module]:
+        """The networks of a client; their parameters live in Group.state under the names given here."""
+        return {"model": self.problem.model(architecture)}
+
+    def found(self, site: ServerSite) -> Tree:
+        """The initial server state."""
+        return {}
+
+    def join(self, group: Group, site: ClientSite) -> Group:
+        """The initial client state; by default a model for each client, initialised from the client's own stream."""
+        def initial(client: int) -> Tree:
+            with self.problem.stream("init", client).seeding():
+                return self.problem.model(group.architecture).state_dict()
+        return group if group.part("model") else group.holding("model", tree.stack([initial(client) for client in group.clients]))
+
+    def publish(self, server: Tree) -> Tree:
+        """What every client may read."""
+        return {}
+
+    def receive(self, message: Tree, architecture: str) -> Tree:
+        """The part of the message that a client of this architecture downloads; by default all of it."""
+        return message
+
+    def train(self, group: Group, message: Tree, site: ClientSite) -> Update:
+        """Local work of a group and what it sends up."""
+        return Update(group)
+
+    def aggregate(self, server: Tree, totals: Totals, site: ServerSite) -> Tree:
+        """The next server state."""
+        return server
+
+    def refine(self, group: Group, message: Tree, site: ClientSite) -> Update:
+        """Local work on the fresh message, after aggregation: generation and fine-tuning."""
+        return Update(group)
+
+    def draw(self, group: Group, message: Tree, site: ClientSite, per_class: int) -> tuple[Tensor, Tensor] | None:
+        """Synthetic images of the group's first client to look at, (C, per_class, Cin, H, W) in [0, 1], and has (C,); None where there is no generator."""
+        return None
+
+    @classmethod
+    def overrides(cls, verb: str) -> bool:
+        """Whether this step does anything of its own under a verb; the loop skips what it does not."""
+        return getattr(cls, verb) is not getattr(Algorithm, verb)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of rounds of the same steps; each round runs the steps one after the other."""
+
+    name: str
+    rounds: int
+    steps: tuple[Algorithm, ...]
+    everyone: bool = False                                         # all clients take part, whatever federation.participation says
+
+
+Plan = tuple[Phase, ...]

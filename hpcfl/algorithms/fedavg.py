@@ -1,0 +1,46 @@
+"""FedAvg (McMahan et al., AISTATS 2017) within each architecture: clients whose models have the same shapes average them, weighted by n_k."""
+from dataclasses import dataclass
+
+from hpcfl import tree
+from hpcfl.algorithms.base import Algorithm, ClientSite, Phase, Plan, Problem, ServerSite, Totals, Update
+from hpcfl.group import Group
+from hpcfl.losses import cross_entropy
+from hpcfl.statistics import Statistics, Sums
+from hpcfl.tree import Tree
+
+
+@dataclass(frozen=True)
+class Config:
+    """Nothing to choose."""
+
+
+class FedAvg(Algorithm):
+    """theta_m <- sum_k n_k theta_k / sum_k n_k over the clients k of architecture m; integer buffers are carried."""
+
+    def found(self, site: ServerSite) -> Tree:
+        models = {}
+        for architecture in sorted(set(self.problem.architectures)):
+            with self.problem.stream(f"init/{architecture}").seeding():
+                models[architecture] = self.problem.model(architecture).state_dict()
+        return tree.join(**models)
+
+    def publish(self, server: Tree) -> Tree:
+        return server
+
+    def receive(self, message: Tree, architecture: str) -> Tree:
+        return tree.part(message, architecture)
+
+    def train(self, group: Group, message: Tree, site: ClientSite) -> Update:
+        group = group.sharing("model", tree.to(message, site.problem.device))
+        group, metrics = site.train_model(group, cross_entropy)
+        model = tree.floating(group.part("model"))
+        return Update(group, Statistics({group.architecture: Sums.weighted(group.clients, model, site.sizes(group))}), metrics)
+
+    def aggregate(self, server: Tree, totals: Totals, site: ServerSite) -> Tree:
+        means = tree.join(**{architecture: total.mean() for architecture, total in totals.items()})
+        return {path: means[path].to(leaf.dtype) if path in means else leaf for path, leaf in server.items()}
+
+
+def plan(config: Config, problem: Problem) -> Plan:
+    """One phase of federation.rounds rounds."""
+    return (Phase("rounds", problem.job.federation.rounds, (FedAvg(config, problem),)),)

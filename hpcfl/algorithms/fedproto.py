@@ -1,0 +1,60 @@
+"""FedProto (Tan et al., AAAI 2022): clients exchange class prototypes, the mean features of their classes, and keep their models to themselves."""
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hpcfl.algorithms.base import Algorithm, ClientSite, Phase, Plan, Problem, ServerSite, Totals, Update
+from hpcfl.evaluate import features
+from hpcfl.group import Group
+from hpcfl.kinds import real
+from hpcfl.losses import prototype_distance
+from hpcfl.moments import measure
+from hpcfl.statistics import Statistics, Sums
+from hpcfl.tree import Tree
+
+
+@dataclass(frozen=True)
+class Config:
+    strength: float = real(1.0, 0.0)                               # lambda of the paper: weight of the distance to the global prototypes
+
+
+def loss(modules, batch: Tree, context: Tree) -> tuple[Tensor, Tree]:
+    """CE + lambda * mean_j (z_j - c^y_j)^2 (the paper's equation 7)."""
+    z = modules.model.features(batch["x"])                                                  # (B, p)
+    distance = prototype_distance(z, batch["y"], context["prototypes"], context["has"], context["weight"])
+    return F.cross_entropy(modules.model.head(z), batch["y"]) + context["strength"] * distance, {"alignment": distance}
+
+
+class FedProto(Algorithm):
+    """c^y <- sum_k n_k^y c_k^y / sum_k n_k^y; classes that nobody held this round keep their prototype."""
+
+    def found(self, site: ServerSite) -> Tree:
+        size = self.problem.common_feature_size()
+        return {"prototypes": torch.zeros(self.problem.classes, size), "has": torch.zeros(self.problem.classes, dtype=torch.uint8)}
+
+    def publish(self, server: Tree) -> Tree:
+        return server
+
+    def train(self, group: Group, message: Tree, site: ClientSite) -> Update:
+        prototypes = message["prototypes"].to(site.problem.device)
+        context = {"prototypes": prototypes, "has": message["has"].bool().to(prototypes.device), "weight": torch.ones_like(prototypes[0]),
+                   "strength": torch.tensor(self.config.strength, device=prototypes.device)}
+        group, metrics = site.train_model(group, loss, context)
+        moments = [measure(features(group, site.modules, client, site.holdings[client].train), site.holdings[client].train.labels,
+                           self.problem.classes, full=False) for client in group.clients]
+        means = {"prototypes": torch.stack([m.mean for m in moments]).float()}              # (K, C, p)
+        counts = {"prototypes": torch.stack([m.count for m in moments]).unsqueeze(2)}       # (K, C, 1)
+        return Update(group, Statistics({"prototypes": Sums.weighted(group.clients, means, counts)}), metrics)
+
+    def aggregate(self, server: Tree, totals: Totals, site: ServerSite) -> Tree:
+        total = totals["prototypes"]
+        held = total.counts["prototypes"] > 0                                               # (C, 1)
+        return {"prototypes": torch.where(held, total.mean()["prototypes"].float(), server["prototypes"]),
+                "has": (server["has"].bool() | held.squeeze(1)).to(torch.uint8)}
+
+
+def plan(config: Config, problem: Problem) -> Plan:
+    """One phase of federation.rounds rounds."""
+    return (Phase("rounds", problem.job.federation.rounds, (FedProto(config, problem),)),)

@@ -1,0 +1,326 @@
+"""FedVTC (Niu, Dong, Qin, arXiv 2508.01669): clients share the mean and covariance of their features, train a variational transposed-convolution
+generator (VTC) that decodes such features into images, and fine-tune their own models on what it draws from the global statistics.
+
+One round of a client: train the classifier f_k = h_k o g_k with alignment to the global prototypes; measure the features' statistics; train the VTC
+psi_k by reconstruction + KL + distribution matching; send the statistics (and psi_k). The server merges them. After the last round every client
+fine-tunes f_k on images psi(v), v ~ N(c^y, Sigma). What the paper leaves open is a setting here.
+"""
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import chain, count, islice
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hpcfl import moments, tree
+from hpcfl.algorithms.base import ClientSite, Phase, Plan, Problem, ServerSite, Totals, Update
+from hpcfl.algorithms.describing import Describing, Latents, Local, ShareStatistics, known_to
+from hpcfl.data.shards import epochs
+from hpcfl.evaluate import model_of
+from hpcfl.fit import Turn
+from hpcfl.gaussian import kl_diag
+from hpcfl.generators.vtc import VTC
+from hpcfl.group import Group
+from hpcfl.kinds import choice, flag, integer, real
+from hpcfl.known import Known
+from hpcfl.losses import cross_entropy, prototype_distance
+from hpcfl.matching import MATCHINGS
+from hpcfl.moments import Moments
+from hpcfl.optimizers import Optimizer
+from hpcfl.statistics import Statistics, Sums
+from hpcfl.synthesise import Draw, synthetic_epochs
+from hpcfl.tree import Tree
+
+BETAS = (0.5, 0.999)                                               # Adam's for psi and sigma_k, as unofficial implementations have them
+
+
+@dataclass(frozen=True)
+class Config:
+    """The settings of FedVTC; the paper's own choices are the defaults wherever they are known."""
+
+    latent: str = choice("own", "common")                          # own: g_k(x), the paper's; common: a fixed map that all clients share, ours
+    common_map: str = choice("dct", "random_conv", "scattering")   # latent = common: which map
+    common_size: int = integer(64, 2)                              # latent = common: number of features p (64: 8 x 8 low frequencies for dct)
+    covariance: str = choice("shared_diag", "class_diag", "class_iso", "shared_full", "class_full")
+    statistics: str = choice("uploads", "sums")                    # uploads: one phase, the server sees each client; sums: two phases, sums only
+    between_client: bool = flag(True)                              # whether the spread of the clients' means belongs to the covariance
+    min_count: int = integer(1, 1)                                 # a class with fewer images is not sent: the mean of one image is that image
+    alignment: float = real(0.1, 0.0)                              # lambda of the alignment in the classifier loss
+    warmup: int = integer(10, 0)                                   # rounds in which lambda rises linearly from 0
+    frozen_head_init: bool = flag(False)                           # the same random head for all clients at the start: a shared basis for free
+    vtc_sync: str = choice("fedavg", "none")                       # whether psi is averaged at the server
+    vtc_sync_every: int = integer(1, 1)                            # rounds
+    vtc_weights: str = choice("counts", "uniform")                 # of that average
+    vtc_epochs: int = integer(1, 1)                                # E_v per round
+    vtc_steps: int = integer(0, 0)                                 # steps per round instead, the same for small and large shards; 0: vtc_epochs passes
+    vtc_batch: int = integer(64, 1)
+    vtc_lr: float = real(1e-3, 0.0, above=True)                    # Adam
+    vtc_clip: float = real(10.0, 0.0)
+    sigma_source: str = choice("empirical", "learnable")           # of sigma_k in v = z + sigma_k * eps
+    sigma_lr: float = real(1e-5, 0.0, above=True)                  # learnable
+    noise: float = real(1.0, 0.0)                                  # factor on sigma_k in training; 1 is the paper's, 0 a plain decoder
+    loss_reduction: str = choice("sum", "mean")                    # over pixels in L_rc: sum is the paper's squared norm
+    beta_kl: float = real(1.0, 0.0)
+    beta_dm: float = real(1.0, 0.0)
+    beta_tv: float = real(0.0, 0.0)                                # total variation, not in the paper
+    dm: str = choice("mean", "moment2", "per_sample", "mmd_rbf", "cycle", "off")
+    dm_classes: int = integer(10, 1)                               # classes and
+    dm_samples: int = integer(16, 2)                               # samples per class in each step
+    dm_whiten: bool = flag(True)                                   # weigh features by their inverse variance
+    variance_floor: float = real(1e-2, 0.0)                        # on the client
+    server_floor: float = real(1e-4, 0.0, above=True)              # on the server's covariance
+    shrink_target: str = choice("iso", "diag")                     # of OAS
+    truncate: float = real(0.0, 0.0)                               # clip eps to +- this when drawing; 0: off
+    clip_nonneg: bool = flag(False)                                # ReLU on drawn latents
+    finetune: str = choice("final", "every_round")
+    finetune_scope: str = choice("all", "head")
+    finetune_epochs: int = integer(50, 1)                          # E_ft
+    per_class: int = integer(200, 1)                               # M_syn
+    finetune_batch: int = integer(50, 1)
+    finetune_lr: float = real(0.0, 0.0)                            # 0: training.lr
+    resample: bool = flag(True)                                    # new images in each pass
+    ft_real: bool = flag(False)                                    # a pass over the client's own images after each synthetic pass
+    ft_norm: str = choice("frozen", "train")                       # running statistics of norm layers while fine-tuning
+    offload: bool = flag(False)                                    # keep the idle one of classifier and VTC in host memory
+
+
+class Deviation(nn.Module):
+    """A learnable sigma_k: the log variance of the noise, (p,)."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.log_variance = nn.Parameter(torch.zeros(size))
+
+class Generating(Describing):
+    """What the steps with a generator share: the network, its start, its averaging, and drawing from it."""
+
+    config: Config
+
+    def modules(self, architecture: str) -> dict[str, nn.Module]:
+        networks = super().modules(architecture) | {"generator": VTC(self.latent.size, self.problem.shape)}
+        return networks | ({"deviation": Deviation(self.latent.size)} if self.config.sigma_source == "learnable" else {})
+
+    def join(self, group: Group, site: ClientSite) -> Group:
+        """Each client its own classifier; the same generator everywhere, from one common stream, so that it need not be sent."""
+        group = super().join(group, site)
+        if group.part("generator"):
+            return group
+        with self.problem.stream("generator").seeding():
+            group = group.sharing("generator", VTC(self.latent.size, self.problem.shape).state_dict())
+        if self.config.sigma_source == "learnable":
+            group = group.sharing("deviation", Deviation(self.latent.size).state_dict())
+        if self.config.frozen_head_init:
+            with self.problem.stream("head").seeding():
+                head = {f"head.{path}": leaf for path, leaf in self.problem.model(group.architecture).head.state_dict().items()}
+            group = group.holding("model", group.part("model") | tree.repeat(head, len(group.clients)))
+        return group
+
+    def publish(self, server: Tree) -> Tree:
+        """The statistics, and psi where it was averaged."""
+        return super().publish(server) | tree.join(generator=tree.part(server, "generator"))
+
+    def aggregate(self, server: Tree, totals: Totals, site: ServerSite) -> Tree:
+        """The statistics, and the mean of the psi_k that came; an older psi is not said again."""
+        if not totals:
+            return server
+        new = {path: leaf for path, leaf in super().aggregate(server, totals, site).items() if not path.startswith("generator/")}
+        return new | tree.join(generator=tree.transform(totals["generator"].mean(), Tensor.float) if "generator" in totals else {})
+
+    def adopt(self, group: Group, message: Tree) -> Group:
+        """The group with the averaged generator, where the message brings one."""
+        generator = tree.part(message, "generator")
+        return group.sharing("generator", tree.to(generator, group.device)) if generator else group
+
+    def draw(self, group: Group, message: Tree, site: ClientSite, per_class: int) -> tuple[Tensor, Tensor]:
+        known, client = self.known(message), group.clients[0]
+        generate, images = self.generate(self.adopt(group, message), known, site, client), []
+        generator = site.stream("sample", client).torch(self.problem.device)
+        for y in range(self.problem.classes):
+            images.append(generate(torch.full((per_class,), y, device=self.problem.device), generator))
+        return self.problem.scale.to_unit(torch.stack(images)), known.has
+
+    def generate(self, group: Group, known: Known, site: ClientSite, client: int) -> Draw:
+        """x' = psi_k(v), v ~ N(c^y, Sigma) (3.2 generation), in the classifier's range."""
+        config, psi = self.config, model_of(group, site.modules, client, "generator")
+
+        def draw(labels: Tensor, generator: torch.Generator) -> Tensor:
+            eps = torch.randn(len(labels), self.latent.size, generator=generator, device=labels.device)
+            eps = eps.clamp(-config.truncate, config.truncate) if config.truncate else eps
+            v = known.draw(labels, eps)
+            return self.problem.scale.from_symmetric(psi(v.relu() if config.clip_nonneg else v))
+        return draw
+
+
+class FedVTC(Generating):
+    """One round at a client: classifier, statistics (of its own latents), VTC; what goes up."""
+
+    def train(self, group: Group, message: Tree, site: ClientSite) -> Update:
+        known = self.known(message)
+        group, metrics = self.train_classifier(self.adopt(group, message), known, site)
+        latents = self.encode(group, site)
+        local = self.measure(latents, site)
+        statistics = self.upload(local) if self.config.latent == "own" else Statistics()
+        if bool(known.has.any()):
+            group, measured = self.train_generator(group, latents, local, known, site)
+            metrics |= measured
+            if self.sends_generator(site):
+                weights = site.sizes(group) if self.config.vtc_weights == "counts" else torch.ones(len(group.clients), dtype=torch.float64)
+                statistics += Statistics({"generator": Sums.weighted(group.clients, group.part("generator"), weights, weights_sent=False)})
+        return Update(group, statistics, metrics)
+
+    def sends_generator(self, site: ClientSite) -> bool:
+        """Whether psi_k goes up this round: every vtc_sync_every rounds, and after the last."""
+        config, rounds = self.config, self.problem.job.federation.rounds
+        return config.vtc_sync == "fedavg" and ((site.round + 1) % config.vtc_sync_every == 0 or site.round + 1 == rounds)
+
+    def train_classifier(self, group: Group, known: Known, site: ClientSite) -> tuple[Group, dict[str, Tensor]]:
+        """L_f = CE + lambda(t) A(z, y) (3.1); CE alone without global statistics in the features' own space."""
+        config = self.config
+        if config.latent == "common" or config.alignment == 0 or not bool(known.has.any()):
+            return site.train_model(group, cross_entropy)
+        strength = config.alignment * (min(1.0, site.round / config.warmup) if config.warmup else 1.0)
+        context = {"mean": known.mean, "weight": known.weight, "has": known.has, "strength": torch.tensor(strength, device=known.mean.device)}
+        return site.train_model(group, aligned_loss, context)
+
+    def train_generator(self, group: Group, latents: Latents, local: Local, known: Known, site: ClientSite) -> tuple[Group, dict[str, Tensor]]:
+        """E_v epochs of Adam on psi_k, and on sigma_k where it is learnable; f_k is frozen (3.3)."""
+        config = self.config
+        turns = [Turn(("generator",), self.generator_loss, Optimizer("adam", config.vtc_lr, betas=BETAS, clip=config.vtc_clip))]
+        if config.sigma_source == "learnable":
+            turns.append(Turn(("deviation",), self.generator_loss, Optimizer("adam", config.sigma_lr, betas=BETAS)))
+        deviations = {client: self.deviation(local[client]) for client in group.clients}
+
+        def batches(client: int) -> Iterator[Tree]:
+            return self.generator_batches(client, latents[client], deviations[client], known, site)
+        context = {"mean": known.mean, "variance": known.variance, "weight": known.weight if config.dm_whiten else torch.ones_like(known.weight)}
+        group, measured = site.fit(group, turns, batches, context=context, keep_optimizer=config.vtc_sync == "none")
+        measured["vtc_loss"] = measured.pop("loss")
+        return group, measured
+
+    def deviation(self, local: Moments) -> Tensor:
+        """sigma_k, the local standard deviation for each class (C, p), floored: of each class in the class modes, else pooled within classes."""
+        scatter = local.scatter.diagonal(dim1=-2, dim2=-1) if self.full else local.scatter                  # (C, p)
+        pooled = self.config.covariance.startswith("shared")
+        variance = (scatter.sum(0) / local.count.sum()).expand_as(scatter) if pooled else scatter / local.count.clamp(min=1).unsqueeze(1)
+        return variance.clamp_min(self.config.variance_floor).sqrt().float()
+
+    def generator_batches(self, client: int, z: Tensor, deviation: Tensor, known: Known, site: ClientSite) -> Iterator[Tree]:
+        """Passes over the client's images with their latents and the noise of each step; latents of all known classes for L_DM."""
+        config, shard, device = self.config, site.holdings[client].train, z.device
+        generator = site.stream("vtc", client).torch(device)
+        there = known.has.nonzero().flatten()
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, z.shape[1], generator=generator, device=device)
+        passes = range(config.vtc_epochs) if config.vtc_steps == 0 else count()
+        orders = (torch.randperm(len(shard), generator=generator, device=device).split(config.vtc_batch) for _ in passes)
+        for indices in islice(chain.from_iterable(orders), config.vtc_steps or None):
+            y = shard.labels[indices]
+            batch = {"x": self.problem.scale.to_symmetric(shard.pixels(indices)), "y": y, "z": z[indices], "eps": normal(len(indices)),
+                     "deviation": config.noise * deviation[y], "has": known.has[y]}
+            if config.dm != "off":
+                chosen = there[torch.randperm(len(there), generator=generator, device=device)[:config.dm_classes]]
+                labels = chosen.repeat_interleave(config.dm_samples)
+                batch |= {"classes": chosen, "v": known.draw(labels, normal(len(labels))), "fresh": known.draw(labels, normal(len(labels)))}
+            yield batch
+
+    def generator_loss(self, modules, batch: Tree, context: Tree) -> tuple[Tensor, Tree]:
+        """L_e = L_rc + beta_kl D_KL + beta_dm L_DM (3.3), divided by the number of pixels so that Adam and clipping see one scale for all images."""
+        config, z = self.config, batch["z"]
+        learnable = config.sigma_source == "learnable"
+        deviation = (0.5 * modules.deviation.log_variance).exp().clamp_min(config.variance_floor ** 0.5).expand_as(z) if learnable else batch["deviation"]
+        images = modules.generator(z + deviation * batch["eps"])                            # v = z + sigma_k * eps, (B, C, H, W)
+        pixels = images[0].numel()
+        error = (images - batch["x"]).square().flatten(1)                                   # (B, pixels)
+        reconstruction = (error.sum(1) if config.loss_reduction == "sum" else error.mean(1)).mean()
+        held = batch["has"]
+        divergence = (kl_diag(z, deviation.square(), context["mean"][batch["y"]], context["variance"][batch["y"]]) * held).sum() / held.sum().clamp_min(1)
+        loss = reconstruction + config.beta_kl * divergence
+        measured = {"reconstruction": reconstruction, "kl": divergence}
+        if config.dm != "off":
+            measured["dm"] = self.matching(modules, batch, context)
+            loss = loss + config.beta_dm * measured["dm"]
+        if config.beta_tv:
+            loss = loss + config.beta_tv * (images.diff(dim=2).abs().sum() + images.diff(dim=3).abs().sum()) / len(images)
+        return loss / pixels, measured
+
+    def matching(self, modules, batch: Tree, context: Tree) -> Tensor:
+        """L_DM over the classes of this step: what encoding the generated images gives, against the global Gaussians (3.5)."""
+        classes, size = batch["classes"], self.latent.size
+        features = self.latent.encode(modules, modules.generator(batch["v"])).view(len(classes), -1, size)              # (Y, M, p)
+        return MATCHINGS[self.config.dm](features, batch["v"].view_as(features), batch["fresh"].view_as(features), context["mean"][classes],
+                                         context["variance"][classes].sqrt(), context["weight"][classes])
+
+
+class FedVTCBySums(FedVTC):
+    """The same where the server sees nothing but sums (8.4); here the first of two phases: counts and sums, from which the global means follow."""
+
+    def train(self, group: Group, message: Tree, site: ClientSite) -> Update:
+        update = super().train(group, message, site)
+        firsts = [moments.first_sums(z, y, self.problem.classes) for z, y in self.sent_samples(update.group, site)]
+        means = Sums.weighted(group.clients, tree.stack(firsts), torch.ones(len(group.clients)), weights_sent=False)
+        return replace(update, statistics=Statistics({name: sums for name, sums in update.statistics.parts.items() if name != "moments"} | {"first": means}))
+
+    def aggregate(self, server: Tree, totals: Totals, site: ServerSite) -> Tree:
+        new = super().aggregate(server, {name: total for name, total in totals.items() if name == "generator"}, site)
+        first = totals["first"].values
+        mean = torch.where(first["counts"][:, None] > 0, first["sums"] / first["counts"].clamp(min=1)[:, None], server["mean"])
+        return {**new, "mean": mean, **tree.join(first=first)}
+
+
+class Scatter(Generating):
+    """The second of the two phases: the scatter around the global means, summed."""
+
+    def train(self, group: Group, message: Tree, site: ClientSite) -> Update:
+        mean, mode = message["mean"].double().to(self.problem.device), self.config.covariance
+        around = [moments.centred_scatter(z, y, mean, mode) for z, y in self.sent_samples(group, site)]
+        sums = Sums.weighted(group.clients, {"scatter": torch.stack(around)}, torch.ones(len(group.clients)), weights_sent=False)
+        return Update(group, Statistics({"scatter": sums}))
+
+    def aggregate(self, server: Tree, totals: Totals, site: ServerSite) -> Tree:
+        first, mode = tree.part(server, "first"), self.config.covariance
+        merged = moments.from_sums(first["counts"], first["sums"], totals["scatter"].values["scatter"], mode)
+        kept = {path: leaf for path, leaf in server.items() if not path.startswith("first/")}
+        return kept | vars(moments.keep_previous(merged, known_to(server), mode))
+
+
+class FineTune(Generating):
+    """Each client on its own: draw a class-balanced synthetic set and train f_k on it by cross-entropy, psi frozen (3.6, 3.7)."""
+
+    def refine(self, group: Group, message: Tree, site: ClientSite) -> Update:
+        config, known = self.config, self.known(message)
+        group = self.adopt(group, message)
+        classes = known.has.nonzero().flatten()
+        if not len(classes):
+            return Update(group)
+
+        def batches(client: int) -> Iterator[Tree]:
+            real = (lambda epoch: epochs(site.holdings[client].train, config.finetune_batch, 1, site.stream(f"real/{epoch}", client))) if config.ft_real else None
+            return synthetic_epochs(self.generate(group, known, site, client), classes, config.per_class, config.finetune_batch, config.finetune_epochs,
+                                    site.stream("finetune", client), resample=config.resample, real=real)
+        rule = replace(self.problem.optimizer(), lr=config.finetune_lr or self.problem.job.training.lr)
+        turn = Turn(("model",), cross_entropy, rule, SCOPES[config.finetune_scope])
+        group, metrics = site.fit(group, [turn], batches, frozen_norm=config.ft_norm == "frozen")
+        return Update(group, metrics=metrics)
+
+
+SCOPES = {"all": None, "head": lambda path: path.startswith("model/head.")}
+
+
+def aligned_loss(modules, batch: Tree, context: Tree) -> tuple[Tensor, Tree]:
+    """CE + lambda A(z, y): features drawn to the global prototypes, weighted by inverse variance (3.1)."""
+    z = modules.model.features(batch["x"])                                                  # (B, p)
+    alignment = prototype_distance(z, batch["y"], context["mean"], context["has"], context["weight"])
+    return F.cross_entropy(modules.model.head(z), batch["y"]) + context["strength"] * alignment, {"alignment": alignment}
+
+
+def plan(config: Config, problem: Problem) -> Plan:
+    """Own latents: rounds, then fine-tuning. Common latents: statistics once, rounds, then fine-tuning."""
+    finetune = FineTune(config, problem)
+    learning = (FedVTCBySums(config, problem), Scatter(config, problem)) if config.statistics == "sums" and config.latent == "own" else (FedVTC(config, problem),)
+    each = (finetune,) if config.finetune == "every_round" else ()
+    rounds = Phase("rounds", problem.job.federation.rounds, learning + each)
+    first = (Phase("statistics", 1, (ShareStatistics(config, problem),), everyone=True),) if config.latent == "common" else ()
+    last = (Phase("finetune", 1, (finetune,), everyone=True),) if config.finetune == "final" else ()
+    return (*first, rounds, *last)

@@ -1,0 +1,74 @@
+"""Gaussian: the closed-form classifier (quadratic discriminant) that FedVTC's uploaded statistics give without any training; its honest yardstick."""
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hpcfl import tree
+from hpcfl.algorithms import describing
+from hpcfl.algorithms.base import ClientSite, Phase, Plan, Problem, Update
+from hpcfl.algorithms.describing import Describing
+from hpcfl.group import Group
+from hpcfl.kinds import choice, flag, integer, real
+from hpcfl.tree import Tree
+
+
+@dataclass(frozen=True)
+class Config:
+    latent: str = choice("common")                                 # the classifier needs one space for all
+    common_map: str = choice("dct", "random_conv", "scattering")   # as for fedvtc
+    common_size: int = integer(64, 2)
+    covariance: str = choice("class_full", "shared_full", "class_diag", "shared_diag", "class_iso")
+    between_client: bool = flag(True)
+    min_count: int = integer(1, 1)
+    shrink_target: str = choice("iso", "diag")                     # of OAS
+    server_floor: float = real(1e-4, 0.0, above=True)
+
+
+class Discriminant(nn.Module):
+    """argmax_y log N(phi(x); c^y, Sigma^y) with equal priors: images (B, C, H, W) to log densities up to a constant, (B, classes)."""
+
+    def __init__(self, map_: nn.Module, scale, classes: int):
+        super().__init__()
+        self.map, self.scale = map_, scale
+        self.register_buffer("mean", torch.zeros(classes, map_.size))
+        self.register_buffer("inverse", torch.zeros(classes, map_.size, map_.size))        # L^-1 of Sigma^y = L L^T
+        self.register_buffer("offset", torch.zeros(classes))                               # log det L, or infinity for a class nobody has
+
+    def forward(self, x: Tensor) -> Tensor:
+        apart = self.map(self.scale.to_symmetric(x)).unsqueeze(1) - self.mean              # (B, C, p)
+        white = torch.einsum("cij,bcj->bci", self.inverse, apart)
+        return -0.5 * white.square().sum(2) - self.offset
+
+
+class Discriminating(Describing):
+    """The client's model is the discriminant, whatever architecture the job gives it."""
+
+    def modules(self, architecture: str) -> dict[str, nn.Module]:
+        return {"model": Discriminant(self.latent.map, self.problem.scale, self.problem.classes), **self.latent.modules()}
+
+    def join(self, group: Group, site: ClientSite) -> Group:
+        return group if group.part("model") else group.sharing("model", self.modules(group.architecture)["model"].state_dict())
+
+
+class ShareStatistics(Discriminating, describing.ShareStatistics):
+    """Counts, means and covariances of phi(x), once."""
+
+
+class UseStatistics(Discriminating):
+    """Every client turns the message into the classifier; all have the same."""
+
+    def refine(self, group: Group, message: Tree, site: ClientSite) -> Update:
+        known = self.known(message)
+        factor = known.factor.double()
+        full = (factor if factor.dim() == 3 else torch.diag_embed(factor.expand(len(factor), known.mean.shape[1]))).expand(self.problem.classes, -1, -1)
+        offset = full.diagonal(dim1=1, dim2=2).log().sum(1).masked_fill(~known.has, float("inf"))
+        identity = torch.eye(full.shape[1], dtype=full.dtype, device=full.device)
+        state = {"mean": known.mean, "inverse": torch.linalg.solve_triangular(full, identity, upper=False).float(), "offset": offset.float()}
+        return Update(group.sharing("model", {**tree.row(group.part("model"), 0), **state}))
+
+
+def plan(config: Config, problem: Problem) -> Plan:
+    """Statistics once, then the classifier."""
+    return (Phase("statistics", 1, (ShareStatistics(config, problem),), everyone=True),
+            Phase("classify", 1, (UseStatistics(config, problem),), everyone=True))

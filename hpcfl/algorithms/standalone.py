@@ -1,0 +1,25 @@
+"""Standalone: every client trains on its own images and nothing is exchanged; the floor of every comparison."""
+from dataclasses import dataclass
+
+from hpcfl.algorithms.base import Algorithm, ClientSite, Phase, Plan, Problem, Update
+from hpcfl.group import Group
+from hpcfl.losses import cross_entropy
+from hpcfl.tree import Tree
+
+
+@dataclass(frozen=True)
+class Config:
+    """Nothing to choose."""
+
+
+class Standalone(Algorithm):
+    """Local training, round after round."""
+
+    def train(self, group: Group, message: Tree, site: ClientSite) -> Update:
+        group, metrics = site.train_model(group, cross_entropy)
+        return Update(group, metrics=metrics)
+
+
+def plan(config: Config, problem: Problem) -> Plan:
+    """One phase of federation.rounds rounds."""
+    return (Phase("rounds", problem.job.federation.rounds, (Standalone(config, problem),)),)

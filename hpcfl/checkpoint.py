@@ -1,0 +1,144 @@
+"""Checkpoints: every rank writes its clients, the server its state; the manifest comes last and makes them count."""
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+import hpcfl
+from hpcfl import storage, tree
+from hpcfl.errors import CheckpointError, HpcflError
+from hpcfl.federation import State
+from hpcfl.group import Group
+from hpcfl.job import differences
+from hpcfl.record import Record
+from hpcfl.world import World
+
+FORMAT = 1
+FREE_TO_DIFFER = ("checkpoint.every", "checkpoint.keep", "evaluation.batch", "run.name")   # settings that no result depends on
+
+
+def save(folder: Path, world: World, state: State, record: Record, score: float | None) -> None:
+    """Write metrics.h5 and checkpoints/round-<rows>/, then point LATEST at it; afterwards older ones go, but for the last `checkpoint.keep` and the best.
+
+    score: mean accuracy on the clients' validation parts, by which the best is known (never the test set); None where it was not measured.
+
+    Raises: CheckpointError on every rank when one rank's disk does not take its file; the checkpoint before stays the latest.
+    """
+    comm, target = world.comm, folder / "checkpoints" / f"round-{state.rows:06d}"
+    written, failure = {}, None
+    try:
+        clients = {f"{client:06d}": {**tree.row(group.state, position), "received": torch.tensor(state.received[client])}
+                   for group in state.groups for position, client in enumerate(group.clients)}
+        name = f"rank-{comm.rank:04d}.h5"
+        written[name] = {"sha256": storage.write_trees(target / name, clients), "clients": list(world.mine)}
+        if comm.is_server:
+            record.write(folder / "metrics.h5")                    # before the manifest: a record may run ahead of its checkpoint, never behind
+            written["server.h5"] = {"sha256": storage.write_trees(target / "server.h5", {"server": state.server}), "clients": []}
+    except CheckpointError as error:
+        failure = str(error)
+    reports = comm.gather((written, failure))
+    if comm.is_server:
+        failure = next((text for _, text in reports if text), None)
+        if failure is None:
+            failure = _seal(folder, target, world, state, score, {name: entry for files, _ in reports for name, entry in files.items()})
+        else:
+            shutil.rmtree(target, ignore_errors=True)
+    failure = comm.share(failure)
+    if failure:
+        raise CheckpointError(failure)
+
+
+def load(folder: Path, world: World, may_differ: Sequence[str] = ()) -> State | None:
+    """The state of the latest checkpoint in a run folder (or of one checkpoint folder), for any number of ranks; None where there is none.
+
+    Raises: CheckpointError naming the file for a checkpoint that is damaged, of another format, or of a job that differs in more than `may_differ`.
+    """
+    comm = world.comm
+    found = comm.share(_manifest(folder) if comm.is_server else None)
+    if found is None:
+        return None
+    checkpoint, manifest = Path(found[0]), found[1]
+    _check(checkpoint, manifest, world, may_differ)
+    trees: dict[int, tree.Tree] = {}
+    for name, entry in manifest["files"].items():
+        wanted = set(entry["clients"]) & set(world.mine)
+        if wanted:
+            trees |= {int(client): state for client, state in _read(checkpoint / name, entry["sha256"]).items() if int(client) in wanted}
+    missing = set(world.mine) - trees.keys()
+    if missing:
+        raise CheckpointError(f"{checkpoint}: holds no state of client {min(missing)}")
+    received = {client: int(state.pop("received")) for client, state in trees.items()}
+    groups = [Group.of(architecture, {client: trees[client] for client in clients}).to(world.problem.device)
+              for architecture, clients in world.architectures(world.mine).items()]
+    server = _read(checkpoint / "server.h5", manifest["files"]["server.h5"]["sha256"])["server"] if comm.is_server else None
+    return State(server, tuple(groups), received, manifest["rows"], manifest["version"])
+
+
+def exists(folder: Path) -> bool:
+    """Whether a run folder, or a checkpoint folder itself, has something to resume from."""
+    return (folder / "LATEST").is_file() or (folder / "manifest.json").is_file()
+
+
+def _seal(folder: Path, target: Path, world: World, state: State, score: float | None, files: dict) -> str | None:
+    try:
+        storage.write_json(target / "manifest.json", {
+            "format": FORMAT, "hpcfl": hpcfl.__version__, "rows": state.rows, "version": state.version, "ranks": world.comm.size,
+            "validation_accuracy": score, "data_sha256": world.corpus.sha256, "files": files, "job": world.job.tables()})
+        storage.write_text(folder / "LATEST", f"{target.name}\n")
+    except CheckpointError as error:
+        return str(error)
+    _prune(target, world.job.checkpoint.keep)
+    return None
+
+
+def _prune(newest: Path, keep: int) -> None:
+    """Remove all checkpoints up to the newest but the last `keep` and the one with the best validation accuracy."""
+    older = sorted(path for path in newest.parent.glob("round-*") if path.name <= newest.name)
+    scores = {path: json.loads((path / "manifest.json").read_text())["validation_accuracy"] for path in older if (path / "manifest.json").is_file()}
+    best = max((path for path in scores if scores[path] is not None), key=lambda path: (scores[path], path.name), default=newest)
+    for path in older[:-keep]:
+        if path != best:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _manifest(folder: Path) -> tuple[str, dict] | None:
+    if not exists(folder):
+        return None
+    checkpoint = folder if (folder / "manifest.json").is_file() else folder / "checkpoints" / (folder / "LATEST").read_text().strip()
+    try:
+        return str(checkpoint), json.loads((checkpoint / "manifest.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint / 'manifest.json'}: cannot be read ({error}); {_earlier(checkpoint)}") from None
+
+
+def _check(checkpoint: Path, manifest: dict, world: World, may_differ: Sequence[str]) -> None:
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{checkpoint}: written by hpcfl {manifest.get('hpcfl')} in checkpoint format {manifest.get('format')}, this is hpcfl "
+                              f"{hpcfl.__version__} with format {FORMAT}; resume with the version that wrote it")
+    if manifest["data_sha256"] != world.corpus.sha256:
+        raise CheckpointError(f"{checkpoint}: was made with data set '{world.job.data.name}' of SHA-256 {manifest['data_sha256'][:12]}..., the one here is "
+                              f"{world.corpus.sha256[:12]}...; resume with the data it was made with")
+    changed = [key for key in differences(manifest["job"], json.loads(json.dumps(world.job.tables()))) if key not in (*FREE_TO_DIFFER, *may_differ)]
+    if changed:
+        raise CheckpointError(f"{checkpoint}: belongs to a job that differs in {', '.join(changed)}; nothing was changed. Choose another --out, or allow it with "
+                              + " ".join(f"--may-differ {key}" for key in changed))
+
+
+def _read(path: Path, wanted: str) -> dict[str, tree.Tree]:
+    try:
+        got = storage.sha256(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}; {_earlier(path.parent)}") from None
+    if got != wanted:
+        raise CheckpointError(f"{path}: is damaged or truncated: its SHA-256 is {got[:12]}..., the manifest says {wanted[:12]}...; {_earlier(path.parent)}")
+    try:
+        return storage.read_trees(path)
+    except HpcflError as error:
+        raise CheckpointError(f"{error}; {_earlier(path.parent)}") from None
+
+
+def _earlier(checkpoint: Path) -> str:
+    others = sorted(path for path in checkpoint.parent.glob("round-*") if path.name < checkpoint.name and (path / "manifest.json").is_file())
+    return f"an earlier one is there: --resume {others[-1]}" if others else "no earlier checkpoint is left; start again with --resume never and another --out"

@@ -1,0 +1,165 @@
+"""The command line: run, report, inspect, data, bench."""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import hpcfl
+from hpcfl.errors import HpcflError
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of `hpcfl` and `python -m hpcfl`; ends the process with the exit codes of hpcfl.errors."""
+    arguments = _parser().parse_args(argv)
+    sys.exit(arguments.command(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from hpcfl import launch
+    from hpcfl.algorithms import CONFIGS
+    from hpcfl.comm import connect
+    from hpcfl.job import load
+
+    def body() -> int:
+        comm.check_launch()
+        job = load(arguments.job, CONFIGS, arguments.set)
+        if arguments.dry_run:
+            return _dry_run(job, comm)
+        engine = connect(deterministic=True) if job.run.deterministic else comm
+        launch.run(job, engine, arguments.out, arguments.resume, tuple(arguments.may_differ))
+        return 0
+    comm = connect()
+    return launch.guarded(body, comm)
+
+
+def _dry_run(job, comm) -> int:
+    """Check everything that can be checked without training, and say what would run."""
+    from hpcfl import launch
+    from hpcfl.world import World, resolved
+    job = resolved(job, comm.size)
+    world = World(job, comm, launch.choose_device(job.run.device, comm.local_rank))
+    if comm.is_server:
+        print(job.to_toml())
+        for phase in world.plan:
+            print(f"# phase {phase.name}: {phase.rounds} round(s) of {', '.join(type(step).__name__ for step in phase.steps)}")
+        for client, rank in enumerate(world.home):
+            print(f"# client {client}: {world.problem.architectures[client]} on rank {rank}, {len(world.split.train[client])} training images")
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from hpcfl import report
+    if arguments.json:
+        summaries = [report.summary(run) for run in arguments.runs]
+        print(json.dumps(summaries[0] if len(summaries) == 1 else summaries, indent=1))
+        return 0
+    page = report.write(arguments.runs, arguments.out or arguments.runs[0])
+    print(report.table(arguments.runs))
+    print(f"report: {page}")
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from hpcfl import inspect
+    described = inspect.describe(arguments.file)
+    print(json.dumps(described, indent=1) if arguments.json else inspect.render(described))
+    return 0
+
+
+def _data_list(arguments: argparse.Namespace) -> int:
+    from hpcfl.data import store
+    rows = store.listing()
+    if arguments.json:
+        print(json.dumps(rows, indent=1))
+    else:
+        for row in rows:
+            print("  ".join(f"{key} {value}" for key, value in row.items()))
+    return 0
+
+
+def _data_get(arguments: argparse.Namespace) -> int:
+    from hpcfl.data import store
+    print(store.get(arguments.name, arguments.source))
+    return 0
+
+
+def _data_import(arguments: argparse.Namespace) -> int:
+    from hpcfl.data import store
+    convert = store.import_npz if arguments.npz else store.import_folder
+    print(convert(arguments.name, arguments.npz or arguments.folder))
+    return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from hpcfl import bench, launch
+    from hpcfl.comm import connect
+
+    def body() -> int:
+        comm.check_launch()
+        figures = bench.BENCHES[arguments.name](comm, arguments)
+        if comm.is_server:
+            print(json.dumps(figures, indent=1) if arguments.json else "\n".join(f"{key:<32} {value}" for key, value in figures.items()))
+        return 0
+    comm = connect()
+    return launch.guarded(body, comm)
+
+
+def _speaking(command):
+    """Commands without a communicator print their error and return its exit code."""
+    def wrapped(arguments: argparse.Namespace) -> int:
+        try:
+            return command(arguments)
+        except HpcflError as error:
+            print(f"hpcfl: {error}", file=sys.stderr)
+            return error.exit_code
+    return wrapped
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="hpcfl", description=hpcfl.__doc__)
+    parser.add_argument("--version", action="version", version=f"hpcfl {hpcfl.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="carry out a job (alone, under mpirun or under srun)")
+    run.add_argument("job", type=Path, help="a job file (TOML); jobs/ holds examples")
+    run.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a setting; may be given several times")
+    run.add_argument("--out", type=Path, metavar="DIR", help="the run folder itself (default: runs/NAME/UTC-HASH)")
+    run.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="auto (default): go on from the last checkpoint of this job if there is one")
+    run.add_argument("--may-differ", action="append", default=[], metavar="SECTION.KEY", help="a setting that may differ from the checkpoint's")
+    run.add_argument("--dry-run", action="store_true", help="check the job, print it with every default and who would train where, train nothing")
+    run.set_defaults(command=_run)
+
+    report = commands.add_parser("report", help="figures and one HTML page for one run or several")
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run folder")
+    report.add_argument("--out", type=Path, metavar="DIR", help="where report.html and figures/ go (default: the first run folder)")
+    report.add_argument("--json", action="store_true", help="print the summary as JSON and write nothing")
+    report.set_defaults(command=_speaking(_report))
+
+    inspect = commands.add_parser("inspect", help="what an HDF5 file holds")
+    inspect.add_argument("file", type=Path)
+    inspect.add_argument("--json", action="store_true")
+    inspect.set_defaults(command=_speaking(_inspect))
+
+    data = commands.add_parser("data", help="data sets: list, get, import").add_subparsers(required=True, metavar="ACTION")
+    listing = data.add_parser("list", help="data sets that are there or can be had")
+    listing.add_argument("--json", action="store_true")
+    listing.set_defaults(command=_speaking(_data_list))
+    get = data.add_parser("get", help="convert a named data set once into the cache (HPCFL_DATA)")
+    get.add_argument("name")
+    get.add_argument("--from", dest="source", type=Path, metavar="DIR", help="the official files (folder or archive); without it they are downloaded")
+    get.set_defaults(command=_speaking(_data_get))
+    own = data.add_parser("import", help="convert data of your own into the cache")
+    own.add_argument("name")
+    kind = own.add_mutually_exclusive_group(required=True)
+    kind.add_argument("--npz", type=Path, metavar="FILE", help="arrays x_train, y_train, x_test, y_test")
+    kind.add_argument("--folder", type=Path, metavar="DIR", help="DIR/train/CLASS/*.png and DIR/test/CLASS/*.png")
+    own.set_defaults(command=_speaking(_data_import))
+
+    bench = commands.add_parser("bench", help="benchmarks on the real loop")
+    bench.add_argument("name", choices=["w1", "vtc"], help="w1: FedAvg of ten small clients; vtc: generator and classifier steps, eager against compiled")
+    bench.add_argument("--rounds", type=int, default=15)
+    bench.add_argument("--threads", type=int, default=0, help="per rank; 0: cores / ranks on the node")
+    bench.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    bench.add_argument("--json", action="store_true")
+    bench.set_defaults(command=_bench)
+    return parser

@@ -1,0 +1,369 @@
+"""Communicator, the ranks of a job seen from the algorithms' side: server work, broadcast, combination. The only file that imports mpi4py."""
+import heapq
+import os
+import pickle
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hpcfl import tree
+from hpcfl.errors import EnvironmentFault
+from hpcfl.statistics import Contribution, Header, Statistics, Sums, Total, Uploads, check_alike, header
+from hpcfl.tree import Layout, Tree
+
+LINE = 64                                                          # bytes; buffers travel in cache lines: Trees lie aligned, 2^31 lines are 128 GiB
+REDUCE_FLOATS = 1 << 26                                            # per Reduce, 512 MiB: far below what MPI libraries count in 32 bits
+LAUNCHERS = {"OMPI_COMM_WORLD_SIZE": "mpirun of Open MPI",         # the first one found counts: innermost launcher first
+             "PMI_SIZE": "mpirun of MPICH or Intel MPI", "SLURM_STEP_NUM_TASKS": "srun", "SLURM_NTASKS": "srun"}
+STEPS = ("SLURM_STEP_ID", "SLURM_STEPID")                          # without one of these SLURM_NTASKS belongs to the batch script, not to a launch
+
+Parts = Mapping[str, Sums | Uploads]
+
+
+class Alone:
+    """The one rank of a process without MPI; has what Ranks has, less the buffers that nobody could receive."""
+
+    rank, size, local_rank, local_size = 0, 1, 0, 1
+    library = "no MPI library that mpi4py can load"
+
+    def abort(self, code: int) -> None:
+        """End the process at once."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+class Ranks:
+    """The ranks of an mpi4py communicator: headers by lower-case calls (pickled), tensors by upper-case ones (buffers)."""
+
+    def __init__(self, mpi: Any, ranks: Any) -> None:
+        """`mpi` is the module mpi4py.MPI, `ranks` one of its intracommunicators."""
+        self._mpi, self._ranks = mpi, ranks
+        self._line = mpi.BYTE.Create_contiguous(LINE).Commit()
+        self.rank, self.size = ranks.Get_rank(), ranks.Get_size()
+        self.library = mpi.Get_library_version().strip("\0\n ").split(",")[0]
+        node = ranks.Split_type(mpi.COMM_TYPE_SHARED)              # not the launcher's variables: ranks of a mpirun inside srun inherit srun's
+        self.local_rank, self.local_size = node.Get_rank(), node.Get_size()
+        node.Free()
+        self.bcast, self.gather, self.allgather = ranks.bcast, ranks.gather, ranks.allgather
+        self.send, self.barrier, self.abort = ranks.send, ranks.Barrier, ranks.Abort
+
+    def receive(self, source: int) -> Any:
+        """The object that `source` sent."""
+        return self._ranks.recv(source=source)
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says so."""
+        return self._ranks.allreduce(flag, op=self._mpi.LOR)
+
+    def bcast_lines(self, buffer: Tensor) -> None:
+        """Rank 0's buffer to all."""
+        self._ranks.Bcast(self._lines(buffer), root=0)
+
+    def gather_lines(self, buffer: Tensor, lines: Sequence[int] = ()) -> Tensor | None:
+        """The buffers of all ranks one after the other at rank 0, which alone must know that rank r brings `lines[r]` lines."""
+        if self.rank > 0:
+            self._ranks.Gatherv(self._lines(buffer), None, root=0)
+            return None
+        whole = torch.empty(sum(lines) * LINE, dtype=torch.uint8)
+        starts = [sum(lines[:rank]) for rank in range(self.size)]
+        self._ranks.Gatherv(self._lines(buffer), [whole.numpy(), (lines, starts), self._line], root=0)
+        return whole
+
+    def send_lines(self, buffer: Tensor, rank: int) -> None:
+        """A buffer to one rank."""
+        self._ranks.Send(self._lines(buffer), dest=rank)
+
+    def receive_lines(self, buffer: Tensor, source: int) -> None:
+        """The buffer that `source` sent."""
+        self._ranks.Recv(self._lines(buffer), source=source)
+
+    def reduce(self, out: Tensor) -> None:
+        """out (n,) float64 of rank 0 becomes the sum over the ranks."""
+        for piece in out.split(REDUCE_FLOATS):
+            here = (self._mpi.IN_PLACE, piece.numpy()) if self.rank == 0 else (piece.numpy(), None)
+            self._ranks.Reduce(*here, op=self._mpi.SUM, root=0)
+
+    def _lines(self, buffer: Tensor) -> list:
+        return [buffer.numpy(), len(buffer) // LINE, self._line]
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Rank 0 asks the others to carry out their shares of `function` over items."""
+
+    function: Callable[[Tree], Tree]
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What came of one rank's share: its results, or the error that stopped it."""
+
+    results: list[Tree]
+    error: Exception | None = None
+
+
+class Communicator:
+    """What the run sees of the other ranks.
+
+    Every method but `spread` is called by all ranks in the same order. `sent_bytes` is the payload that left this rank so far: a broadcast counts
+    once per receiver at rank 0, a reduction or gathering once at every other rank; headers are not counted.
+    """
+
+    def __init__(self, engine: Alone | Ranks, deterministic: bool = False) -> None:
+        """`deterministic`: totals have the same bits for any number of ranks, at the price of gathering what would be reduced."""
+        self._engine, self._deterministic, self._attended = engine, deterministic, False
+        self.rank, self.size = engine.rank, engine.size
+        self.local_rank, self.local_size = engine.local_rank, engine.local_size      # among the ranks of this host
+        self.library = engine.library
+        self.sent_bytes = 0
+
+    @property
+    def is_server(self) -> bool:
+        """Whether this is rank 0, which also acts as the server."""
+        return self.rank == 0
+
+    def at_server(self, function: Callable, *args: Any) -> Any:
+        """function(*args) at rank 0, which may `spread` work meanwhile; None elsewhere."""
+        if self.size == 1:
+            return function(*args)
+        if not self.is_server:
+            return self._serve()
+        try:
+            return self._attend(function, args)
+        finally:
+            self._engine.bcast(None)                               # the others go on even where the server failed
+
+    def from_server(self, function: Callable[..., Tree], *args: Any) -> Tree:
+        """The Tree function(*args) of rank 0 at every rank, by one header and one buffer; rank 0, which may `spread`, keeps its own object.
+
+        The others receive host tensors. An error in `function` is the server's: the others wait until it ends the job.
+        """
+        if self.size == 1:
+            return function(*args)
+        if not self.is_server:
+            layout = self._serve()
+            buffer = _buffer([layout])
+            self._engine.bcast_lines(buffer)
+            return tree.unpack(buffer, layout)
+        message = self._attend(function, args)
+        self._engine.bcast(tree.layout(message))
+        self._engine.bcast_lines(_pack([message]))
+        self.sent_bytes += tree.nbytes(message) * (self.size - 1)
+        return message
+
+    def spread(self, function: Callable[[Tree], Tree], items: Sequence[Tree]) -> list[Tree]:
+        """[function(item) for item in items], carried out by all ranks; for rank 0 inside `at_server` or `from_server`.
+
+        `function` must be picklable (of a module, or a functools.partial of one). Other ranks get host tensors and give host tensors back.
+        Raises: what `function` raised, with the traceback of its rank as a note; RuntimeError where the other ranks are not attending.
+        """
+        if self.size == 1 or len(items) < 2:
+            return [function(item) for item in items]
+        if not self._attended:
+            raise RuntimeError(f"rank {self.rank}: spread was called where the other ranks do not attend; call it at rank 0, inside at_server")
+        shares = _shares([tree.nbytes(item) for item in items], self.size)
+        self._engine.bcast(_Work(function))
+        for rank in range(1, self.size):
+            self._send([items[index] for index in shares[rank]], rank)
+        outcomes = [_carry_out(function, [items[index] for index in shares[0]], rank=0)]
+        outcomes += [_Outcome(*self._receive(rank)) for rank in range(1, self.size)]
+        for outcome in outcomes:                                   # after all have answered, so that the next message finds everybody listening
+            if outcome.error:
+                raise outcome.error
+        results = {index: result for share, outcome in zip(shares, outcomes, strict=True)
+                   for index, result in zip(share, outcome.results, strict=True)}
+        return [results[index] for index in range(len(items))]
+
+    def combine(self, statistics: Statistics | None) -> dict[str, Total | Uploads] | None:
+        """The statistics of all ranks, in host memory at rank 0: a Total per name of Sums, Uploads in ascending client order; None elsewhere.
+
+        A rank without clients takes part with None. Sums travel in one float64 buffer by one Reduce (deterministic: unsummed, by one Gatherv,
+        then added in ascending client order), Uploads in one buffer by one Gatherv.
+        Raises: LayoutError on every rank where ranks disagree on a name, or where a client uploads twice.
+        """
+        parts = {} if statistics is None else statistics.parts
+        if self.size == 1:
+            return {name: part.total() if isinstance(part, Sums) else _ordered([part]) for name, part in sorted(parts.items())}
+        headers = self._engine.allgather({name: header(part) for name, part in parts.items()})
+        check_alike(headers, lambda name: self._engine.allgather(parts[name].layout() if name in parts else None))
+        kinds = {name: kind for each in headers for name, (kind, _, _) in each.items()}
+        reduced = [] if self._deterministic else sorted(name for name, kind in kinds.items() if kind == "Sums")
+        sums = self._reduce(reduced, headers, parts) if reduced else {}
+        whole = {name: kind for name, kind in sorted(kinds.items()) if name not in reduced}
+        gathered = self._gather(whole, parts) if whole else {}
+        return dict(sorted({**sums, **gathered}.items())) if self.is_server else None
+
+    def agree(self, flag: bool) -> bool:
+        """Whether any rank says so, known to all."""
+        return bool(flag) if self.size == 1 else self._engine.any(bool(flag))
+
+    def gather(self, value: Any) -> list | None:
+        """Every rank's small object, in rank order, at rank 0; None elsewhere."""
+        return [value] if self.size == 1 else self._engine.gather(value)
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's small object at every rank."""
+        return value if self.size == 1 else self._engine.bcast(value)
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.size > 1:
+            self._engine.barrier()
+
+    def abort(self, code: int) -> None:
+        """End all ranks at once; the process of this one exits with `code`."""
+        self._engine.abort(code)
+
+    def check_launch(self, environment: Mapping[str, str] = os.environ) -> None:
+        """Raises EnvironmentFault where a launcher started several ranks but each of them would run alone."""
+        in_step = any(name in environment for name in STEPS)
+        declared = next((name for name in LAUNCHERS if name in environment and (in_step or name != "SLURM_NTASKS")), None)
+        if self.size == 1 and declared and int(environment[declared]) > 1:
+            raise EnvironmentFault(
+                f"{LAUNCHERS[declared]} started {environment[declared]} ranks ({declared}), but each sees only itself through {self.library}: "
+                "they would run the same job side by side. Launch with the mpirun that belongs to the MPI library of mpi4py, or with srun --mpi=pmix "
+                "(srun --mpi=list shows what the site offers); mpi4py must be installed and find its MPI library on every node")
+
+    def _attend(self, function: Callable, args: tuple) -> Any:
+        self._attended = True
+        try:
+            return function(*args)
+        finally:
+            self._attended = False
+
+    def _serve(self) -> Any:
+        while isinstance(request := self._engine.bcast(None), _Work):
+            outcome = _carry_out(request.function, self._receive(0)[0], self.rank)
+            self._send(outcome.results, 0, outcome.error)
+        return request
+
+    def _send(self, trees: Sequence[Tree], rank: int, error: Exception | None = None) -> None:
+        self._engine.send(([tree.layout(each) for each in trees], error), rank)
+        self._engine.send_lines(_pack(trees), rank)
+        self.sent_bytes += sum(map(tree.nbytes, trees))
+
+    def _receive(self, rank: int) -> tuple[list[Tree], Exception | None]:
+        layouts, error = self._engine.receive(rank)
+        buffer = _buffer(layouts)
+        self._engine.receive_lines(buffer, rank)
+        return _unpack(buffer, layouts), error
+
+    def _reduce(self, names: Sequence[str], headers: Sequence[dict[str, Header]], parts: Parts) -> dict[str, Total]:
+        sizes = {name: size for each in headers for name, (_, _, size) in each.items()}
+        layouts = {name: parts[name].layout() for name in names if name in parts}
+        if any(name not in headers[0] for name in names):          # rank 0 hosts no such client: it learns from the others what the sum looks like
+            told = self._engine.gather({name: layout for name, layout in layouts.items() if name not in headers[0]})
+            layouts = {name: layout for each in [*(told or []), layouts] for name, layout in each.items()}
+        buffer = torch.zeros(sum(sizes[name] for name in names), dtype=torch.float64)
+        pieces = dict(zip(names, buffer.split([sizes[name] for name in names]), strict=True))
+        totals = {name: Total.over(pieces[name], layout) for name, layout in layouts.items()}
+        for name in parts.keys() & set(names):
+            parts[name].add_to(totals[name])
+        self._engine.reduce(buffer)
+        self.sent_bytes += 0 if self.is_server else buffer.nbytes
+        return totals
+
+    def _gather(self, kinds: Mapping[str, str], parts: Parts) -> dict[str, Total | Uploads]:
+        labelled = [labelled for name in kinds if name in parts for labelled in _labelled(name, parts[name])]
+        trees = [each for _, _, each in labelled]
+        told = self._engine.gather([(name, label, tree.layout(each)) for name, label, each in labelled])
+        if not self.is_server:
+            self._engine.gather_lines(_pack(trees))
+            self.sent_bytes += sum(map(tree.nbytes, trees))
+            return {}
+        layouts = [[layout for _, _, layout in each] for each in told]
+        lines = [0, *(sum(map(_lines, each)) for each in layouts[1:])]                   # rank 0 need not send to itself
+        arrived = _unpack(self._engine.gather_lines(_pack([]), lines), sum(layouts[1:], []))
+        pieces: dict[str, list] = {name: [] for name in kinds}
+        for (name, label, _), each in zip(sum(told, []), [*trees, *arrived], strict=True):
+            pieces[name].append(_rebuilt(label, each))
+        return {name: _ordered(found) if kinds[name] == "Uploads" else Sums(tuple(found)).total() for name, found in pieces.items()}
+
+
+def connect(deterministic: bool = False) -> Communicator:
+    """The ranks of this job: all that MPI knows, or this process alone where there is neither launcher nor MPI.
+
+    Raises: EnvironmentFault where a launcher started several ranks that cannot see each other.
+    """
+    communicator = Communicator(_engine(), deterministic)
+    communicator.check_launch()
+    return communicator
+
+
+def _engine() -> Alone | Ranks:
+    try:
+        from mpi4py import MPI                                     # here, not above: importing it starts MPI
+    except (ImportError, RuntimeError):                            # not installed; installed, but without a library to load
+        return Alone()
+    return Ranks(MPI, MPI.COMM_WORLD)
+
+
+def _labelled(name: str, part: Sums | Uploads) -> list[tuple[str, Any, Tree]]:
+    if isinstance(part, Uploads):
+        return [(name, client, uploaded) for client, uploaded in part.trees.items()]
+    return [(name, contribution.clients, contribution.packed()) for contribution in part.contributions]
+
+
+def _rebuilt(label: Any, each: Tree) -> Contribution | Uploads:
+    return Contribution.unpacked(label, each) if isinstance(label, tuple) else Uploads({label: each})
+
+
+def _ordered(uploads: Sequence[Uploads]) -> Uploads:
+    merged = {client: uploaded for each in uploads for client, uploaded in each.trees.items()}
+    return Uploads({client: tree.transform(merged[client], lambda leaf: leaf.detach().cpu()) for client in sorted(merged)})
+
+
+def _shares(sizes: Sequence[int], ranks: int) -> list[list[int]]:
+    """Items to ranks, largest first, each to the least loaded rank; rank 0, which also sends and collects, comes last among equals."""
+    loads = [(0, -rank) for rank in range(ranks)]
+    heapq.heapify(loads)
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    for index in sorted(range(len(sizes)), key=lambda index: (-sizes[index], index)):
+        load, rank = loads[0]
+        shares[-rank].append(index)
+        heapq.heapreplace(loads, (load + max(sizes[index], 1), rank))
+    return shares
+
+
+def _carry_out(function: Callable[[Tree], Tree], items: Sequence[Tree], rank: int) -> _Outcome:
+    try:
+        return _Outcome([function(item) for item in items])
+    except Exception as error:                                     # whatever it is, rank 0 raises it
+        error.add_note(f"raised on rank {rank}:\n{traceback.format_exc()}")
+        return _Outcome([], error if _survives_pickling(error) else RuntimeError(f"rank {rank}: {traceback.format_exc()}"))
+
+
+def _survives_pickling(error: Exception) -> bool:
+    try:
+        return type(pickle.loads(pickle.dumps(error))) is type(error)
+    except Exception:                                              # an error type may fail in any way when rebuilt from its arguments
+        return False
+
+
+def _lines(layout: Layout) -> int:
+    return -(-sum(torch.Size(shape).numel() * dtype.itemsize for _, shape, dtype in layout) // LINE)
+
+
+def _buffer(layouts: Sequence[Layout], pinned: bool = False) -> Tensor:
+    return torch.empty(sum(map(_lines, layouts)) * LINE, dtype=torch.uint8, pin_memory=pinned)
+
+
+def _pack(trees: Sequence[Tree]) -> Tensor:
+    """Trees as one host buffer in which each begins at a line; pinned where leaves come from a GPU."""
+    layouts = [tree.layout(each) for each in trees]
+    buffer = _buffer(layouts, pinned=any(leaf.is_cuda for each in trees for leaf in each.values()))
+    for each, views in zip(trees, _unpack(buffer, layouts), strict=True):
+        for path, view in views.items():
+            view.copy_(each[path].detach())
+    return buffer
+
+
+def _unpack(buffer: Tensor, layouts: Sequence[Layout]) -> list[Tree]:
+    pieces = buffer.split([_lines(layout) * LINE for layout in layouts])
+    return [tree.unpack(piece, layout) for piece, layout in zip(pieces, layouts, strict=True)]

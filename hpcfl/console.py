@@ -1,0 +1,75 @@
+"""Console: progress and one aligned line per round on rank 0; the other ranks speak at WARNING; every rank keeps a log."""
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hpcfl.federation import Place
+
+log = logging.getLogger("hpcfl")
+
+
+class Console:
+    """What a person sees of a run; silent on all ranks but the server's. `live`: with a bar that redraws itself, for a terminal of its own."""
+
+    def __init__(self, speaks: bool, live: bool):
+        self.speaks, self.live = speaks, speaks and live
+        self._progress = None
+
+    def say(self, text: str) -> None:
+        """One line on the server's standard output and in the log."""
+        log.info(text)
+        if self.speaks:
+            self._print(text)
+
+    def round(self, place: Place, total: int, row: Mapping[str, Any], values: Mapping[str, float]) -> None:
+        """One aligned line for a finished round; accuracies in percent where they were measured."""
+        loss = np.nanmean(row["metrics"]["loss"]) if "loss" in row["metrics"] else float("nan")
+        parts = [f"{place.row + 1:>{len(str(total))}}/{total}  {place.phase.name:<10}", f"loss {loss:7.4f}" if np.isfinite(loss) else " " * 12]
+        parts.append(f"accuracy {values['accuracy']:5.1f} [{values['lowest']:5.1f} ..{values['highest']:5.1f}]" if "accuracy" in values else " " * 30)
+        parts.append(f"personal {values['personal']:5.1f}" if "personal" in values else " " * 14)
+        parts.append(f"up {megabytes(row['up'].sum())}  down {megabytes(row['down'].sum())}  {row['wall_s']:7.2f} s")
+        self._advance(place.row + 1, total)
+        self.say("  ".join(parts))
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def _advance(self, done: int, total: int) -> None:
+        if not self.live:
+            return
+        if self._progress is None:
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+            self._progress = Progress(TextColumn("rounds"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._task = self._progress.add_task("rounds", total=total)
+            self._progress.start()
+        self._progress.update(self._task, completed=done)
+
+    def _print(self, text: str) -> None:
+        if self._progress is not None:
+            self._progress.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, flush=True)
+
+
+def megabytes(count: float) -> str:
+    """A byte count in MB (1e6 bytes), eight characters wide."""
+    return f"{count / 1e6:8.3f} MB"
+
+
+def keep_log(folder: Path, rank: int) -> None:
+    """Send this rank's log to log/rank-NNNN.log, and its warnings to standard error as well."""
+    (folder / "log").mkdir(parents=True, exist_ok=True)
+    file = logging.FileHandler(folder / "log" / f"rank-{rank:04d}.log")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    screen = logging.StreamHandler()
+    screen.setLevel(logging.WARNING)
+    screen.setFormatter(logging.Formatter(f"hpcfl: rank {rank}: %(message)s"))
+    log.handlers[:] = [file, screen]
+    log.setLevel(logging.INFO)
+    log.propagate = False

@@ -1,0 +1,150 @@
+"""Shards: labelled images that stay uint8 on the device, scaled to what the classifier reads batch by batch."""
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hpcfl.data.corpora import Corpus
+from hpcfl.errors import DataError
+from hpcfl.streams import Stream
+from hpcfl.tree import Tree
+
+RANGES = {"symmetric": (0.5, 0.5), "unit": (0.0, 1.0)}             # (centre, half width) of the classifier's range, in units of full brightness
+BLOCK = 1024                                                       # images per histogram: bincount works in 8 bytes per pixel
+
+
+@dataclass(frozen=True)
+class Scale:
+    """From uint8 images to the classifier's range and between ranges; `values` is "symmetric" [-1, 1], "unit" [0, 1] or "standard".
+
+    In every range x = (brightness - centre) / spread with brightness in [0, 1]; "standard" takes the data's mean and standard deviation per
+    channel (see `fit`) for them. `size` resizes to size x size, 0 leaves images as they are.
+
+    Raises: DataError for "standard" without mean and std, and for values that do not exist.
+    """
+
+    values: str = "symmetric"
+    size: int = 0
+    mean: tuple[float, ...] = ()                                   # (C,), of brightness in [0, 1]
+    std: tuple[float, ...] = ()                                    # (C,)
+
+    def __post_init__(self) -> None:
+        if self.values not in RANGES and self.values != "standard":
+            raise DataError(f"values = {self.values!r} is no range; there are {', '.join(RANGES)}, standard")
+        if self.values == "standard" and not (len(self.mean) == len(self.std) > 0 and min(self.std) > 0):
+            raise DataError(f"values = 'standard' with mean {self.mean} and std {self.std}; wanted one positive std per channel: use Scale.fit")
+
+    @classmethod
+    def fit(cls, images: np.ndarray, values: str, size: int = 0) -> "Scale":
+        """The Scale whose mean and standard deviation are those of uint8 images (n, C, H, W) before resizing, exact and in any order of images.
+
+        A channel that is constant gets standard deviation 1. Raises: DataError where there is no image.
+        """
+        if len(images) == 0:
+            raise DataError("values = 'standard' needs at least one image to take mean and standard deviation from; got none")
+        counts = sum(np.stack([np.bincount(channel.ravel(), minlength=256) for channel in images[start:start + BLOCK].swapaxes(0, 1)])
+                     for start in range(0, len(images), BLOCK))                    # (C, 256): how often each brightness occurs
+        levels, shares = np.arange(256) / 255, counts / counts.sum(axis=1, keepdims=True)
+        mean = shares @ levels                                     # (C,)
+        std = np.sqrt((shares * (levels - mean[:, None]) ** 2).sum(axis=1))
+        return cls(values, size, tuple(mean.tolist()), tuple(np.where(std > 0, std, 1.0).tolist()))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 images (B, C, H, W) as the classifier reads them, float32 (B, C, size or H, size or W); float images pass unchanged.
+
+        Resizing is bilinear, with antialiasing where it shrinks.
+        """
+        if images.is_floating_point():
+            return images
+        x = images.to(torch.float32)
+        if self.size and x.shape[-2:] != (self.size, self.size):
+            x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True)
+        centre, spread = self._affine(x, 255.0)
+        return x.sub_(centre).div_(spread)                         # x is ours: a fresh float tensor
+
+    def from_symmetric(self, x: Tensor) -> Tensor:
+        """Images in [-1, 1] (a generator's output, (B, C, H, W)) in the classifier's range; gradients pass."""
+        centre, spread = self._affine(x)
+        return x * (0.5 / spread) + (0.5 - centre) / spread
+
+    def to_symmetric(self, x: Tensor) -> Tensor:
+        """Classifier input (B, C, H, W) in [-1, 1], undoing `from_symmetric`; gradients pass."""
+        centre, spread = self._affine(x)
+        return x * (2 * spread) + (2 * centre - 1)
+
+    def to_unit(self, x: Tensor) -> Tensor:
+        """Classifier input (B, C, H, W) as brightness in [0, 1]; what lies outside by rounding or because a generator drew it there is cut off."""
+        centre, spread = self._affine(x)
+        return (x * spread + centre).clamp(0.0, 1.0)
+
+    def _affine(self, x: Tensor, unit: float = 1.0) -> tuple[float | Tensor, float | Tensor]:
+        """Centre and spread in multiples of `unit`: numbers, or (C, 1, 1) tensors beside x."""
+        if self.values in RANGES:
+            centre, spread = RANGES[self.values]
+            return centre * unit, spread * unit
+        centre, spread = torch.tensor((self.mean, self.std), dtype=x.dtype, device=x.device)[:, :, None, None] * unit
+        return centre, spread
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """Labelled images of one owner; uint8 as loaded, or floats already in the classifier's range.
+
+    Raises: DataError where images and labels do not fit each other.
+    """
+
+    images: Tensor                                                 # (n, C, H, W) uint8 or float
+    labels: Tensor                                                 # (n,) int64
+    scale: Scale
+
+    def __post_init__(self) -> None:
+        if self.images.dim() != 4 or self.labels.shape != self.images.shape[:1]:
+            raise DataError(f"images {tuple(self.images.shape)} and labels {tuple(self.labels.shape)} make no shard; wanted (n, C, H, W) and (n,)")
+        if self.labels.dtype != torch.int64 or not (self.images.dtype == torch.uint8 or self.images.is_floating_point()):
+            raise DataError(f"a shard of {self.images.dtype} images and {self.labels.dtype} labels; wanted uint8 or floats, and int64")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def pixels(self, indices: Tensor | slice | None = None) -> Tensor:
+        """Images as the classifier reads them, float (B, C, H, W): those at the indices (B,) int64, of a slice, or all."""
+        if isinstance(indices, Tensor):
+            return self.scale(self.images.index_select(0, indices.to(self.images.device)))
+        return self.scale(self.images[indices] if indices is not None else self.images)
+
+    def to(self, device: torch.device | str) -> "Shard":
+        """The shard on a device; shares memory where it is there already."""
+        return Shard(self.images.to(device, non_blocking=True), self.labels.to(device, non_blocking=True), self.scale)
+
+
+def load(corpus: Corpus, parts: Sequence[np.ndarray], scale: Scale, device: torch.device | str) -> tuple[Shard, ...]:
+    """Training images on a device, one Shard for each array of indices, all by one pass over the file: a pass per client would read it K times.
+
+    Raises: DataError where the file is damaged.
+    """
+    indices, sizes = np.concatenate(parts), [len(part) for part in parts]
+    images = torch.from_numpy(corpus.train_images(indices)).to(device).split(sizes)
+    labels = torch.from_numpy(corpus.train_labels[indices]).to(device).split(sizes)
+    return tuple(Shard(own, y, scale) for own, y in zip(images, labels, strict=True))
+
+
+def epochs(shard: Shard, batch: int, epochs: int, stream: Stream) -> Iterator[Tree]:
+    """Shuffled batches {"x": float (B, C, H, W), "y": int64 (B,)} of a shard, every image once per epoch.
+
+    The order follows from the stream alone, on any device. The last batch of an epoch may be smaller; one of a single image joins the batch
+    before it, because BatchNorm has no variance of one value.
+    """
+    generator = stream.torch()
+    for _ in range(epochs):
+        order = torch.randperm(len(shard), generator=generator).to(shard.labels.device)
+        for chosen in order.split(_sizes(len(shard), batch)):
+            yield {"x": shard.pixels(chosen), "y": shard.labels.index_select(0, chosen)}
+
+
+def _sizes(total: int, batch: int) -> list[int]:
+    """Batch sizes of one epoch."""
+    sizes = [batch] * (total // batch) + [total % batch] * (total % batch > 0)
+    return [*sizes[:-2], batch + 1] if batch > 1 and len(sizes) > 1 and sizes[-1] == 1 else sizes

@@ -1,0 +1,69 @@
+"""Evaluation: features and correct answers of each client's model, in eval mode and without gradients."""
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from hpcfl import tree
+from hpcfl.data.shards import Shard
+from hpcfl.errors import NonFiniteError
+from hpcfl.group import Group
+from hpcfl.tree import Tree
+
+BATCH = 500                                                        # images per forward pass: fits caches and small GPUs alike
+
+
+class _Method(nn.Module):
+    """A module whose forward is one method of another module, so that functional_call reaches it."""
+
+    def __init__(self, module: nn.Module, method: str):
+        super().__init__()
+        self.module, self.method = module, method
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return getattr(self.module, self.method)(*inputs)
+
+
+def bind(module: nn.Module, state: Tree, method: str = "forward") -> Callable[..., Tensor]:
+    """module.method as a function with the parameters and buffers of `state`, in eval mode and without gradients."""
+    wrapped, state = _Method(module, method), {f"module.{path}": leaf for path, leaf in state.items()}
+
+    @torch.no_grad()
+    def call(*inputs: Tensor) -> Tensor:
+        training = wrapped.module.training
+        wrapped.module.eval()
+        try:
+            return functional_call(wrapped, state, inputs)
+        finally:
+            wrapped.module.train(training)
+    return call
+
+
+def model_of(group: Group, modules: Mapping[str, nn.Module], client: int, name: str = "model", method: str = "forward") -> Callable[..., Tensor]:
+    """A network of one client of the group, ready to be called."""
+    return bind(modules[name], tree.part(tree.row(group.state, group.clients.index(client)), name), method)
+
+
+def in_batches(function: Callable[[Tensor], Tensor], shard: Shard, batch: int = BATCH) -> Tensor:
+    """function over all images of a shard, batch by batch, concatenated (n, ...)."""
+    return torch.cat([function(shard.pixels(slice(start, start + batch))) for start in range(0, len(shard), batch)])
+
+
+def features(group: Group, modules: Mapping[str, nn.Module], client: int, shard: Shard) -> Tensor:
+    """z = g_k(x) over a shard, (n, p) float32, in the shard's order and without augmentation.
+
+    Raises: NonFiniteError naming the client.
+    """
+    z = in_batches(model_of(group, modules, client, method="features"), shard)
+    if not bool(torch.isfinite(z).all()):
+        raise NonFiniteError(f"client {client} ({group.architecture}): its features are not finite; lower training.lr or set training.clip")
+    return z
+
+
+def correct(predict: Callable[[Tensor], Tensor], shard: Shard, classes: int, batch: int = BATCH) -> Tensor:
+    """Right answers per class, (C,) int64: the diagonal of the confusion matrix."""
+    if len(shard) == 0:
+        return torch.zeros(classes, dtype=torch.int64)
+    right = in_batches(lambda x: predict(x).argmax(1), shard, batch) == shard.labels
+    return torch.bincount(shard.labels[right], minlength=classes).cpu()

@@ -1,0 +1,128 @@
+"""THE loop: phases of rounds of steps; arrows only downward, no rank in sight."""
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import reduce
+from operator import add
+
+from hpcfl import tree
+from hpcfl.algorithms.base import Algorithm, Phase, Update
+from hpcfl.group import Group
+from hpcfl.ledger import Ledger
+from hpcfl.statistics import Statistics
+from hpcfl.tree import Tree
+from hpcfl.world import World
+
+
+@dataclass(frozen=True)
+class State:
+    """All that a run is between two rounds: what a checkpoint holds.
+
+    `version` counts the changes of the server's state; `received` is the version that each of this rank's clients downloaded last, so that what a
+    device already has is not counted as traffic again.
+    """
+
+    server: Tree | None                                            # on the server's rank only
+    groups: tuple[Group, ...]                                      # this rank's clients, by architecture
+    received: dict[int, int]
+    rows: int = 0                                                  # rounds finished, over all phases
+    version: int = 0
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in the plan a round lies."""
+
+    phase: Phase
+    round: int                                                     # inside the phase
+    row: int                                                       # over all phases
+    last: bool                                                     # of its phase
+
+
+def schedule(world: World) -> list[Place]:
+    """Every round of the plan in order."""
+    places = [(phase, round_) for phase in world.plan for round_ in range(phase.rounds)]
+    return [Place(phase, round_, row, round_ == phase.rounds - 1) for row, (phase, round_) in enumerate(places)]
+
+
+def begin(world: World) -> State:
+    """The state before the first round."""
+    return State(world.comm.at_server(world.found), tuple(world.join()), dict.fromkeys(world.mine, -1))
+
+
+def rounds(world: World, state: State, ledger: Ledger, before_refine: Callable[[State, Place], None]) -> Iterator[tuple[State, Place]]:
+    """Run what is left of the plan, yielding the state after each round.
+
+    `before_refine` is called with the state between aggregation and the local work on the fresh message, so that its effect can be evaluated.
+    """
+    exchange = Exchange(world, ledger, before_refine)
+    for place in schedule(world)[state.rows:]:
+        ledger.open()
+        for step in place.phase.steps:
+            state = exchange(step, state, place)
+        state = replace(state, rows=state.rows + 1)
+        yield state, place
+
+
+@dataclass
+class Exchange:
+    """One step of one round: publish, train, combine, aggregate, publish, refine."""
+
+    world: World
+    ledger: Ledger
+    before_refine: Callable[[State, Place], None]
+    published: tuple[Algorithm, int, Tree] | None = field(default=None, init=False)
+
+    def __call__(self, step: Algorithm, state: State, place: Place) -> State:
+        world, comm = self.world, self.world.comm
+        cohort = world.cohort(place.phase, place.row)
+        if step.overrides("train"):
+            message = self.publish(step, state)
+            state, statistics = self.work(step.train, step, message, state, place, cohort, "train")
+            self.wait()
+            with self.ledger("combine"):
+                totals = comm.combine(statistics)
+            if step.overrides("aggregate"):
+                with self.ledger("aggregate" if comm.is_server else "idle"):
+                    server = comm.at_server(step.aggregate, state.server, totals, world.server_site(place.phase, place.round))
+                if comm.agree(server is not state.server):         # a step that gives back what it got has nothing new to say
+                    state = replace(state, server=server, version=state.version + 1)
+        if step.overrides("refine"):
+            message = self.publish(step, state)
+            self.before_refine(state, place)
+            state, _ = self.work(step.refine, step, message, state, place, cohort, "refine")
+            self.wait()
+        return state
+
+    def wait(self) -> None:
+        """Wait for all ranks: what the slowest costs the others is booked as idle, not as the work that follows."""
+        with self.ledger("idle"):
+            self.world.comm.barrier()
+
+    def publish(self, step: Algorithm, state: State) -> Tree:
+        """What every client may read now; moved only when the server's state has changed since."""
+        if self.published is None or self.published[:2] != (step, state.version):
+            with self.ledger("publish"):
+                self.published = step, state.version, self.world.comm.from_server(step.publish, state.server)
+        return self.published[2]
+
+    def work(self, verb: Callable[..., Update], step: Algorithm, message: Tree, state: State, place: Place, cohort: tuple[int, ...],
+             name: str) -> tuple[State, Statistics]:
+        """This rank's share of the cohort under one verb, group by group; what goes down and up is counted per client."""
+        world, groups, received, statistics = self.world, list(state.groups), dict(state.received), []
+        for position, whole in enumerate(groups):
+            group = whole.select([client for client in whole.clients if client in set(cohort)])
+            if not group.clients:
+                continue
+            download = step.receive(message, group.architecture)
+            for client in group.clients:
+                if received[client] != state.version:
+                    self.ledger.downloaded(client, tree.nbytes(download))
+                received[client] = state.version
+            with self.ledger(name):
+                update = verb(group, download, world.client_site(group, place.phase, place.round))
+            self.ledger.measured(name, group.clients, update.metrics)
+            statistics.append(update.statistics)
+            groups[position] = whole.updated(update.group)
+        total = reduce(add, statistics, Statistics())
+        self.ledger.uploaded(total.simulated_bytes())
+        return replace(state, groups=tuple(groups), received=received), total

@@ -1,0 +1,116 @@
+"""Gaussians of features: estimated covariances made safe to sample from, draws, and divergences."""
+import torch
+from torch import Tensor
+
+from hpcfl.errors import NonFiniteError
+from hpcfl.moments import MODES, GlobalMoments
+
+FLOOR = 1e-4                                                       # variance; smallest that a server lets pass
+RELATIVE_FLOOR = 1e-6                                              # of the mean variance tr(S)/p
+JITTERS = tuple(10.0 ** power for power in range(-6, 0))           # of the mean variance, tried in turn where Cholesky fails
+
+
+def oas(covariance: Tensor, count: Tensor | float) -> Tensor:
+    """How far to shrink a covariance (..., p, p) of `count` (...) samples towards a multiple of the identity: rho (...) in [0, 1].
+
+    Oracle approximating shrinkage (Chen, Wiesel, Eldar, Hero 2010, eq. 23); it needs only the covariance, where Ledoit-Wolf needs fourth moments,
+    which cannot be had from what clients send. 1 for a covariance that is a multiple of the identity already.
+    """
+    size = covariance.shape[-1]
+    trace = _variances(covariance).sum(-1)
+    square = covariance.square().sum((-2, -1))                     # tr(S^2) of a symmetric S
+    departure = (count + 1 - 2 / size) * (square - trace.square() / size)
+    return torch.where(departure > 0, ((1 - 2 / size) * square + trace.square()) / departure, 1.0).clamp(0, 1)
+
+
+def shrink(covariance: Tensor, count: Tensor | float, target: str = "iso") -> Tensor:
+    """(1 - rho) S + rho T with rho from `oas`, (..., p, p): T is tr(S)/p I ("iso") or diag(S) ("diag": keeps the variance of each feature)."""
+    rho = oas(covariance, count)[..., None, None]
+    return (1 - rho) * covariance + rho * torch.diag_embed(TARGETS[target](_variances(covariance)))
+
+
+def floor(covariance: Tensor, minimum: float = FLOOR) -> Tensor:
+    """S + f I with f = max(minimum, 1e-6 tr(S)/p), (..., p, p): no direction is left without variance."""
+    variances = _variances(covariance)
+    lift = (RELATIVE_FLOOR * variances.mean(-1, keepdim=True)).clamp(min=minimum)
+    return covariance + torch.diag_embed(lift.expand_as(variances))
+
+
+def cholesky(covariance: Tensor, minimum: float = FLOOR) -> Tensor:
+    """Lower triangular L with L L^T = S, or as near as a floating-point S allows, (..., p, p) float64; never NaN.
+
+    S is made symmetric; where it is not positive definite, a growing multiple of the identity is added, and at last negative eigenvalues are
+    raised to `minimum`.
+    Raises: NonFiniteError for NaN or infinity in S.
+    """
+    if not bool(torch.isfinite(covariance).all()):
+        raise NonFiniteError(f"a covariance {tuple(covariance.shape)} holds NaN or infinity; the features it was estimated from have diverged")
+    symmetric = (covariance.double() + covariance.double().mT) / 2
+    factor, failed = torch.linalg.cholesky_ex(symmetric)
+    for index in failed.nonzero().tolist():
+        factor[tuple(index)] = _repaired(symmetric[tuple(index)], minimum)
+    return factor
+
+
+def factors(moments: GlobalMoments, mode: str, target: str = "iso", minimum: float = FLOOR) -> Tensor:
+    """What `draw` multiplies noise with, float64, computed once per server message: deviations (1, p), (C, p) or (C, 1) in the diagonal modes,
+    else Cholesky factors (1, p, p) or (C, p, p) of the shrunk and floored covariances."""
+    kind = MODES[mode]
+    spread = moments.spread[None] if kind.shared else moments.spread[:, None] if kind.isotropic else moments.spread
+    if not kind.full:
+        return spread.clamp(min=minimum).sqrt()
+    count = moments.count.sum()[None] if kind.shared else moments.count
+    return cholesky(floor(shrink((spread + spread.mT) / 2, count, target), minimum), minimum)
+
+
+def draw(mean: Tensor, factor: Tensor, labels: Tensor, eps: Tensor) -> Tensor:
+    """Features v = c^y + L^y eps of the classes `labels` (n,), in the type of eps (n, p), standard normal noise.
+
+    mean (C, p); factor as `factors` gives it: deviations (1 or C, 1 or p), or matrices (1 or C, p, p).
+    """
+    centre, factor = mean.to(eps)[labels], factor.to(eps)          # (n, p)
+    if factor.dim() == 2:
+        return centre + eps * factor.expand(len(mean), -1)[labels]
+    if len(factor) == 1:
+        return centre + eps @ factor[0].T
+    noise = torch.empty_like(eps)
+    for label in labels.unique().tolist():                         # a factor per sample would be (n, p, p)
+        noise[labels == label] = eps[labels == label] @ factor[label].T
+    return centre + noise
+
+
+def kl_diag(mean: Tensor, variance: Tensor, other_mean: Tensor, other_variance: Tensor) -> Tensor:
+    """KL(N(mean, diag variance) || N(other)) in nats, (..., p) each and broadcast, to (...)."""
+    ratio = variance / other_variance
+    return 0.5 * (ratio + (mean - other_mean).square() / other_variance - 1 - ratio.log()).sum(-1)
+
+
+def kl_full(mean: Tensor, factor: Tensor, other_mean: Tensor, other_factor: Tensor) -> Tensor:
+    """KL(N(mean, L L^T) || N(other)) in nats, to (...): means (..., p), factors lower triangular (..., p, p) as `cholesky` gives them, broadcast.
+
+    By triangular solves, never by an inverse: tr(S^-1 S_k) = |L^-1 L_k|^2 and (z-c)^T S^-1 (z-c) = |L^-1 (z-c)|^2.
+    """
+    apart = torch.linalg.solve_triangular(other_factor, (mean - other_mean)[..., None], upper=False)[..., 0]       # (..., p)
+    ratio = torch.linalg.solve_triangular(other_factor, factor, upper=False)             # (..., p, p)
+    volume = _variances(other_factor).log().sum(-1) - _variances(factor).log().sum(-1)   # half the difference of the log determinants
+    return 0.5 * (ratio.square().sum((-2, -1)) + apart.square().sum(-1) - mean.shape[-1]) + volume
+
+
+TARGETS = {"iso": lambda variances: variances.mean(-1, keepdim=True).expand_as(variances), "diag": lambda variances: variances}
+
+
+def _variances(matrix: Tensor) -> Tensor:
+    return matrix.diagonal(dim1=-2, dim2=-1)
+
+
+def _repaired(symmetric: Tensor, minimum: float) -> Tensor:
+    identity = torch.eye(len(symmetric), dtype=symmetric.dtype, device=symmetric.device)
+    scale = _variances(symmetric).mean()
+    for jitter in JITTERS:
+        factor, failed = torch.linalg.cholesky_ex(symmetric + jitter * scale * identity)
+        if not int(failed):
+            return factor
+    values, vectors = torch.linalg.eigh(symmetric)
+    root = vectors * values.clamp(min=minimum).sqrt()              # S = root root^T; triangular by root^T = Q R, S = R^T R
+    triangular = torch.linalg.qr(root.T).R.T
+    return triangular * triangular.diagonal().sign()               # columns with a positive diagonal, as Cholesky has them

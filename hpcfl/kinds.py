@@ -1,0 +1,96 @@
+"""Kinds of settings: a dataclass field that knows what a job file may put there, and says so when it may not."""
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from hpcfl.errors import JobError
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a setting accepts: `parse` returns the value or raises ValueError, `allowed` is the sentence a user reads."""
+
+    allowed: str
+    parse: Callable[[Any], Any]
+
+    def check(self, key: str, value: Any) -> Any:
+        """The value as the setting keeps it.
+
+        Raises: JobError with key, value and what is allowed.
+        """
+        try:
+            return self.parse(value)
+        except (ValueError, TypeError):
+            raise JobError(f"{key} = {value!r} is not allowed; wanted {self.allowed}") from None
+
+
+def _setting(default: Any, allowed: str, parse: Callable[[Any], Any]) -> Any:
+    return field(default=default, metadata={"kind": Kind(allowed, parse)})
+
+
+def integer(default: int, low: int, high: int | None = None) -> Any:
+    """A whole number in [low, high]."""
+    def parse(value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+            raise ValueError
+        return value
+    return _setting(default, f"a whole number of at least {low}" + (f" and at most {high}" if high is not None else ""), parse)
+
+
+def real(default: float, low: float, high: float = float("inf"), above: bool = False) -> Any:
+    """A number in [low, high]; with `above` in (low, high]."""
+    def parse(value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError
+        if not (low < value <= high if above else low <= value <= high) or value in (float("inf"), float("-inf")):
+            raise ValueError
+        return float(value)
+    span = f"{'above' if above else 'of at least'} {low:g}" + (f" and at most {high:g}" if high != float("inf") else "")
+    return _setting(default, f"a number {span}", parse)
+
+
+def choice(default: str, *others: str) -> Any:
+    """One of a few words; the first is the default."""
+    options = (default, *others)
+
+    def parse(value: Any) -> str:
+        if value not in options:
+            raise ValueError
+        return value
+    return _setting(default, "one of " + ", ".join(repr(option) for option in options), parse)
+
+
+def flag(default: bool) -> Any:
+    """true or false."""
+    def parse(value: Any) -> bool:
+        if not isinstance(value, bool):
+            raise ValueError
+        return value
+    return _setting(default, "true or false", parse)
+
+
+def text(default: str) -> Any:
+    """A word or a sentence."""
+    def parse(value: Any) -> str:
+        if not isinstance(value, str):
+            raise ValueError
+        return value
+    return _setting(default, "a string", parse)
+
+
+def words(*default: str) -> Any:
+    """A list of at least one name."""
+    def parse(value: Any) -> tuple[str, ...]:
+        if not isinstance(value, (list, tuple)) or not value or not all(isinstance(word, str) for word in value):
+            raise ValueError
+        return tuple(value)
+    return _setting(tuple(default), "a list of at least one name", parse)
+
+
+def integers(*default: int, low: int = 0) -> Any:
+    """A list of whole numbers of at least `low`."""
+    def parse(value: Any) -> tuple[int, ...]:
+        if not isinstance(value, (list, tuple)) or not all(isinstance(n, int) and not isinstance(n, bool) and n >= low for n in value):
+            raise ValueError
+        return tuple(value)
+    return _setting(tuple(default), f"a list of whole numbers of at least {low}", parse)

@@ -1,0 +1,71 @@
+"""Latents: the space in which clients describe their images to each other: each client's own features, or one fixed map that all share."""
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from hpcfl import maps
+from hpcfl.data.shards import Scale, Shard
+from hpcfl.evaluate import features, in_batches
+from hpcfl.group import Group
+
+
+@dataclass(frozen=True)
+class OwnLatent:
+    """z = g_k(x), the feature of the client's own classifier (FedVTC, arXiv 2508.01669); nothing forces two clients' axes to agree."""
+
+    size: int
+    scale: Scale
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Networks that encoding needs beside the classifier: none."""
+        return {}
+
+    def encode(self, modules, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [-1, 1] to latents (B, p), differentiable."""
+        return modules.model.features(self.scale.from_symmetric(images))
+
+    def of_shard(self, group: Group, modules: dict[str, nn.Module], client: int, shard: Shard) -> Tensor:
+        """Latents of all images of a shard, (n, p), without gradients."""
+        return features(group, modules, client, shard)
+
+
+@dataclass(frozen=True)
+class CommonLatent:
+    """z = phi(x), a fixed map without training that is the same for all clients (ours): a generator that inverts it knows every client's latents."""
+
+    map: nn.Module
+    scale: Scale
+    known: dict[Shard, Tensor] = field(default_factory=dict)       # neither map nor images change: a shard is encoded once
+
+    @property
+    def size(self) -> int:
+        """The latent size p."""
+        return self.map.size
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The map; it has no state of any client."""
+        return {"map": self.map}
+
+    def encode(self, modules, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [-1, 1] to latents (B, p), differentiable."""
+        return modules.map(images)
+
+    def of_shard(self, group: Group, modules: dict[str, nn.Module], client: int, shard: Shard) -> Tensor:
+        """Latents of all images of a shard, (n, p), without gradients."""
+        if shard not in self.known:
+            self.known[shard] = in_batches(torch.no_grad()(lambda x: self.map(self.scale.to_symmetric(x))), shard)
+        return self.known[shard]
+
+
+def own(config, problem) -> OwnLatent:
+    """The paper's latent."""
+    return OwnLatent(problem.common_feature_size(), problem.scale)
+
+
+def common(config, problem) -> CommonLatent:
+    """The shared fixed map that the job names."""
+    return CommonLatent(maps.build(config.common_map, problem.shape, config.common_size, problem.job.run.seed).to(problem.device), problem.scale)
+
+
+LATENTS = {"own": own, "common": common}

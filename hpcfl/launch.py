@@ -1,0 +1,189 @@
+"""Launch: from a job file to a running simulation: folder, lock, device, threads, signals, and an end with the right exit code on every rank."""
+import fcntl
+import logging
+import os
+import platform
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+import hpcfl
+from hpcfl import checkpoint, storage
+from hpcfl.comm import Communicator
+from hpcfl.console import Console, keep_log
+from hpcfl.errors import EnvironmentFault, HpcflError, JobError, Stopped
+from hpcfl.job import Job
+from hpcfl.simulation import Simulation
+from hpcfl.world import World, resolved
+
+log = logging.getLogger("hpcfl")
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+
+
+def run(job: Job, comm: Communicator, out: Path | None, resume: str, may_differ: tuple[str, ...] = ()) -> Path:
+    """Carry out a job in its run folder and return the folder.
+
+    out: the run folder itself, by default runs/<name>/<UTC>-<hash8>. resume: "auto" goes on from the folder's last checkpoint (without `out` from the
+    newest unfinished run of the same job), "never" wants an empty folder, anything else is the path of a run folder or of one checkpoint.
+    Raises: the errors of hpcfl.errors; Stopped after a checkpoint on a signal.
+    """
+    job = resolved(job, comm.size)
+    folder, resume_from = (Path(path) if path else None for path in comm.share(_folders(job, out, resume) if comm.is_server else None))
+    with _owning(folder, comm), _stop_flag() as stop_requested:
+        keep_log(folder, comm.rank)
+        console = Console(comm.is_server, live=comm.size == 1 and sys.stdout.isatty())     # mpirun gives its ranks a terminal that is none
+        if _finished(folder) and resume_from == folder:
+            console.say(f"{folder}: already done; choose another --out to run it again")
+            return folder
+        set_threads(job, comm)
+        device = choose_device(job.run.device, comm.local_rank)
+        world = World(job, comm, device)
+        environments = comm.gather(_environment(comm, device))
+        if comm.is_server:
+            storage.write_text(folder / "job.toml", job.to_toml())
+            storage.write_json(folder / "environment.json", {"command": sys.argv, "hpcfl": hpcfl.__version__, "ranks": environments})
+            storage.write_text(folder / "STATUS", "running\n")
+        console.say(f"{job.run.name}: {job.algorithm_name} on {job.data.name}, {world.clients} clients on {comm.size} rank(s), "
+                    f"{sum(phase.rounds for phase in world.plan)} rounds -> {folder}")
+        try:
+            Simulation(world, folder, console, stop_requested).run(resume_from, may_differ)
+        except BaseException as error:
+            status = "stopped" if isinstance(error, Stopped) else "failed"
+            if status == "failed" or comm.is_server:
+                _write_status(folder, f"{status}: {str(error) or type(error).__name__}")
+            raise
+        finally:
+            console.close()
+        if comm.is_server:
+            _write_status(folder, "done")
+    return folder
+
+
+def guarded(body: Callable[[], int], comm: Communicator) -> int:
+    """Run `body` and return the exit code of the process; an error ends the whole job at once, with this rank's message or traceback.
+
+    Where all ranks fail alike the server speaks first and the abort takes the others along before they repeat it.
+    """
+    try:
+        return body()
+    except Stopped as error:
+        if comm.is_server:
+            print(f"hpcfl: {error}", flush=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        text, code = "interrupted from the keyboard", 130
+    except HpcflError as error:
+        text, code = str(error), error.exit_code
+        log.debug("raised at", exc_info=True)
+    except Exception as error:
+        text, code = traceback.format_exc(), getattr(error, "exit_code", 1)
+    if not comm.is_server:
+        time.sleep(0.5)
+    print(f"hpcfl: rank {comm.rank}: {text}" if comm.size > 1 else f"hpcfl: {text}", file=sys.stderr, flush=True)
+    if comm.size > 1:
+        comm.abort(code)
+    return code
+
+
+def set_threads(job: Job, comm: Communicator) -> None:
+    """Threads of this rank: run.threads, else one when deterministic, else the node's cores shared among its ranks."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(job.run.threads or (1 if job.run.deterministic else max(1, cores // comm.local_size)))
+
+
+def choose_device(wanted: str, local_rank: int) -> torch.device:
+    """The device of this rank: the GPU of its local rank modulo those visible, or the CPU.
+
+    Raises: EnvironmentFault where device = "cuda" and torch sees no GPU.
+    """
+    visible = torch.cuda.device_count() if wanted != "cpu" and torch.cuda.is_available() else 0
+    if wanted == "cuda" and visible == 0:
+        raise EnvironmentFault("run.device = 'cuda', but torch sees no CUDA device (torch.cuda.is_available() is False): wanted a GPU, its driver and a CUDA "
+                               "build of torch; set run.device = 'auto' to use the CPU where there is none")
+    if visible == 0:
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank % visible)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _folders(job: Job, out: Path | None, resume: str) -> tuple[str, str | None]:
+    """(run folder, where to resume from or None), decided at the server."""
+    if resume not in ("auto", "never"):
+        source = Path(resume)
+        if not checkpoint.exists(source):
+            raise JobError(f"--resume {source}: no checkpoint there; wanted a run folder with LATEST or a folder with manifest.json")
+        origin = source if (source / "LATEST").is_file() else source.parent.parent
+        return str(out or origin), str(source)
+    if out is None and resume == "auto":
+        unfinished = [path.parent for path in sorted(Path("runs", job.run.name).glob(f"*-{job.digest()}/LATEST")) if not _finished(path.parent)]
+        if unfinished:
+            return str(unfinished[-1]), str(unfinished[-1])
+    folder = out or Path("runs", job.run.name, f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{job.digest()}")
+    if resume == "auto" and checkpoint.exists(folder):
+        return str(folder), str(folder)
+    if (folder / "metrics.h5").exists() or (resume == "never" and folder.is_dir() and any(folder.iterdir())):
+        raise JobError(f"{folder}: holds a run already and nothing is overwritten; choose another --out, or --resume auto to go on with it")
+    return str(folder), None
+
+
+@contextmanager
+def _owning(folder: Path, comm: Communicator) -> Iterator[None]:
+    """Hold the run folder for this run; a second run on it is refused."""
+    handle, failure = None, None
+    if comm.is_server:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            handle = (folder / "LOCK").open("w")
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            failure = f"{folder}: another run is at work in this folder; wait for it, or choose another --out"
+        except OSError as error:
+            failure = f"{folder}: cannot write there: {error.strerror}; choose a writable folder with --out"
+    failure = comm.share(failure)
+    if failure:
+        raise JobError(failure)
+    try:
+        yield
+    finally:
+        if handle:
+            handle.close()
+
+
+@contextmanager
+def _stop_flag() -> Iterator[Callable[[], bool]]:
+    """SIGUSR1 and SIGTERM raise a flag that the loop looks at between rounds; a second signal changes nothing."""
+    seen: list[int] = []
+    before = {number: signal.signal(number, lambda got, frame: seen.append(got)) for number in SIGNALS}
+    try:
+        yield lambda: bool(seen)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _finished(folder: Path) -> bool:
+    status = folder / "STATUS"
+    return status.is_file() and status.read_text().strip() == "done"
+
+
+def _write_status(folder: Path, text: str) -> None:
+    try:
+        storage.write_text(folder / "STATUS", " ".join(text.split()) + "\n")
+    except HpcflError as error:                                    # the status is a courtesy; the error that led here is what matters
+        log.warning("%s", error)
+
+
+def _environment(comm: Communicator, device: torch.device) -> dict:
+    import h5py
+    import numpy
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {"rank": comm.rank, "host": platform.node(), "device": str(device), "device_name": name, "threads": torch.get_num_threads(),
+            "python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__, "h5py": h5py.__version__, "mpi": comm.library}

@@ -1,0 +1,20 @@
+"""Losses of one client, written as plain torch on its modules; `fit` runs them for whole groups."""
+import torch.nn.functional as F
+from torch import Tensor
+
+from hpcfl.tree import Tree
+
+
+def cross_entropy(modules, batch: Tree, context: Tree) -> Tensor:
+    """CE(f(x), y), mean over the batch."""
+    return F.cross_entropy(modules.model(batch["x"]), batch["y"])
+
+
+def prototype_distance(z: Tensor, y: Tensor, prototypes: Tensor, has: Tensor, weight: Tensor) -> Tensor:
+    """Mean over batch and features of weight * (z - prototype of y)^2; samples whose class has no prototype count as zero.
+
+    z (B, p), y (B,), prototypes (C, p), has (C,) bool, weight (p,) or (C, p) with mean 1. FedProto's regulariser with weight = 1, FedVTC's alignment
+    (arXiv 2508.01669) with weight = normalised inverse variance.
+    """
+    spread = weight[y] if weight.dim() == 2 else weight                                     # (B, p) or (p,)
+    return (has[y].unsqueeze(1) * spread * (z - prototypes[y]).square()).mean()

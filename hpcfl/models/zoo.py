@@ -1,0 +1,103 @@
+"""Zoo: the classifiers that a job can name, as data, and what each of them costs."""
+import difflib
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from hpcfl.errors import JobError
+from hpcfl.models.cnn import Cnn
+from hpcfl.models.imported import GoogLeNet, MobileNetV2
+from hpcfl.models.mlp import Mlp
+from hpcfl.models.norms import NORMS
+from hpcfl.models.resnet import ResNet
+from hpcfl.models.split import Family, Model, Shape
+
+GEFL: dict[str, Cnn] = {                                       # GeFL, specification section 4
+    "cnn1": Cnn((16,)),
+    "cnn2": Cnn((16, 32)),
+    "cnn3": Cnn((20, 40)),
+    "cnn4": Cnn((10, 20)),
+    "cnn5": Cnn((16, 32, 64)),
+    "cnn6": Cnn((20, 40, 80)),
+    "cnn7": Cnn((10, 20, 40)),
+    "cnn8": Cnn((16, 32, 64, 128)),
+    "cnn9": Cnn((20, 40, 80, 100)),
+    "cnn10": Cnn((10, 20, 40, 80)),
+}
+ENTRIES: dict[str, Family] = {
+    **GEFL,
+    **{f"{name}_bn": replace(net, normed=True) for name, net in GEFL.items()},                        # FMNIST: norms in the header too
+    **{f"{name}_svhn": replace(net, normed=True, extractor="svhn") for name, net in GEFL.items()},    # and one conv before it on colour
+    "w1": Cnn((32, 64), extractor="none", kernel=5, padding=0, hidden=512),                           # the benchmark net of 878,538 parameters
+    "fedconv": Cnn((16, 32), extractor="none"),                                                       # FedConv, specification section 6
+    **{f"mlp{depth}": Mlp(depth) for depth in range(2, 7)},
+    "resnet8": ResNet((1, 1, 1)),
+    "resnet10": ResNet((1, 1, 1, 1)),
+    "resnet18": ResNet((2, 2, 2, 2)),
+    "resnet34": ResNet((3, 4, 6, 3)),
+    "mobilenet_v2": MobileNetV2(),
+    "googlenet": GoogLeNet(),
+}
+
+
+def build(name: str, shape: Shape, classes: int, features: int = 64, norm: str = "batch", feature_relu: bool = True, width: float = 1.0) -> Model:
+    """A freshly initialised classifier (PyTorch's defaults, drawn from torch's global CPU generator: call it inside `Stream.seeding`).
+
+    `shape` is that of one image (C, H, W); `features` the common feature size p, 0 for the model's own; `norm` "batch" or "group";
+    `width` in (0, 1] shrinks every hidden width c to int(c * width), p, image and classes excepted (FedConv, HeteroFL).
+    Raises: JobError for an unknown name or norm, sizes that are not positive, and images too small for the model.
+    """
+    family = entry(name)
+    if norm not in NORMS:
+        raise JobError(f"models.norm = {norm!r} is not known; wanted one of {', '.join(NORMS)}")
+    if len(shape) != 3 or min(shape) < 1 or classes < 1 or features < 0:
+        raise JobError(f"model '{name}': got images {tuple(shape)}, {classes} classes, {features} features; wanted (C, H, W) and classes of "
+                       "at least 1, features of at least 0")
+    if not 0 < width <= 1:
+        raise JobError(f"model '{name}': got width {width}; wanted a number above 0 and at most 1")
+    if min(shape[1:]) < family.smallest():
+        raise JobError(f"models.names: '{name}' got images of {shape[1]}x{shape[2]} pixels, wanted at least {family.smallest()}x{family.smallest()}; "
+                       "choose another model or enlarge the images by data.size")
+    return Model(family.parts(tuple(shape), norm, width), shape, classes, features, feature_relu)
+
+
+def entry(name: str) -> Family:
+    """The entry of that name. Raises: JobError with the nearest name where there is none."""
+    if name not in ENTRIES:
+        close = difflib.get_close_matches(name, ENTRIES, n=1, cutoff=0.5)
+        raise JobError(f"models.names: '{name}' is not in the zoo{f'; did you mean {close[0]!r}?' if close else ''}; there are {', '.join(ENTRIES)}")
+    return ENTRIES[name]
+
+
+def common_feature_size(models: Mapping[str, Model]) -> int:
+    """The feature size p that all models share, {name: model}: methods that average features over clients need one.
+
+    Raises: JobError with every model's size where they differ.
+    """
+    sizes = {name: model.feature_size for name, model in models.items()}
+    if len(set(sizes.values())) != 1:
+        listed = ", ".join(f"{name}: {size}" for name, size in sizes.items())
+        raise JobError(f"models.features: the feature sizes differ ({listed}), wanted one common size; set models.features, for example to 64")
+    return next(iter(sizes.values()))
+
+
+@lru_cache(maxsize=None)
+def cost(name: str, shape: Shape, classes: int, features: int = 64, norm: str = "batch", feature_relu: bool = True, width: float = 1.0) -> int:
+    """Floating-point operations of one forward pass of one image (two per multiply-add of convs and linear layers, nothing else).
+
+    Arguments and errors as of `build`. Counted by hooks: torch's own counter, and its meta device, import its compiler, a second of every start.
+    """
+    counted: list[int] = []
+
+    def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        counted.append(2 * output.numel() * layer.weight[0].numel())                                  # a row of weights for each output
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        model = build(name, shape, classes, features, norm, feature_relu, width).eval()
+        for layer in model.modules():
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                layer.register_forward_hook(count)
+        model(torch.zeros(1, *shape))
+    return sum(counted)

@@ -1,0 +1,244 @@
+"""Moments, the first two moments of features by class: measured on a client, merged, sent, and aggregated by the law of total covariance."""
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import isqrt
+
+import torch
+from torch import Tensor
+
+from hpcfl.errors import DataError, LayoutError, NonFiniteError
+from hpcfl.tree import Tree
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How much of the scatter matrices is kept: of each class or `shared`, the sum over classes; the diagonal, its mean, or all of it (`full`)."""
+
+    shared: bool = False
+    full: bool = False
+    isotropic: bool = False
+
+
+MODES = {"shared_diag": Mode(shared=True),                         # spread (p,)
+         "class_diag": Mode(),                                     # (C, p)
+         "class_iso": Mode(isotropic=True),                        # (C,)
+         "shared_full": Mode(shared=True, full=True),              # (p, p), sent as its lower triangle (p(p+1)/2,)
+         "class_full": Mode(full=True)}                            # (C, p, p), sent as (C, p(p+1)/2)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Per class, in float64: how many samples, their mean, and their scatter W = sum_i (z_i - mean)(z_i - mean)^T; zeros where there is no sample."""
+
+    count: Tensor                                                  # (C,)
+    mean: Tensor                                                   # (C, p)
+    scatter: Tensor                                                # (C, p): its diagonal; or (C, p, p); from a message: in the shape of the mode
+
+    def __add__(self, other: "Moments") -> "Moments":
+        """The moments of both sets of samples together: `merge`."""
+        return merge(self, other)
+
+
+@dataclass(frozen=True)
+class GlobalMoments:
+    """What all clients know together, float64. Every field is a tensor: `dict(vars(m))` is a Tree, `GlobalMoments(**tree)` the way back.
+
+    `within` and `between` are the traces of the two parts of the pooled covariance: the spread inside clients, and that of the clients' means
+    around the common ones, which dominates while the clients' feature spaces are not aligned.
+    """
+
+    has: Tensor                                                    # (C,) bool: whether anybody has a sample of the class
+    mean: Tensor                                                   # (C, p)
+    spread: Tensor                                                 # variances or covariances in the shape of the mode
+    count: Tensor                                                  # (C,)
+    within: Tensor                                                 # ()
+    between: Tensor                                                # ()
+
+
+def needs_full(mode: str) -> bool:
+    """Whether the mode needs scatter matrices, not only their diagonals."""
+    return MODES[mode].full
+
+
+def measure(z: Tensor, y: Tensor, classes: int, full: bool, where: str = "features") -> Moments:
+    """Moments of features z (n, p) with labels y (n,) by class, in float64 by two passes: first the means, then what is left around them.
+
+    The one-pass form E[x^2] - E[x]^2 has a relative error of 0.94 in float32 for offset 1e3 and deviation 1.
+    `full` keeps the scatter (C, p, p), otherwise its diagonal (C, p).
+    Raises: NonFiniteError naming `where` for NaN or infinity in z, DataError for labels outside [0, classes).
+    """
+    sums = first_sums(z, y, classes, where)
+    mean = sums["sums"] / sums["counts"].clamp(min=1)[:, None]     # (C, p)
+    return Moments(sums["counts"], mean, _scatter(z.detach().double() - mean[y], y, classes, full))
+
+
+def merge(a: Moments, b: Moments) -> Moments:
+    """The moments of both sets of samples together (Chan, Golub, LeVeque 1979, eq. 2.1); exactly one side where the other has no samples."""
+    count = a.count + b.count
+    share = b.count / count.clamp(min=1)                           # (C,)
+    apart = b.mean - a.mean                                        # (C, p)
+    weight = a.count * share                                       # n_a n_b / n
+    square = _outer(weight, apart) if a.scatter.dim() == 3 else weight[:, None] * apart.square()
+    return Moments(count, a.mean + apart * share[:, None], a.scatter + b.scatter + square)
+
+
+def spread_of(moments: Moments, mode: str) -> Tensor:
+    """One client's variances or covariances W/n, float64, as a message has them: (p,), (C, p), (C,), (p(p+1)/2,) or (C, p(p+1)/2).
+
+    Raises: LayoutError where the mode needs scatter matrices and only diagonals were measured.
+    """
+    kind = MODES[mode]
+    measured_full = moments.scatter.dim() == 3
+    if kind.full and not measured_full:
+        raise LayoutError(f"'{mode}' needs scatter matrices, got diagonals {tuple(moments.scatter.shape)}; measure(..., full=needs_full(mode))")
+    scatter = moments.scatter if kind.full or not measured_full else moments.scatter.diagonal(dim1=-2, dim2=-1)
+    spread = _per_sample(_kept(scatter, kind), moments.count, kind)
+    return pack_triangle(spread) if kind.full else spread
+
+
+def to_message(moments: Moments, mode: str, min_count: int = 1, dtype: torch.dtype = torch.float32) -> Tree:
+    """What a client sends: {"counts": int64 (C,), "means": (C, p), "spread": as `spread_of`}, the last two in `dtype`.
+
+    Classes with fewer than `min_count` samples are left out, of the shared spread as well: with one sample the mean is that sample's feature.
+    """
+    sent = moments.count >= max(min_count, 1)                      # (C,)
+    kept = Moments(*(leaf * _beside(sent, leaf) for leaf in (moments.count, moments.mean, moments.scatter)))
+    return {"counts": kept.count.long(), "means": kept.mean.to(dtype), "spread": spread_of(kept, mode).to(dtype)}
+
+
+def from_message(message: Tree, mode: str) -> Moments:
+    """What the client measured, as far as the message tells: the scatter in the shape of the mode, sums over classes where they share one."""
+    kind = MODES[mode]
+    count, spread = message["counts"].double(), message["spread"].double()
+    scatter = unpack_triangle(spread) if kind.full else spread
+    return Moments(count, message["means"].double(), scatter * (count.sum() if kind.shared else _beside(count, scatter)))
+
+
+def aggregate(messages: Sequence[Tree], mode: str, between_client: bool = True) -> GlobalMoments:
+    """The moments of all clients' samples together, by the law of total covariance:
+
+        Sigma^y = 1/n^y     sum_k   [W_k^y + n_k^y (c_k^y - c^y)(c_k^y - c^y)^T]        of each class
+        Sigma   = 1/(N-C')  sum_y,k [...]                                               shared; C' classes have samples
+
+    `messages` in client order, so that the result does not depend on the ranks; without `between_client` the second term is left out.
+    Raises: DataError without messages, LayoutError where shapes differ.
+    """
+    _check_alike(messages)
+    kind = MODES[mode]
+    clients = [from_message(message, mode) for message in messages]
+    count = sum(client.count for client in clients)                # (C,)
+    mean = sum(client.count[:, None] * client.mean for client in clients) / count.clamp(min=1)[:, None]
+    within = sum(client.scatter for client in clients)
+    between = sum(_around(client.count, client.mean - mean, kind) for client in clients)
+    return _finished(count, mean, within, between if between_client else torch.zeros_like(between), kind)
+
+
+def first_sums(z: Tensor, y: Tensor, classes: int, where: str = "features") -> Tree:
+    """First phase of the form that needs only sums: {"counts": (C,), "sums": (C, p)} of features z (n, p), float64; add over clients.
+
+    Raises: as `measure`.
+    """
+    if not bool(torch.isfinite(z).all()):
+        bad = int((~torch.isfinite(z)).any(1).sum())
+        raise NonFiniteError(f"{where}: NaN or infinity in {bad} of {len(z)} rows; lower training.lr or set training.clip")
+    if len(y) and not 0 <= int(y.min()) <= int(y.max()) < classes:
+        raise DataError(f"{where}: labels go from {int(y.min())} to {int(y.max())}, wanted 0 to {classes - 1}")
+    counts = torch.bincount(y, minlength=classes).double()
+    return {"counts": counts, "sums": torch.zeros(classes, z.shape[1], dtype=torch.float64, device=z.device).index_add_(0, y, z.detach().double())}
+
+
+def centred_scatter(z: Tensor, y: Tensor, centre: Tensor, mode: str) -> Tensor:
+    """Second phase: a client's scatter around the common means `centre` (C, p), float64, in the form of `spread_of`; add over clients."""
+    kind, centred = MODES[mode], z.detach().double() - centre[y]
+    if kind.shared and kind.full:
+        return pack_triangle(centred.T @ centred)
+    scatter = _kept(_scatter(centred, y, len(centre), kind.full), kind)
+    return pack_triangle(scatter) if kind.full else scatter
+
+
+def from_sums(counts: Tensor, sums: Tensor, scatter: Tensor, mode: str) -> GlobalMoments:
+    """What `aggregate` gives, from the totals of the two phases; they cannot tell within from between, so `within` is both."""
+    kind = MODES[mode]
+    whole = unpack_triangle(scatter) if kind.full else scatter
+    return _finished(counts, sums / counts.clamp(min=1)[:, None], whole, torch.zeros_like(whole), kind)
+
+
+def keep_previous(new: GlobalMoments, old: GlobalMoments, mode: str) -> GlobalMoments:
+    """`new`, where classes without a sample keep what `old` knew of them; a shared spread is kept only where nobody had any sample."""
+    def kept(name: str, by_class: bool) -> Tensor:
+        ours, theirs = getattr(new, name), getattr(old, name)
+        return torch.where(_beside(new.has, ours) if by_class else new.has.any(), ours, theirs)
+    return GlobalMoments(new.has | old.has, kept("mean", True), kept("spread", not MODES[mode].shared), kept("count", True),
+                         kept("within", False), kept("between", False))
+
+
+def pack_triangle(matrix: Tensor) -> Tensor:
+    """The lower triangles of symmetric matrices, row by row: (..., p, p) to (..., p(p+1)/2)."""
+    row, column = torch.tril_indices(*matrix.shape[-2:], device=matrix.device)
+    return matrix[..., row, column]
+
+
+def unpack_triangle(packed: Tensor) -> Tensor:
+    """The symmetric matrices of lower triangles: (..., p(p+1)/2) to (..., p, p)."""
+    size = (isqrt(8 * packed.shape[-1] + 1) - 1) // 2
+    row, column = torch.tril_indices(size, size, device=packed.device)
+    matrix = packed.new_empty(*packed.shape[:-1], size, size)
+    matrix[..., row, column] = packed
+    matrix[..., column, row] = packed
+    return matrix
+
+
+def _beside(by_class: Tensor, leaf: Tensor) -> Tensor:
+    return by_class.view(-1, *[1] * (leaf.dim() - 1))
+
+
+def _outer(weight: Tensor, vectors: Tensor) -> Tensor:
+    return (weight[:, None] * vectors)[:, :, None] * vectors[:, None, :]                 # (C, p, p)
+
+
+def _scatter(centred: Tensor, y: Tensor, classes: int, full: bool) -> Tensor:
+    size = centred.shape[1]
+    if not full:
+        return torch.zeros(classes, size, dtype=torch.float64, device=centred.device).index_add_(0, y, centred.square())       # (C, p)
+    scatter = torch.zeros(classes, size, size, dtype=torch.float64, device=centred.device)
+    for label in y.unique().tolist():
+        samples = centred[y == label]                              # (n^y, p)
+        scatter[label] = samples.T @ samples
+    return scatter
+
+
+def _kept(scatter: Tensor, kind: Mode) -> Tensor:
+    """What the mode keeps of scatter (C, p), or (C, p, p) if full, by class."""
+    pooled = scatter.sum(0) if kind.shared else scatter
+    return pooled.mean(-1) if kind.isotropic else pooled
+
+
+def _around(count: Tensor, apart: Tensor, kind: Mode) -> Tensor:
+    """sum n d d^T of the means' deviations d (C, p), in the shape of the mode."""
+    if kind.full:
+        return (count[:, None] * apart).T @ apart if kind.shared else _outer(count, apart)
+    return _kept(count[:, None] * apart.square(), kind)
+
+
+def _per_sample(scatter: Tensor, count: Tensor, kind: Mode) -> Tensor:
+    return scatter / (count.sum() if kind.shared else _beside(count, scatter)).clamp(min=1)
+
+
+def _finished(count: Tensor, mean: Tensor, within: Tensor, between: Tensor, kind: Mode) -> GlobalMoments:
+    has = count > 0
+    freedom = (count.sum() - has.sum()).clamp(min=1)               # N - C'; 1 where every class has one sample and the scatter is 0
+    scatter = within + between
+    spread = scatter / freedom if kind.shared else _per_sample(scatter, count, kind)
+    traces = [(part.diagonal(dim1=-2, dim2=-1) if kind.full else part).sum() * (mean.shape[1] if kind.isotropic else 1) / freedom
+              for part in (within, between)]
+    return GlobalMoments(has, mean, spread, count, *traces)
+
+
+def _check_alike(messages: Sequence[Tree]) -> None:
+    if not messages:
+        raise DataError("no client sent moments; at least one of the cohort must have samples")
+    for index, message in enumerate(messages):
+        for path, leaf in messages[0].items():
+            if message[path].shape != leaf.shape:
+                raise LayoutError(f"message {index}: '{path}' is {tuple(message[path].shape)}, message 0 has {tuple(leaf.shape)}; "
+                                  "all models must have the same feature size and number of classes")

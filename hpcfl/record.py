@@ -1,0 +1,115 @@
+"""Record: metrics.h5, one row per finished round, gathered at the server and written whole, atomically, at every checkpoint."""
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from hpcfl import storage
+from hpcfl.errors import CheckpointError
+from hpcfl.ledger import SECONDS
+
+SCHEMA = 1
+
+
+class Record:
+    """The server's account of a run.
+
+    It lives in memory between checkpoints and reaches the disk as a whole new file, so that a killed run never leaves a half-written one; rows past
+    the last checkpoint are dropped on resume because the rounds behind them run again.
+    """
+
+    def __init__(self, attributes: Mapping[str, Any], fixed: Mapping[str, np.ndarray], clients: int, ranks: int):
+        self.attributes, self.fixed, self.clients, self.ranks = dict(attributes), dict(fixed), clients, ranks
+        self.rows: list[dict[str, Any]] = []
+        self.evaluations: list[dict[str, Any]] = []
+        self.samples: dict[str, np.ndarray] = {}
+
+    def finish_round(self, phase: str, round_: int, accounts: Sequence[Mapping[str, Any]]) -> None:
+        """Add a row from the accounts of all ranks, in rank order."""
+        def by_client(key: str) -> np.ndarray:
+            values = np.zeros(self.clients, np.int64)
+            for account in accounts:
+                for client, count in account[key].items():
+                    values[client] += count
+            return values
+        metrics: dict[str, np.ndarray] = {}
+        for account in accounts:
+            for name, values in account["metrics"].items():
+                row = metrics.setdefault(name, np.full(self.clients, np.nan))
+                row[list(values)] = list(values.values())
+        self.rows.append({"phase": phase, "round": round_, "wall_s": max(account["wall_s"] for account in accounts),
+                          "up": by_client("up"), "down": by_client("down"), "metrics": metrics,
+                          "transported": np.array([account["sent_bytes"] for account in accounts], np.int64),
+                          "seconds": {kind: np.array([account["seconds"][kind] for account in accounts]) for kind in SECONDS}})
+
+    def evaluate(self, stage: str, counts: Mapping[str, np.ndarray]) -> None:
+        """Add an evaluation to the round that is open: name -> (K, C) right answers."""
+        self.evaluations.append({"at": len(self.rows), "stage": stage, **counts})
+
+    def write(self, path: Path) -> None:
+        """Replace the file by one that holds everything up to now.
+
+        Raises: CheckpointError where the disk does not take it; the file that was there stays.
+        """
+        with storage.replacing(path) as temporary, h5py.File(temporary, "w") as file:
+            file.attrs.update({"schema": SCHEMA, **self.attributes})
+            for name, value in self.fixed.items():
+                file[name] = value
+            for name, column in self._columns().items():
+                file[name] = column
+            for name, value in self.samples.items():
+                file.create_dataset(f"samples/{name}", data=value, compression="gzip" if value.ndim > 1 else None)
+
+    def read(self, path: Path, rows: int) -> None:
+        """Take over the first `rows` rounds of an earlier run's file.
+
+        Raises: CheckpointError where the file cannot be read or holds fewer rounds.
+        """
+        with storage.reading(path) as file:
+            if len(file["rounds/round"]) < rows:
+                raise CheckpointError(f"{path}: holds {len(file['rounds/round'])} rounds, the checkpoint is at {rows}; the record is older than the checkpoint")
+            get = {name: file[name][()] for name in _names(file)}
+        phases = [phase.decode() for phase in get["rounds/phase"]]
+        for t in range(rows):
+            self.rows.append({"phase": phases[t], "round": int(get["rounds/round"][t]), "wall_s": float(get["rounds/wall_s"][t]),
+                              "up": get["bytes/simulated_up"][t], "down": get["bytes/simulated_down"][t], "transported": self._fit(get["bytes/transported"][t]),
+                              "metrics": {name[6:]: get[name][t] for name in get if name.startswith("train/") and not np.isnan(get[name][t]).all()},
+                              "seconds": {kind: self._fit(get[f"seconds/{kind}"][t]) for kind in SECONDS}})
+        kinds = [name[11:] for name in get if name.startswith("evaluation/") and name.endswith("_correct")]
+        for e, at in enumerate(get.get("evaluation/at", ())):
+            if at < rows:
+                self.evaluations.append({"at": int(at), "stage": get["evaluation/stage"][e].decode(), **{kind: get[f"evaluation/{kind}"][e] for kind in kinds}})
+
+    def _fit(self, by_rank: np.ndarray) -> np.ndarray:
+        """Rows by rank as wide as this run: another number of ranks may have written them."""
+        return np.pad(by_rank, (0, max(0, self.ranks - len(by_rank))))[:self.ranks] if len(by_rank) <= self.ranks else \
+            np.append(by_rank[:self.ranks - 1], by_rank[self.ranks - 1:].sum())
+
+    def _columns(self) -> dict[str, Any]:
+        rows, text = self.rows, h5py.string_dtype()
+        names = sorted({name for row in rows for name in row["metrics"]})
+        missing = np.full(self.clients, np.nan)
+        columns: dict[str, Any] = {
+            "rounds/phase": np.array([row["phase"] for row in rows], dtype=text), "rounds/round": np.array([row["round"] for row in rows], np.int64),
+            "rounds/wall_s": np.array([row["wall_s"] for row in rows], np.float64),
+            "bytes/simulated_up": _table(rows, "up", self.clients), "bytes/simulated_down": _table(rows, "down", self.clients),
+            "bytes/transported": _table(rows, "transported", self.ranks)}
+        columns |= {f"train/{name}": np.array([row["metrics"].get(name, missing) for row in rows]).reshape(-1, self.clients) for name in names}
+        columns |= {f"seconds/{kind}": np.array([row["seconds"][kind] for row in rows], np.float64).reshape(-1, self.ranks) for kind in SECONDS}
+        if self.evaluations:
+            columns |= {"evaluation/at": np.array([entry["at"] for entry in self.evaluations], np.int64),
+                        "evaluation/stage": np.array([entry["stage"] for entry in self.evaluations], dtype=text)}
+            columns |= {f"evaluation/{name}": np.stack([entry[name] for entry in self.evaluations]) for name in self.evaluations[0] if name not in ("at", "stage")}
+        return columns
+
+
+def _table(rows: list[dict[str, Any]], key: str, width: int) -> np.ndarray:
+    return np.array([row[key] for row in rows], np.int64).reshape(-1, width)
+
+
+def _names(file: h5py.File) -> list[str]:
+    names: list[str] = []
+    file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
+    return names

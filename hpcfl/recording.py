@@ -1,0 +1,198 @@
+"""recording: a run's metrics.h5 read into memory, checked against the schema, with the accuracies that are asked of it."""
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from hpcfl.errors import CheckpointError, JobError
+from hpcfl.inspect import foreign
+
+SCHEMA = 1
+SHAPES = {                                                         # of a dataset, or of all datasets of a group
+    "rounds": "R", "train": "RK", "bytes": "RK", "bytes/transported": "R.", "seconds": "R.",
+    "evaluation": "EKC", "evaluation/at": "E", "evaluation/stage": "E", "evaluation/generalization_count": "C",
+    "evaluation/personal_count": "KC", "evaluation/validation_count": "KC", "partition": "KC", "clients": "K",
+    "samples/synthetic": "SC....", "samples/has": "SC", "samples/real": "C....", "samples/client": "S"}
+ROWS = "RE"                                                        # axes that grow: cut to the shortest, a write may have been interrupted
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A run's metrics.h5 in memory: `arrays` maps "group/name" to its array, accuracies come out in percent.
+
+    Letters of shapes: R finished rounds, E evaluations, K clients, C classes. NaN stands for what was not measured.
+    """
+
+    folder: Path
+    status: str
+    algorithm: str
+    job_text: str
+    job: dict[str, dict[str, Any]]
+    clients: int
+    classes: int
+    ranks: int
+    arrays: dict[str, np.ndarray]
+
+    @property
+    def rounds(self) -> int:
+        """Finished rounds over all phases."""
+        return len(self.arrays["rounds/phase"])
+
+    @property
+    def name(self) -> str:
+        """run.name of the job."""
+        return str(self.job.get("run", {}).get("name", self.folder.name))
+
+    @property
+    def seed(self) -> int | None:
+        """run.seed of the job."""
+        return self.job.get("run", {}).get("seed")
+
+    def part(self, group: str) -> dict[str, np.ndarray]:
+        """The datasets of one group by name."""
+        return {path.split("/", 1)[1]: array for path, array in self.arrays.items() if path.startswith(f"{group}/")}
+
+    def stage(self, name: str) -> np.ndarray:
+        """Which evaluations belong to a stage ("end" | "before_refine"), as indices in order of time."""
+        return np.flatnonzero(self.arrays.get("evaluation/stage", np.zeros(0, object)) == name)
+
+    def last(self, name: str) -> int | None:
+        """The last evaluation of a stage; of "before_refine" the one that goes with the last "end", so that pairs are pairs."""
+        found, end = self.stage(name), self.stage("end")
+        if name == "before_refine" and len(end):
+            at = self.arrays["evaluation/at"]
+            found = found[at[found] <= at[end[-1]]]
+        return int(found[-1]) if len(found) else None
+
+    def accuracy(self, kind: str, evaluations: Sequence[int]) -> np.ndarray:
+        """Accuracy of each client over all test samples in percent, (len(evaluations), K); `kind` is generalization, personal or validation."""
+        correct, count = self._counted(kind, evaluations)
+        return percent(correct.sum(-1), count.sum(-1))
+
+    def recall(self, evaluation: int | None) -> np.ndarray:
+        """Generalization accuracy of each client on each class in percent, (K, C)."""
+        correct, count = self._counted("generalization", [] if evaluation is None else [evaluation])
+        return percent(correct, count)[0] if evaluation is not None else np.full((self.clients, self.classes), np.nan)
+
+    def absent(self) -> np.ndarray:
+        """Which classes a client has no training sample of, (K, C); none where the partition was not recorded."""
+        train = self.arrays.get("partition/train")
+        return np.zeros((self.clients, self.classes), bool) if train is None else train == 0
+
+    def absent_accuracy(self, evaluation: int | None) -> np.ndarray:
+        """Accuracy of each client in percent over the test samples of its absent classes, (K,); NaN for a client that has all classes."""
+        if evaluation is None:
+            return np.full(self.clients, np.nan)
+        correct, count = (np.where(self.absent(), part[0], 0) for part in self._counted("generalization", [evaluation]))
+        return percent(correct.sum(-1), count.sum(-1))
+
+    def per_round(self, path: str) -> np.ndarray:
+        """A bytes dataset summed over clients or ranks, (R,); zeros where it was not recorded."""
+        array = self.arrays.get(f"bytes/{path}")
+        return np.zeros(self.rounds, np.int64) if array is None else array.sum(1)
+
+    def per_client(self, path: str) -> np.ndarray:
+        """A bytes dataset summed over rounds, (K,); zeros where it was not recorded."""
+        array = self.arrays.get(f"bytes/{path}")
+        return np.zeros(self.clients, np.int64) if array is None else array.sum(0)
+
+    def _counted(self, kind: str, evaluations: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        correct, count = self.arrays.get(f"evaluation/{kind}_correct"), self.arrays.get(f"evaluation/{kind}_count")
+        if correct is None or count is None:
+            shape = (len(evaluations), self.clients, self.classes)
+            return np.full(shape, np.nan), np.zeros(shape)
+        correct = correct[np.asarray(evaluations, int)].astype(float)                                  # (e, K, C)
+        return np.where(correct < 0, np.nan, correct), np.broadcast_to(count, correct.shape)
+
+
+def read(run: str | Path) -> Recording:
+    """Read a run folder, finished or not.
+
+    Raises: JobError for a folder that is no run; CheckpointError for a metrics.h5 that is truncated, of another schema, inconsistent, or that
+    leads into other files.
+    """
+    folder = Path(run)
+    path = folder / "metrics.h5"
+    if not path.is_file():
+        raise JobError(f"{folder}: {_no_run(folder)}")
+    try:
+        with h5py.File(path, "r", locking=False) as file:          # a run that is still going holds the lock
+            attributes, arrays = dict(file.attrs), dict(_datasets(file, path))
+    except (OSError, RuntimeError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as HDF5, perhaps truncated ({error}); if the run is still writing, ask again, otherwise "
+                              "resume it from its last checkpoint, which restores the rounds up to there") from None
+    if attributes.get("schema") != SCHEMA:
+        raise CheckpointError(f"{path}: schema = {attributes.get('schema')}, wanted {SCHEMA}; report it with the hpcfl version that wrote it")
+    try:
+        sizes = {"K": int(attributes["clients"]), "C": int(attributes["classes"])}
+        text = str(attributes["job"])
+        return Recording(folder, _status(folder), str(attributes["algorithm"]), text, tomllib.loads(text), sizes["K"], sizes["C"],
+                         int(attributes["ranks"]), _aligned(arrays, sizes, path))
+    except (KeyError, TypeError, ValueError) as error:             # TOMLDecodeError is a ValueError
+        raise CheckpointError(f"{path}: attribute missing or damaged ({error}); wanted algorithm, job, clients, classes and ranks") from None
+
+
+def percent(correct: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """100 correct / count; NaN where there is nothing to count."""
+    return 100.0 * np.divide(correct, count, out=np.full(np.shape(correct), np.nan), where=np.asarray(count) > 0)
+
+
+def mean_of(values: np.ndarray, axis: int) -> np.ndarray:
+    """The mean along an axis that leaves NaN out; NaN, without a warning, where all of it is NaN."""
+    known = np.isfinite(values)
+    return np.divide(np.where(known, values, 0).sum(axis), known.sum(axis), out=np.full(known.sum(axis).shape, np.nan), where=known.any(axis))
+
+
+def _status(folder: Path) -> str:
+    path = folder / "STATUS"
+    return path.read_text(errors="replace").strip() or "unknown" if path.is_file() else "unknown"
+
+
+def _no_run(folder: Path) -> str:
+    if folder.is_file():
+        return "is a file, wanted the run folder that holds it"
+    if not folder.is_dir():
+        return "no such folder, wanted a run folder as `hpcfl run` writes it (runs/<name>/<UTC>-<hash8>)"
+    inner = sorted(path.parent for path in folder.glob("*/metrics.h5"))
+    if inner:
+        return f"is no run folder but holds {len(inner)}; name them, for example {inner[-1]}"
+    status = f"; its STATUS is '{_status(folder)}', so no round was finished" if (folder / "STATUS").is_file() else ""
+    return f"is no run folder, it has no metrics.h5{status}"
+
+
+def _datasets(file: h5py.File, path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    for group_name in sorted({name.split("/")[0] for name in SHAPES} & set(file)):
+        for name in [group_name, *(f"{group_name}/{inner}" for inner in _members(file, group_name))]:
+            reason = foreign(file[name.rpartition("/")[0] or "/"], name.rpartition("/")[2])
+            if reason is not None:
+                raise CheckpointError(f"{path}: '{name}' is a {reason}; only data inside the file itself is read")
+            if isinstance(file[name], h5py.Dataset):
+                is_text = h5py.check_string_dtype(file[name].dtype) is not None
+                yield name, np.asarray(file[name].asstr()[...], object) if is_text else file[name][...]
+
+
+def _members(file: h5py.File, group_name: str) -> list[str]:
+    return list(file[group_name]) if foreign(file, group_name) is None and isinstance(file[group_name], h5py.Group) else []
+
+
+def _aligned(arrays: dict[str, np.ndarray], sizes: dict[str, int], path: Path) -> dict[str, np.ndarray]:
+    """The arrays with their shapes checked, growing axes cut to the rows that every dataset has, evaluations of unfinished rounds left out."""
+    if "rounds/phase" not in arrays:
+        raise CheckpointError(f"{path}: dataset 'rounds/phase' is missing, so the file is no record of a run; resume or repeat the run")
+    wanted = {name: SHAPES.get(name, SHAPES[name.split("/")[0]] if name.split("/")[0] in SHAPES else "") for name in arrays}
+    bound = dict(sizes)
+    for name, letters in wanted.items():
+        shape = arrays[name].shape
+        if letters and (len(shape) != len(letters) or any(bound.setdefault(letter, size) != size for letter, size in zip(letters, shape, strict=True)
+                                                          if letter not in ROWS + ".")):
+            raise CheckpointError(f"{path}: '{name}' is {shape}, wanted ({', '.join(str(bound.get(letter, letter)) for letter in letters)})")
+    rows = {letter: min((len(arrays[name]) for name, letters in wanted.items() if letters.startswith(letter)), default=0) for letter in ROWS}
+    if not {"evaluation/at", "evaluation/stage"} <= arrays.keys():
+        rows["E"] = 0                                              # counts that belong to no round say nothing
+    cut = {name: array[:rows[wanted[name][0]]] if wanted[name][:1] in ROWS else array for name, array in arrays.items() if wanted[name]}
+    known = cut.get("evaluation/at", np.zeros(0, int)) < rows["R"]
+    return {name: array[known] if wanted[name].startswith("E") else array for name, array in cut.items()}

@@ -1,0 +1,133 @@
+"""report: what a run left behind, read from its metrics.h5 as one dictionary (`summary`) or as figures and a self-contained page (`write`)."""
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hpcfl.errors import JobError
+from hpcfl.inspect import byte_text, printable
+from hpcfl.recording import Recording, mean_of, read
+
+TARGETS = (10, 20, 30, 40, 50, 60, 70, 80, 90)                     # percent; `bytes.until_accuracy` says what each cost
+TABLE = ("run", "algorithm", "status", "seed", "rounds", "before fine-tuning", "generalization", "personal", "absent classes",
+         "up/client", "down/client", "seconds")
+WORDS = 3                                                          # columns of words, aligned on the left
+
+
+def summary(run: str | Path | Recording, targets: Sequence[float] = TARGETS) -> dict[str, Any]:
+    """A run in figures that JSON can carry: accuracies in percent, bytes, seconds; None for what was not measured.
+
+    `accuracy.*` hold {mean, min, max, sd, per_client} of the last evaluation, sd over clients (population). `seconds` sums, over rounds, the
+    slowest rank of each phase; waiting, which is no phase, is in `seconds_by_rank` and as `idle_share` of ranks x wall time.
+    `bytes.until_accuracy` has the cumulative bytes at the first evaluation whose mean generalization accuracy reaches each target.
+
+    Raises: as `read`.
+    """
+    recording = run if isinstance(run, Recording) else read(run)
+    data = recording.job.get("data", {}).get("name")
+    return {"run": str(recording.folder), "name": recording.name, "algorithm": recording.algorithm, "seed": recording.seed, "data": data,
+            "status": recording.status, "rounds": recording.rounds, "ranks": recording.ranks, "clients": recording.clients,
+            "classes": recording.classes, "accuracy": _accuracy(recording), "bytes": _bytes(recording, targets), **_seconds(recording)}
+
+
+def table(runs: Sequence[str | Path]) -> str:
+    """The runs as an aligned table for the terminal: accuracies in percent with the lowest and highest client, bytes per client.
+
+    Raises: as `read`.
+    """
+    rows = [TABLE, *(_table_row(summary(run)) for run in runs)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(TABLE))]
+    return "\n".join("  ".join(cell.ljust(width) if column < WORDS else cell.rjust(width)
+                               for column, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip() for row in rows)
+
+
+def write(runs: Sequence[str | Path], out: str | Path) -> Path:
+    """Write `out`/report.html, one page that needs no other file, and its figures as PNG under `out`/figures; returns the page's path.
+
+    Raises: as `read`, before anything is written; JobError without runs or where `out` cannot be written.
+    """
+    from hpcfl import page                                         # here, because matplotlib takes a second to load
+    recordings = [read(run) for run in dict.fromkeys(Path(run) for run in runs)]
+    if not recordings:
+        raise JobError("report: no run was named; wanted at least one run folder")
+    try:
+        return page.write(recordings, Path(out))
+    except OSError as error:
+        raise JobError(f"{out}: cannot write the report: {error.strerror or error}; name another folder with --out") from None
+
+
+def spread(values: np.ndarray) -> dict[str, Any]:
+    """Mean, min, max and population sd over the finite entries of (K,), and all of them; None where there is nothing."""
+    finite = values[np.isfinite(values)]
+    over = {"mean": finite.mean(), "min": finite.min(), "max": finite.max(), "sd": finite.std()} if finite.size else {}
+    return {**{key: float(over[key]) if over else None for key in ("mean", "min", "max", "sd")}, "per_client": _plain(values)}
+
+
+def same_but_seed(recordings: Sequence[Recording]) -> list[list[Recording]]:
+    """The runs in groups that differ in nothing but seed (and name) and got equally far; a seed met again opens another group."""
+    groups: dict[tuple[str, int], list[Recording]] = {}
+    for recording in recordings:
+        tables = {section: {key: value for key, value in table.items() if section != "run" or key not in ("seed", "name")}
+                  for section, table in recording.job.items()}
+        settings = f"{recording.rounds} {json.dumps(tables, sort_keys=True, default=str)}"
+        again = sum(recording.seed == other.seed for (known, _), group in groups.items() if known == settings for other in group)
+        groups.setdefault((settings, again), []).append(recording)
+    return list(groups.values())
+
+
+def _accuracy(recording: Recording) -> dict[str, Any]:
+    end, before = recording.last("end"), recording.last("before_refine")
+    nothing, kinds = np.full(recording.clients, np.nan), ("generalization", "personal", "validation")
+    found = {kind: spread(nothing if end is None else recording.accuracy(kind, [end])[0]) for kind in kinds}
+    found["absent_classes"] = spread(recording.absent_accuracy(end))
+    found["recall"] = _plain(mean_of(recording.recall(end), 0))
+    if before is not None:
+        found["before_finetune"] = spread(recording.accuracy("generalization", [before])[0])
+        found["absent_classes"]["before_finetune"] = spread(recording.absent_accuracy(before))
+        found["recall_before_finetune"] = _plain(mean_of(recording.recall(before), 0))
+    return {"unit": "percent", "rounds": None if end is None else int(recording.arrays["evaluation/at"][end]) + 1, **found}
+
+
+def _bytes(recording: Recording, targets: Sequence[float]) -> dict[str, Any]:
+    names = ("simulated_up", "simulated_down", "transported")
+    totals = {f"{name}_bytes": int(recording.per_round(name).sum()) for name in names}
+    return {**totals, "per_round": {f"{name}_bytes": _plain(recording.per_round(name)) for name in names},
+            "per_client": {f"{name}_bytes": _plain(recording.per_client(name)) for name in names[:2]},
+            "until_accuracy": {f"{target:g}": bytes_until(recording, target) for target in targets}}
+
+
+def bytes_until(recording: Recording, target: float) -> dict[str, int] | None:
+    """Rounds and cumulative bytes at the first "end" evaluation with mean generalization accuracy >= target percent; None if it never came."""
+    end = recording.stage("end")
+    reached = np.flatnonzero(mean_of(recording.accuracy("generalization", end), 1) >= target)
+    if not len(reached):
+        return None
+    rounds = int(recording.arrays["evaluation/at"][end[reached[0]]]) + 1
+    up, down, transported = (int(recording.per_round(name)[:rounds].sum()) for name in ("simulated_up", "simulated_down", "transported"))
+    return {"rounds": rounds, "simulated_bytes": up + down, "transported_bytes": transported}
+
+
+def _seconds(recording: Recording) -> dict[str, Any]:
+    by_rank = {name: np.nan_to_num(array.astype(float)) for name, array in recording.part("seconds").items()}          # each (R, ranks)
+    wall = float(np.nan_to_num(recording.arrays["rounds/wall_s"].astype(float)).sum()) if "rounds/wall_s" in recording.arrays else 0.0
+    idle = float(by_rank["idle"].sum()) if "idle" in by_rank else None
+    return {"wall_s": wall, "seconds": {name: float(array.max(1, initial=0).sum()) for name, array in by_rank.items() if name != "idle"},
+            "seconds_by_rank": {name: _plain(array.sum(0)) for name, array in by_rank.items()},
+            "idle_share": idle / (wall * recording.ranks) if idle is not None and wall > 0 else None}
+
+
+def _table_row(found: dict[str, Any]) -> tuple[str, ...]:
+    accuracy, sent, clients = found["accuracy"], found["bytes"], max(1, found["clients"])
+    spreads = (accuracy.get("before_finetune"), accuracy["generalization"], accuracy["personal"], accuracy["absent_classes"])
+    shown = (f"{over['mean']:.1f} ({over['min']:.1f} to {over['max']:.1f})" if over and over["mean"] is not None else "-" for over in spreads)
+    return (printable(found["name"]), printable(found["algorithm"]), printable(found["status"].partition(":")[0]), str(found["seed"]),
+            str(found["rounds"]), *shown, byte_text(sent["simulated_up_bytes"] / clients), byte_text(sent["simulated_down_bytes"] / clients),
+            f"{found['wall_s']:.1f}")
+
+
+def _plain(values: np.ndarray) -> list[float | int | None]:
+    return [None if isinstance(value, float) and not np.isfinite(value) else value for value in np.asarray(values).tolist()]
+
+

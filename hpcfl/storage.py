@@ -1,0 +1,111 @@
+"""Storage: files that are either whole or not there, and Trees in HDF5."""
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import h5py
+import torch
+
+from hpcfl.errors import CheckpointError
+from hpcfl.tree import Tree
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` to write to; flushed to disk and renamed over `path` when the block ends well, removed when it does not.
+
+    Raises: CheckpointError where the disk does not take the file (full, read-only); what was at `path` stays as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except (OSError, RuntimeError) as error:                       # h5py reports a full disk as OSError or RuntimeError
+        raise CheckpointError(f"{path}: could not be written: {_reason(error)}; what was there before is untouched. "
+                              "Free space or choose another folder with --out, then run again: the run resumes from its last checkpoint") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[h5py.File]:
+    """An HDF5 file open for reading.
+
+    Raises: CheckpointError where it is missing, truncated or no HDF5 file.
+    """
+    try:
+        with h5py.File(path, "r") as file:
+            yield file
+    except (OSError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: cannot be read as HDF5 ({_reason(error)}); it is missing, truncated or damaged") from error
+
+
+def write_trees(path: Path, trees: Mapping[str, Tree]) -> str:
+    """Write named Trees to one HDF5 file, read it back to verify, and return its SHA-256. Raises CheckpointError as `replacing` does."""
+    with replacing(path) as temporary:
+        with h5py.File(temporary, "w") as file:
+            for name, tree in trees.items():
+                group = file.create_group(name)
+                for leaf_path, leaf in tree.items():
+                    group[leaf_path] = leaf.detach().cpu().numpy()
+        with h5py.File(temporary, "r") as file:
+            for name, tree in trees.items():
+                for leaf_path, leaf in tree.items():
+                    if file[name][leaf_path].shape != tuple(leaf.shape):
+                        raise OSError(errno.EIO, f"'{name}/{leaf_path}' does not read back as written")
+        digest = sha256(temporary)
+    return digest
+
+
+def read_trees(path: Path) -> dict[str, Tree]:
+    """The named Trees of a file, on the host. External and soft links are not followed. Raises CheckpointError as `reading` does."""
+    with reading(path) as file:
+        return {name: dict(_leaves(file[name], path)) for name in file}
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file. Raises CheckpointError as `replacing` does."""
+    write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file. Raises CheckpointError as `replacing` does."""
+    with replacing(path) as temporary:
+        temporary.write_text(text)
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _leaves(group: h5py.Group, path: Path, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    for name in group:
+        if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+            raise CheckpointError(f"{path}: '{group.name}/{name}' is a link to elsewhere; checkpoints hold their own data and links are not followed")
+        item = group[name]
+        if isinstance(item, h5py.Group):
+            yield from _leaves(item, path, f"{prefix}{name}/")
+        else:
+            yield f"{prefix}{name}", torch.from_numpy(item[()]) if item.shape else torch.tensor(item[()])
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _reason(error: BaseException) -> str:
+    return getattr(error, "strerror", None) or str(error).splitlines()[0]

@@ -1,0 +1,108 @@
+"""Tree, the one currency: a flat dict from path to tensor. Models, messages, client state and checkpoints are Trees."""
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+Tree = dict[str, Tensor]
+Layout = tuple[tuple[str, tuple[int, ...], torch.dtype], ...]      # (path, shape, dtype) in packing order
+
+
+def nbytes(tree: Tree) -> int:
+    """Payload of a Tree in bytes: what one contiguous message of it weighs."""
+    return sum(leaf.numel() * leaf.element_size() for leaf in tree.values())
+
+
+def join(**parts: Tree) -> Tree:
+    """One Tree from several: `join(model=a, generator=b)` has the paths model/... and generator/..."""
+    return {f"{name}/{path}": leaf for name, part in parts.items() for path, leaf in part.items()}
+
+
+def part(tree: Tree, name: str) -> Tree:
+    """The sub-Tree below `name/`, its paths without that prefix; empty where nothing is there."""
+    prefix = f"{name}/"
+    return {path[len(prefix):]: leaf for path, leaf in tree.items() if path.startswith(prefix)}
+
+
+def transform(tree: Tree, function: Callable[[Tensor], Tensor]) -> Tree:
+    """The Tree of function(leaf)."""
+    return {path: function(leaf) for path, leaf in tree.items()}
+
+
+def clone(tree: Tree) -> Tree:
+    """A copy that shares no memory with the original."""
+    return transform(tree, lambda leaf: leaf.detach().clone(memory_format=torch.contiguous_format))
+
+
+def to(tree: Tree, device: torch.device | str) -> Tree:
+    """The Tree on a device; leaves already there are shared, not copied. Only copies to a GPU may overlap: the host must not read half a copy."""
+    return transform(tree, lambda leaf: leaf.to(device, non_blocking=torch.device(device).type != "cpu"))
+
+
+def floating(tree: Tree) -> Tree:
+    """The leaves that may be averaged: integer buffers are carried, never averaged."""
+    return {path: leaf for path, leaf in tree.items() if leaf.is_floating_point()}
+
+
+def stack(trees: Sequence[Tree]) -> Tree:
+    """K Trees of one layout as one Tree with a leading client axis (K, ...)."""
+    return {path: torch.stack([tree[path] for tree in trees]) for path in trees[0]}
+
+
+def row(tree: Tree, index: int) -> Tree:
+    """Client `index` of a stacked Tree, as views."""
+    return transform(tree, lambda leaf: leaf[index])
+
+
+def rows(tree: Tree, indices: Sequence[int]) -> Tree:
+    """The clients at `indices` of a stacked Tree, copied."""
+    return {path: leaf[torch.as_tensor(indices, device=leaf.device)] for path, leaf in tree.items()}
+
+
+def repeat(tree: Tree, times: int) -> Tree:
+    """One Tree given to `times` clients: (K, ...), each row with memory of its own."""
+    return transform(tree, lambda leaf: leaf.unsqueeze(0).repeat(times, *[1] * leaf.dim()))
+
+
+def layout(tree: Tree) -> Layout:
+    """Paths, shapes and types in packing order: widest element first, so that every leaf lies aligned without padding."""
+    order = sorted(tree, key=lambda path: (-tree[path].element_size(), path))
+    return tuple((path, tuple(tree[path].shape), tree[path].dtype) for path in order)
+
+
+def digest(described: Layout) -> str:
+    """A short name of a layout: equal layouts, and in practice only these, share it."""
+    return hashlib.blake2b(repr(described).encode(), digest_size=16).hexdigest()
+
+
+def pack(tree: Tree) -> Tensor:
+    """A Tree as one contiguous uint8 buffer on the host, (nbytes,); undone by `unpack` with the same layout."""
+    buffer = torch.empty(nbytes(tree), dtype=torch.uint8)
+    for leaf, target in zip(_ordered(tree), unpack(buffer, layout(tree)).values(), strict=True):
+        target.copy_(leaf)
+    return buffer
+
+
+def unpack(buffer: Tensor, described: Layout) -> Tree:
+    """The Tree whose leaves are views of `buffer` (uint8, contiguous) in the given layout."""
+    tree, start = {}, 0
+    for path, shape, dtype in described:
+        stop = start + torch.Size(shape).numel() * dtype.itemsize
+        tree[path] = buffer[start:stop].view(dtype).view(shape)
+        start = stop
+    return tree
+
+
+def first_non_finite(tree: Tree) -> str | None:
+    """The path of the first leaf that holds NaN or infinity, or None."""
+    return next((path for path, leaf in tree.items() if leaf.is_floating_point() and not bool(torch.isfinite(leaf).all())), None)
+
+
+def equal(one: Tree, other: Tree) -> bool:
+    """Same paths, types and bits."""
+    return one.keys() == other.keys() and all(one[path].dtype == other[path].dtype and torch.equal(one[path], other[path]) for path in one)
+
+
+def _ordered(tree: Tree) -> Iterable[Tensor]:
+    return (tree[path] for path, _, _ in layout(tree))

@@ -1,0 +1,142 @@
+"""World: everything that follows from the job alone (data, partition, architectures, placement, plan), and this rank's share of it."""
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import nn
+
+from hpcfl.algorithms import PLANS
+from hpcfl.algorithms.base import ClientSite, Holdings, Phase, Problem, ServerSite
+from hpcfl.comm import Communicator
+from hpcfl.data import corpora, partition
+from hpcfl.data.shards import Scale, Shard, load
+from hpcfl.errors import JobError
+from hpcfl.group import Group
+from hpcfl.job import Job
+from hpcfl.models import zoo
+from hpcfl.placement import place
+
+
+class World:
+    """The experiment as a pure function of the job, seen from one rank.
+
+    Every rank computes the same partition, architectures and placement; only its own clients' images are read (and, at the server, the public
+    set). The official test set is read where it is evaluated.
+    """
+
+    def __init__(self, job: Job, comm: Communicator, device: torch.device):
+        self.job, self.comm = job, comm
+        self.clients = job.federation.clients
+        self.corpus = corpora.open_corpus(job.data.name)
+        self.split = partition.split(self.corpus.train_labels, self.clients, job.data, job.run.seed)
+        self.problem = self._problem(device)
+        self.plan = PLANS[job.algorithm_name].plan(job.algorithm, self.problem)
+        self.home = place(self._costs(), comm.size, job.federation.server)
+
+    @cached_property
+    def mine(self) -> tuple[int, ...]:
+        """The clients that this rank hosts, ascending."""
+        return tuple(client for client, rank in enumerate(self.home) if rank == self.comm.rank)
+
+    @cached_property
+    def holdings(self) -> Mapping[int, Holdings]:
+        """This rank's clients' own images, on its device."""
+        parts = [part[client] for client in self.mine for part in (self.split.train, self.split.validation, self.split.test)]
+        shards = iter(self._shards(parts))
+        return {client: Holdings(next(shards), next(shards), next(shards)) for client in self.mine}
+
+    @cached_property
+    def test(self) -> Shard:
+        """The whole official test set: for evaluation only, no site holds it."""
+        return Shard(torch.from_numpy(self.corpus.test_images()), torch.from_numpy(self.corpus.test_labels), self.problem.scale).to(self.problem.device)
+
+    @cached_property
+    def public(self) -> tuple[Shard | None, Shard | None]:
+        """The server's public images and their validation part, where a method wants them."""
+        if self.job.data.public_fraction == 0:
+            return None, None
+        return self._shards([self.split.public, self.split.public_validation])
+
+    @cached_property
+    def modules(self) -> Mapping[str, Mapping[str, nn.Module]]:
+        """The networks of each architecture that this rank hosts, as structure."""
+        def networks(architecture: str) -> dict[str, nn.Module]:
+            built: dict[str, nn.Module] = {}
+            for step in self._steps():
+                built |= {name: module.to(self.problem.device) for name, module in step.modules(architecture).items() if name not in built}
+            return built
+        return {architecture: networks(architecture) for architecture in sorted({self.problem.architectures[client] for client in self.mine})}
+
+    def architectures(self, clients: Sequence[int]) -> Mapping[str, tuple[int, ...]]:
+        """Clients by architecture, both in order."""
+        found: dict[str, list[int]] = {}
+        for client in sorted(clients):
+            found.setdefault(self.problem.architectures[client], []).append(client)
+        return {architecture: tuple(found[architecture]) for architecture in sorted(found)}
+
+    def cohort(self, phase: Phase, row: int) -> tuple[int, ...]:
+        """The clients that take part in a round, a pure function of the seed and the round's row."""
+        size = self.clients if phase.everyone else max(1, round(self.job.federation.participation * self.clients))
+        drawn = self.problem.stream("cohort", round_=row).numpy().permutation(self.clients)[:size]
+        return tuple(sorted(int(client) for client in drawn))
+
+    def client_site(self, group: Group, phase: Phase, round_: int) -> ClientSite:
+        """What a group may see in a round."""
+        own = {client: self.holdings[client] for client in group.clients}
+        return ClientSite(self.problem, own, self.modules[group.architecture], phase.name, round_)
+
+    def server_site(self, phase: Phase, round_: int) -> ServerSite:
+        """What the server may see in a round."""
+        public, validation = self.public if self.comm.is_server else (None, None)
+        return ServerSite(self.problem, public, validation, self.comm.spread, phase.name, round_)
+
+    def found(self):
+        """The server's state before the first round."""
+        server = {}
+        for step in self._steps():
+            server |= step.found(self.server_site(self.plan[0], 0))
+        return server
+
+    def join(self) -> list[Group]:
+        """This rank's clients before the first round, by architecture."""
+        groups = []
+        for architecture, clients in self.architectures(self.mine).items():
+            group = Group(architecture, clients, {})
+            for step in self._steps():
+                group = step.join(group, self.client_site(group, self.plan[0], 0))
+            groups.append(group.to(self.problem.device))
+        return groups
+
+    def _steps(self):
+        return [step for phase in self.plan for step in phase.steps]
+
+    def _problem(self, device: torch.device) -> Problem:
+        data = self.job.data
+        sample = np.linspace(0, len(self.corpus.train_labels) - 1, num=min(2000, len(self.corpus.train_labels)), dtype=np.int64)
+        scale = Scale.fit(self.corpus.train_images(sample), data.values, data.size) if data.values == "standard" else Scale(data.values, data.size)
+        channels, height, width = self.corpus.shape
+        shape = (channels, data.size, data.size) if data.size else (channels, height, width)
+        names = self.job.models.names
+        for name in names:
+            zoo.entry(name)
+        return Problem(self.job, shape, self.corpus.classes, scale, tuple(names[client % len(names)] for client in range(self.clients)), device)
+
+    def _costs(self) -> list[float]:
+        problem, models = self.problem, self.job.models
+        flops = {name: zoo.cost(name, problem.shape, problem.classes, models.features, models.norm, models.feature_relu) for name in sorted(set(problem.architectures))}
+        return [len(part) * flops[name] for part, name in zip(self.split.train, problem.architectures, strict=True)]
+
+    def _shards(self, parts: Sequence[np.ndarray]) -> tuple[Shard, ...]:
+        return load(self.corpus, parts, self.problem.scale, self.problem.device) if parts else ()
+
+
+def resolved(job: Job, ranks: int) -> Job:
+    """The job with the settings that depend on the launch filled in: federation.clients = 0 means one client per rank that hosts any."""
+    if job.federation.clients:
+        return job
+    hosts = ranks - 1 if job.federation.server == "dedicated" and ranks > 1 else ranks
+    if hosts < 1:
+        raise JobError("federation.server = 'dedicated' needs a second rank to host the clients; got 1 rank")
+    return replace(job, federation=replace(job.federation, clients=hosts))

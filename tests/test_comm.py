@@ -1,0 +1,280 @@
+"""Ranks combine, broadcast and share out work as one process would; what goes wrong on one is told to those concerned, and nobody is left waiting."""
+import os
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+from verdict import mpi_assert
+
+from hpcfl import comm as wire
+from hpcfl.comm import Alone, Communicator, connect
+from hpcfl.errors import EnvironmentFault, LayoutError, NonFiniteError
+from hpcfl.statistics import Statistics, Sums, Total, Uploads
+from hpcfl.tree import Tree, equal, nbytes
+
+CLIENTS = 7
+SPLITS = {"round_robin": lambda client, size: client % size, "backwards": lambda client, size: (CLIENTS - client) % size,
+          "blocks": lambda client, size: client * size // CLIENTS, "all_on_last": lambda client, size: size - 1}
+
+
+def contribution(client: int) -> Sums:
+    """What a client sends: sizes over many orders of magnitude, so that the order of summation shows in the bits."""
+    generator = torch.Generator().manual_seed(client)
+    weight = torch.randn(1, 3, 50, generator=generator) * 10.0 ** (client - 3)
+    values = {"weight": weight, "none": torch.zeros(1, 0), "scale": torch.rand(1, generator=generator)}
+    return Sums.weighted([client], values, torch.tensor([client + 0.1]))
+
+
+def upload(client: int) -> Tree:
+    """Every client another layout, in all kinds of types."""
+    generator = torch.Generator().manual_seed(client)
+    return {"float": torch.randn(client + 1, 3, generator=generator), "half": torch.full((client,), 1.5, dtype=torch.bfloat16),
+            "whole": torch.tensor(client), "flags": torch.arange(5) > client, "strided": torch.randn(4, 5, generator=generator).T}
+
+
+def mine(comm: Communicator, split: str = "round_robin") -> list[int]:
+    return [client for client in range(CLIENTS) if SPLITS[split](client, comm.size) == comm.rank]
+
+
+def statistics_of(clients: list[int]) -> Statistics | None:
+    """None where a rank hosts nobody."""
+    each = [Statistics({"model": contribution(client), "whole": Uploads({client: upload(client)})}) for client in clients]
+    return sum(each, Statistics()) if each else None
+
+
+def same_bits(one: Total, other: Total) -> bool:
+    return equal(one.values, other.values) and equal(one.counts, other.counts)
+
+
+def near(one: Total, other: Total) -> bool:
+    return one.values.keys() == other.values.keys() and all(
+        torch.allclose(leaf, there[path], rtol=1e-12, atol=1e-12) for here, there in ((one.values, other.values), (one.counts, other.counts))
+        for path, leaf in here.items())
+
+
+def raised(kind: type[Exception], function, *args) -> str:
+    """The text of the error that the call raises, with its notes; empty where it raises none."""
+    try:
+        function(*args)
+    except kind as error:
+        return "\n".join([str(error), *getattr(error, "__notes__", [])])
+    return ""
+
+
+def doubled(item: Tree) -> Tree:
+    return {"x": 2 * item["x"], "process": torch.tensor(os.getpid())}
+
+
+def fail_at(value: int, kind: type[Exception], item: Tree) -> Tree:
+    if int(item["x"][0]) == value:
+        raise kind(f"item {value} cannot be done")
+    return item
+
+
+class Stubborn(Exception):
+    """An error that cannot be rebuilt from its arguments."""
+
+    def __init__(self, one: int, other: int) -> None:
+        super().__init__("stubborn")
+
+
+def fail_stubbornly(item: Tree) -> Tree:
+    raise Stubborn(1, 2)
+
+
+def items(count: int) -> list[Tree]:
+    return [{"x": torch.full((3,), index)} for index in range(count)]
+
+
+REFERENCE = sum((contribution(client) for client in range(1, CLIENTS)), contribution(0)).total()
+
+
+def test_one_process_is_a_rank_of_its_own():
+    comm = Communicator(Alone())
+    assert (comm.rank, comm.size, comm.local_rank, comm.local_size, comm.is_server) == (0, 1, 0, 1, True)
+    totals = comm.combine(statistics_of([3, 1, 0, 2, 6, 5, 4]))
+    assert same_bits(totals["model"], REFERENCE) and list(totals["whole"].trees) == list(range(CLIENTS))
+    assert comm.combine(None) == comm.combine(Statistics()) == {}
+    tree = {"x": torch.ones(2)}
+    assert comm.from_server(lambda: tree) is tree and comm.at_server(lambda a, b: a - b, 5, 3) == 2
+    assert [int(result["x"][0]) for result in comm.at_server(comm.spread, doubled, items(4))] == [0, 2, 4, 6]
+    assert comm.agree(True) and not comm.agree(False) and comm.gather("a") == ["a"] and comm.share("a") == "a"
+    comm.barrier()
+    assert comm.sent_bytes == 0
+
+
+def test_without_mpi4py_one_process_works_and_a_launcher_is_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    for name in (*wire.LAUNCHERS, *wire.STEPS):
+        monkeypatch.delenv(name, raising=False)
+    assert connect().size == 1
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    with pytest.raises(EnvironmentFault, match="mpirun of Open MPI started 2 ranks .* no MPI library that mpi4py can load"):
+        connect()
+
+
+@pytest.mark.parametrize(("environment", "launcher"), [
+    ({}, None), ({"OMPI_COMM_WORLD_SIZE": "1"}, None), ({"PMI_SIZE": "1"}, None),
+    ({"SLURM_NTASKS": "8"}, None),                                                                  # inside sbatch, not started by srun
+    ({"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_ID": "4294967290"}, None),      # the shell of an interactive allocation
+    ({"OMPI_COMM_WORLD_SIZE": "1", "SLURM_NTASKS": "8", "SLURM_STEP_ID": "0"}, None),               # mpirun -n 1 inside a step
+    ({"OMPI_COMM_WORLD_SIZE": "4"}, "mpirun of Open MPI"), ({"PMI_SIZE": "4"}, "mpirun of MPICH"),
+    ({"SLURM_NTASKS": "4", "SLURM_STEP_ID": "0"}, "srun"), ({"SLURM_STEP_NUM_TASKS": "4"}, "srun")])
+def test_singletons_instead_of_ranks_are_noticed(environment, launcher):
+    check = partial(Communicator(Alone()).check_launch, environment)
+    if launcher is None:
+        check()
+    else:
+        with pytest.raises(EnvironmentFault, match=f"{launcher}.* started 4 ranks .*srun --mpi=pmix"):
+            check()
+
+
+def test_abort_ends_the_process_with_the_code():
+    code = "from hpcfl.comm import Alone, Communicator\ntry:\n    Communicator(Alone()).abort(6)\nfinally:\n    print('went on')"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 6 and "went on" not in ended.stdout, ended.stderr
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_combined_statistics_are_those_of_one_process(deterministic, split):
+    comm = connect(deterministic)
+    totals = comm.combine(statistics_of(mine(comm, split)))
+    if not comm.is_server:
+        return mpi_assert(comm, totals is None)
+    uploads = totals["whole"].trees
+    agrees = same_bits if deterministic else near
+    mpi_assert(comm, agrees(totals["model"], REFERENCE) and list(uploads) == list(range(CLIENTS))
+               and all(equal(uploads[client], upload(client)) for client in uploads), f"{totals}")
+
+
+def test_the_order_of_summation_shows_in_the_bits_of_the_example():
+    forward = sum(contribution(client).total().values["weight"] for client in range(CLIENTS))
+    backward = sum(contribution(client).total().values["weight"] for client in reversed(range(CLIENTS)))
+    assert torch.equal(forward, REFERENCE.values["weight"]) and not torch.equal(forward, backward)
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_name_that_only_some_ranks_host_is_combined_all_the_same(deterministic):
+    comm = connect(deterministic)
+    hosted = Statistics({"model/last": contribution(2), "uploads/last": Uploads({2: upload(2)}), "empty": Uploads({})})
+    totals = comm.combine(hosted if comm.rank == comm.size - 1 else None)
+    nothing = comm.combine(None)
+    good = totals is None and nothing is None if not comm.is_server else \
+        near(totals["model/last"], contribution(2).total()) and equal(totals["uploads/last"].trees[2], upload(2)) \
+        and totals["empty"] == Uploads({}) and list(totals) == sorted(totals) and nothing == {}
+    mpi_assert(comm, good)
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_ranks_that_disagree_all_raise_and_can_go_on(deterministic):
+    comm = connect(deterministic)
+    last = comm.size - 1
+
+    def bring(columns: int) -> Statistics:
+        return Statistics({"m": Sums.weighted([comm.rank], {"a": torch.ones(1), "fc.weight": torch.ones(1, 2, columns)}, torch.ones(1))})
+    shapes = raised(LayoutError, comm.combine, bring(4 if comm.rank == last else 3))
+    kinds = raised(LayoutError, comm.combine, bring(3) if comm.rank < last else Statistics({"m": Uploads({0: {}})}))
+    twice = raised(LayoutError, comm.combine, Statistics({"m": Uploads({5: {}})}))
+    mpi_assert(comm, f"rank {last}: 'fc.weight' of 'm' is (2, 4), rank 0 has (2, 3)" in shapes
+               and f"rank {last}: 'm' is Uploads, rank 0 has Sums" in kinds and "rank 1: client 5 uploads 'm' here and on rank 0" in twice,
+               f"{shapes} | {kinds} | {twice}")
+    combined = comm.combine(bring(3))
+    mpi_assert(comm, not comm.is_server or float(combined["m"].values["a"]) == comm.size)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_sum_too_long_for_one_reduction_travels_in_pieces(monkeypatch):
+    monkeypatch.setattr(wire, "REDUCE_FLOATS", 7)
+    comm = connect()
+    totals = comm.combine(statistics_of(mine(comm)))
+    mpi_assert(comm, not comm.is_server or near(totals["model"], REFERENCE))
+
+
+@pytest.mark.mpi(min_size=2)
+def test_from_server_gives_every_rank_the_same_bits_and_the_server_its_own_object():
+    comm = connect()
+    published = {**upload(3), "none": torch.zeros(0, 4)}
+    received = comm.from_server(lambda: published)
+    mpi_assert(comm, received is published if comm.is_server else equal(received, published))
+    mpi_assert(comm, comm.from_server(dict) == {})
+
+
+@pytest.mark.mpi(min_size=2)
+def test_sent_bytes_are_the_payload_that_left_the_rank():
+    comm = connect()
+    message, uploaded = {"x": torch.zeros(5, 3)}, {"y": torch.zeros(comm.rank + 1)}
+    comm.from_server(lambda: message)
+    mpi_assert(comm, comm.sent_bytes == (nbytes(message) * (comm.size - 1) if comm.is_server else 0), f"Bcast: {comm.sent_bytes}")
+    before = comm.sent_bytes
+    comm.combine(Statistics({"s": Sums.weighted([comm.rank], {"x": torch.zeros(1, 4)}, torch.ones(1)), "u": Uploads({comm.rank: uploaded})}))
+    sent = comm.sent_bytes - before
+    mpi_assert(comm, sent == (0 if comm.is_server else 8 * (4 + 1) + nbytes(uploaded)), f"Reduce and Gatherv: {sent}")
+
+
+@pytest.mark.mpi(min_size=1)
+@pytest.mark.parametrize("count", [0, 1, 2, 9])
+def test_spread_work_comes_back_in_order_from_all_ranks(count):
+    comm = connect()
+    results = comm.at_server(lambda: comm.spread(doubled, items(count)))
+    if not comm.is_server:
+        return mpi_assert(comm, results is None)
+    processes = {int(result["process"]) for result in results}
+    mpi_assert(comm, [result["x"].tolist() for result in results] == [[2 * index] * 3 for index in range(count)]
+               and len(processes) == min(comm.size, count), f"{results}")
+
+
+@pytest.mark.mpi(min_size=1)
+@pytest.mark.parametrize("value", range(5))
+def test_an_error_in_spread_work_reaches_the_server_with_type_and_traceback(value):
+    comm = connect()
+    said = comm.at_server(lambda: raised(NonFiniteError, comm.spread, partial(fail_at, value, NonFiniteError), items(5)))
+    again = comm.at_server(lambda: len(comm.spread(doubled, items(3))))
+    mpi_assert(comm, not comm.is_server or (f"item {value} cannot be done" in said and again == 3 and
+               (comm.size == 1 or "raised on rank " in said and "in fail_at" in said)), f"{said}")
+
+
+@pytest.mark.mpi(min_size=2)
+def test_an_error_that_cannot_travel_is_told_as_text():
+    comm = connect()
+    said = comm.at_server(lambda: raised(RuntimeError, comm.spread, fail_stubbornly, items(comm.size)))
+    mpi_assert(comm, not comm.is_server or "Stubborn: stubborn" in said and "in fail_stubbornly" in said, f"{said}")
+
+
+@pytest.mark.mpi(min_size=2)
+def test_spread_may_serve_a_publication_but_not_stand_alone():
+    comm = connect()
+    tree = comm.from_server(lambda: {"sum": sum(result["x"].sum() for result in comm.spread(doubled, items(5)))})
+    alone = raised(RuntimeError, comm.spread, doubled, items(2))
+    mpi_assert(comm, int(tree["sum"]) == 60 and "inside at_server" in alone, f"{tree} {alone}")
+
+
+@pytest.mark.mpi(min_size=2)
+def test_the_other_ranks_go_on_where_the_server_failed_and_say_nothing():
+    comm = connect()
+    failed = raised(ZeroDivisionError, comm.at_server, lambda: 1 // 0)
+    lambdas = raised(Exception, comm.at_server, lambda: comm.spread(lambda item: item, items(3)))
+    mpi_assert(comm, bool(failed) == bool(lambdas) == comm.is_server, f"{failed} {lambdas}")
+
+
+@pytest.mark.mpi(min_size=2)
+def test_small_things_are_agreed_gathered_and_shared():
+    comm = connect()
+    one, none = comm.agree(comm.rank == comm.size - 1), comm.agree(False)
+    gathered, shared = comm.gather(comm.rank * 10), comm.share({"rank": comm.rank})
+    comm.barrier()
+    mpi_assert(comm, one is True and none is False and shared == {"rank": 0}
+               and gathered == ([rank * 10 for rank in range(comm.size)] if comm.is_server else None))
+
+
+@pytest.mark.mpi(min_size=2)
+def test_local_ranks_number_the_ranks_of_a_host():
+    comm = connect()
+    hosts = comm.share(comm.gather((os.uname().nodename, comm.local_rank, comm.local_size)))
+    local = [number for host, number, _ in hosts if host == os.uname().nodename]
+    mpi_assert(comm, sorted(local) == list(range(comm.local_size)), f"{hosts}")

@@ -1,0 +1,239 @@
+"""Reports: figures of a run worked out by hand, runs that are unfinished or damaged, and a page that needs nothing but itself."""
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from hpcfl import page, report
+from hpcfl.errors import CheckpointError, JobError
+
+TEXT = h5py.string_dtype()
+JOB = """[run]
+name = "{name}"
+seed = {seed}
+
+[data]
+name = "digits"
+
+[algorithm]
+name = "fedvtc"
+lr = {lr}
+"""
+
+
+def record(folder: Path, name: str = "toy", seed: int = 0, lr: float = 0.1, status: str = "done", right: int = 0) -> Path:
+    """A run of 2 clients, 3 classes, 2 rounds on 2 ranks; client 0 has no sample of class 2, client 1 none of 0 and 1; `right` adds correct ones."""
+    folder.mkdir(parents=True)
+    (folder / "STATUS").write_text(status)
+    with h5py.File(folder / "metrics.h5", "w") as file:
+        file.attrs.update(schema=1, algorithm="fedvtc", job=JOB.format(name=name, seed=seed, lr=lr), clients=2, classes=3, ranks=2)
+        file.create_dataset("rounds/phase", data=np.array(["train", "train"], object), dtype=TEXT)
+        file["rounds/round"], file["rounds/wall_s"] = [0, 1], [4.0, 6.0]
+        file["train/loss"] = [[2.0, np.nan], [1.0, 1.5]]
+        file["train/kl"] = [[0.5, np.nan], [0.25, 0.3]]
+        file["bytes/simulated_up"], file["bytes/simulated_down"] = [[100, 0], [100, 50]], [[10, 10], [10, 10]]
+        file["bytes/transported"] = [[7, 3], [7, 3]]
+        file["seconds/train"], file["seconds/combine"] = [[1.0, 3.0], [2.0, 1.0]], [[2.5, 0.5], [0.5, 1.5]]
+        file["seconds/idle"] = [[2.0, 0.0], [0.0, 1.0]]
+        file["evaluation/at"] = [0, 0, 1, 1]
+        file.create_dataset("evaluation/stage", data=np.array(["before_refine", "end"] * 2, object), dtype=TEXT)
+        file["evaluation/generalization_count"] = [10, 10, 20]
+        file["evaluation/generalization_correct"] = np.array([[[1, 1, 2], [1, 1, 2]], [[5, 5, 0], [0, 0, 10]],
+                                                              [[6, 6, 0], [0, 0, 12]], [[8, 8, 4], [2, 0, 18]]]) + right
+        file["evaluation/personal_count"] = [[2, 2, 0], [0, 0, 0]]
+        file["evaluation/personal_correct"] = [[[1, 1, 0], [0, 0, 0]]] * 4
+        file["partition/train"] = [[30, 10, 0], [0, 0, 40]]
+        file.create_dataset("clients/architecture", data=np.array(["cnn1", "mlp<b>"], object), dtype=TEXT)
+        file["clients/rank"], file["clients/parameters"] = [0, 1], [1000, 2000]
+        file["samples/synthetic"], file["samples/real"] = np.full((1, 3, 2, 1, 4, 4), 90, np.uint8), np.full((3, 2, 1, 4, 4), 200, np.uint8)
+        file["samples/has"], file["samples/client"] = [[True, True, False]], [0]
+    return folder
+
+
+def altered(folder: Path, change) -> Path:
+    """A recorded run whose file `change` was allowed to alter."""
+    with h5py.File(record(folder) / "metrics.h5", "r+") as file:
+        change(file)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory) -> Path:
+    """The folder of a report of three runs, two of which differ only in seed."""
+    base = tmp_path_factory.mktemp("report")
+    runs = [record(base / "a", seed=0), record(base / "b", seed=1, right=1), record(base / "c", name="<i>$x", lr=0.2, status="running")]
+    report.write(runs, base / "out")
+    return base / "out"
+
+
+def test_accuracy_is_the_last_evaluation_in_percent(tmp_path):
+    accuracy = report.summary(record(tmp_path / "run"))["accuracy"]
+    generalization = accuracy["generalization"]
+    assert generalization["per_client"] == [50.0, 50.0] and generalization["mean"] == 50.0 and generalization["sd"] == 0.0
+    assert accuracy["before_finetune"]["per_client"] == [30.0, 30.0]
+    assert accuracy["recall"] == [50.0, 40.0, 55.0] and accuracy["recall_before_finetune"] == [30.0, 30.0, 30.0]
+    assert accuracy["rounds"] == 2
+
+
+def test_client_without_test_samples_is_left_out_of_personal_accuracy(tmp_path):
+    personal = report.summary(record(tmp_path / "run"))["accuracy"]["personal"]
+    assert personal == {"mean": 50.0, "min": 50.0, "max": 50.0, "sd": 0.0, "per_client": [50.0, None]}
+
+
+def test_absent_classes_are_those_without_training_samples(tmp_path):
+    absent = report.summary(record(tmp_path / "run"))["accuracy"]["absent_classes"]
+    assert absent["per_client"] == [20.0, 10.0] and absent["mean"] == 15.0
+    assert absent["before_finetune"]["per_client"] == [0.0, 0.0]
+
+
+def test_client_that_has_every_class_has_no_absent_accuracy(tmp_path):
+    def fill(file):
+        file["partition/train"][0] = [1, 1, 1]
+    assert report.summary(altered(tmp_path / "run", fill))["accuracy"]["absent_classes"]["per_client"] == [None, 10.0]
+
+
+def test_bytes_are_summed_over_clients_ranks_and_rounds(tmp_path):
+    found = report.summary(record(tmp_path / "run"), targets=[25, 50, 50.1])["bytes"]
+    assert (found["simulated_up_bytes"], found["simulated_down_bytes"], found["transported_bytes"]) == (250, 40, 20)
+    assert found["per_round"]["simulated_up_bytes"] == [100, 150] and found["per_client"]["simulated_up_bytes"] == [200, 50]
+    assert found["until_accuracy"] == {"25": {"rounds": 1, "simulated_bytes": 120, "transported_bytes": 10},
+                                       "50": {"rounds": 2, "simulated_bytes": 290, "transported_bytes": 20}, "50.1": None}
+
+
+def test_seconds_of_a_phase_are_those_of_its_slowest_rank(tmp_path):
+    found = report.summary(record(tmp_path / "run"))
+    assert found["seconds"] == {"train": 5.0, "combine": 4.0} and found["wall_s"] == 10.0
+    assert found["seconds_by_rank"] == {"train": [3.0, 4.0], "combine": [3.0, 2.0], "idle": [2.0, 1.0]}
+    assert found["idle_share"] == pytest.approx(3.0 / 20.0)
+
+
+def test_summary_goes_into_strict_json(tmp_path):
+    found = report.summary(record(tmp_path / "run"))
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert (found["algorithm"], found["name"], found["seed"], found["rounds"], found["ranks"], found["clients"], found["status"]) == \
+        ("fedvtc", "toy", 0, 2, 2, 2, "done")
+
+
+def test_run_without_rounds_or_evaluations_has_a_summary(tmp_path):
+    def empty(file):
+        for name in ("rounds/phase", "rounds/round", "rounds/wall_s", "train/loss", "seconds/train"):
+            kept = file[name][:0]
+            del file[name]
+            file.create_dataset(name, data=kept, dtype=TEXT if name == "rounds/phase" else None)
+        del file["evaluation"]
+    found = report.summary(altered(tmp_path / "run", empty))
+    assert found["rounds"] == 0 and found["accuracy"]["generalization"]["mean"] is None
+    assert found["accuracy"]["generalization"]["per_client"] == [None, None]
+    assert "before_finetune" not in found["accuracy"]
+
+
+def test_rows_past_the_last_complete_round_are_ignored(tmp_path):
+    def cut(file):
+        kept = file["bytes/transported"][:1]
+        del file["bytes/transported"]
+        file["bytes/transported"] = kept
+    found = report.summary(altered(tmp_path / "run", cut))
+    assert found["rounds"] == 1 and found["accuracy"]["rounds"] == 1 and found["accuracy"]["generalization"]["per_client"] == [25.0, 25.0]
+    assert found["bytes"]["simulated_up_bytes"] == 100
+
+
+def test_folder_that_is_no_run_is_named_with_a_way_out(tmp_path):
+    with pytest.raises(JobError, match="no such folder"):
+        report.summary(tmp_path / "nowhere")
+    record(tmp_path / "name" / "2025-run")
+    with pytest.raises(JobError, match="2025-run"):
+        report.summary(tmp_path / "name")
+    (tmp_path / "STATUS").write_text("failed: no such data set")
+    with pytest.raises(JobError, match="no such data set"):
+        report.summary(tmp_path)
+
+
+def test_truncated_record_is_refused_by_name(tmp_path):
+    path = record(tmp_path / "run") / "metrics.h5"
+    path.write_bytes(path.read_bytes()[:-4000])
+    with pytest.raises(CheckpointError, match="metrics.h5.*truncated"):
+        report.summary(tmp_path / "run")
+
+
+def test_record_that_leads_into_another_file_is_refused(tmp_path):
+    record(tmp_path / "other")
+
+    def lead(file):
+        del file["train/loss"]
+        file["train/loss"] = h5py.ExternalLink(str(tmp_path / "other" / "metrics.h5"), "/train/loss")
+    with pytest.raises(CheckpointError, match="train/loss.*external link"):
+        report.summary(altered(tmp_path / "run", lead))
+
+
+def test_record_of_other_shape_or_schema_is_refused(tmp_path):
+    def widen(file):
+        del file["partition/train"]
+        file["partition/train"] = np.ones((2, 4), int)
+    with pytest.raises(CheckpointError, match=r"partition/train.*\(2, 4\), wanted \(2, 3\)"):
+        report.summary(altered(tmp_path / "wide", widen))
+    with pytest.raises(CheckpointError, match="schema = 2, wanted 1"):
+        report.summary(altered(tmp_path / "new", lambda file: file.attrs.update(schema=2)))
+
+
+def test_damaged_run_stops_the_report_before_anything_is_written(tmp_path):
+    with pytest.raises(JobError):
+        report.write([record(tmp_path / "run"), tmp_path / "nowhere"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_page_needs_nothing_but_itself(compared):
+    page = (compared / "report.html").read_text()
+    assert not re.search(r"https?:|<script|url\(|@import", page)
+    sources = re.findall(r'<img src="([^"]*)"', page)
+    assert len(sources) == page.count("<figure>") == 2 + 3 * 8 and all(source.startswith("data:image/png;base64,") for source in sources)
+    assert page.count("prefers-color-scheme: dark)\" srcset=") == len(sources)
+
+
+def test_every_figure_has_a_caption_and_words_for_who_cannot_see_it(compared):
+    page = (compared / "report.html").read_text()
+    alternatives = re.findall(r'alt="([^"]*)"', page)
+    assert len(alternatives) == page.count("<figcaption>") and min(map(len, alternatives)) > 30
+    assert any("last, clients then between 50.0 % and 50.0 %" in text for text in alternatives)
+
+
+def test_figures_are_also_png_files(compared):
+    files = sorted((compared / "figures").iterdir())
+    assert len(files) == 2 + 3 * 8 and all(file.suffix == ".png" and file.read_bytes()[:4] == b"\x89PNG" for file in files)
+
+
+def test_runs_that_differ_only_in_seed_are_averaged(compared):
+    page = (compared / "report.html").read_text()
+    seeds = page[page.index("sample standard deviation over seeds"):page.index("<figure>")]
+    assert "53.8 ± 5.3" in seeds and "<td class=word>0, 1</td>" in seeds and seeds.count("<tr>") == 2      # one group
+
+
+def test_names_out_of_files_cannot_become_markup(compared):
+    page = (compared / "report.html").read_text()
+    assert "<i>" not in page and "mlp<b>" not in page and "&lt;i&gt;$x" in page
+
+
+def test_same_seed_twice_is_not_averaged(tmp_path):
+    runs = [report.read(record(tmp_path / name)) for name in ("a", "b")]
+    assert [len(group) for group in report.same_but_seed(runs)] == [1, 1]
+
+
+def test_only_runs_that_would_be_confused_get_longer_labels(tmp_path):
+    runs = [report.read(record(tmp_path / name, name=title, lr=lr)) for name, title, lr in
+            (("a", "one", 0.1), ("b", "one", 0.2), ("c", "two", 0.1), ("d", "three", 0.3), ("e", "three", 0.3))]
+    assert list(page._labelled(runs)) == ["one (lr 0.1)", "one (lr 0.2)", "two", "three d", "three e"]
+
+
+def test_table_has_a_line_per_run_in_columns(tmp_path):
+    lines = report.table([record(tmp_path / "a"), record(tmp_path / "b", name="longer-name", status="failed: disk full")]).splitlines()
+    assert len(lines) == 3 and lines[0].startswith("run ") and lines[2].startswith("longer-name  fedvtc     failed")
+    assert len(set(map(len, lines))) == 1 and "30.0 (30.0 to 30.0)" in lines[1] and "125 B" in lines[1] and lines[1].endswith("10.0")
+
+
+def test_drawing_library_is_not_loaded_before_it_is_needed():
+    code = "import sys, hpcfl.report, hpcfl.inspect; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent).returncode == 0

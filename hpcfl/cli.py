@@ -7,6 +7,8 @@ from pathlib import Path
 import hpcfl
 from hpcfl.errors import HpcflError
 
+DATA_COLUMNS = ("name", "status", "train", "test", "classes", "image", "MB", "")
+
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `hpcfl` and `python -m hpcfl`; ends the process with the exit codes of hpcfl.errors."""
@@ -21,7 +23,6 @@ def _run(arguments: argparse.Namespace) -> int:
     from hpcfl.job import load
 
     def body() -> int:
-        comm.check_launch()
         job = load(arguments.job, CONFIGS, arguments.set)
         if arguments.dry_run:
             return _dry_run(job, comm)
@@ -68,13 +69,18 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 def _data_list(arguments: argparse.Namespace) -> int:
     from hpcfl.data import store
+    from hpcfl.report import aligned
     rows = store.listing()
-    if arguments.json:
-        print(json.dumps(rows, indent=1))
-    else:
-        for row in rows:
-            print("  ".join(f"{key} {value}" for key, value in row.items()))
+    print(json.dumps(rows, indent=1) if arguments.json else aligned([DATA_COLUMNS, *map(_data_row, rows)], words=2))
     return 0
+
+
+def _data_row(row: dict) -> tuple[str, ...]:
+    """The few columns of a data set that fit a terminal; --json has the rest."""
+    there = "classes" in row
+    numbers = [str(row[key]) if there else "" for key in ("train", "test", "classes")]
+    note = {"absent": f"hpcfl data get {row['name']}", "damaged": row.get("problem", "")}.get(row["status"], row.get("licence", ""))
+    return row["name"], row["status"], *numbers, "x".join(map(str, row["shape"])) if there else "", f"{row['file_bytes'] / 1e6:.1f}" if "file_bytes" in row else "", note
 
 
 def _data_get(arguments: argparse.Namespace) -> int:
@@ -95,17 +101,16 @@ def _bench(arguments: argparse.Namespace) -> int:
     from hpcfl.comm import connect
 
     def body() -> int:
-        comm.check_launch()
         figures = bench.BENCHES[arguments.name](comm, arguments)
         if comm.is_server:
-            print(json.dumps(figures, indent=1) if arguments.json else "\n".join(f"{key:<32} {value}" for key, value in figures.items()))
+            print(json.dumps(figures, indent=1) if arguments.json else bench.render(figures))
         return 0
     comm = connect()
     return launch.guarded(body, comm)
 
 
 def _speaking(command):
-    """Commands without a communicator print their error and return its exit code."""
+    """What goes wrong where no rank is guarded (no communicator, or none yet) is printed and becomes the exit code."""
     def wrapped(arguments: argparse.Namespace) -> int:
         try:
             return command(arguments)
@@ -127,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="auto (default): go on from the last checkpoint of this job if there is one")
     run.add_argument("--may-differ", action="append", default=[], metavar="SECTION.KEY", help="a setting that may differ from the checkpoint's")
     run.add_argument("--dry-run", action="store_true", help="check the job, print it with every default and who would train where, train nothing")
-    run.set_defaults(command=_run)
+    run.set_defaults(command=_speaking(_run))
 
     report = commands.add_parser("report", help="figures and one HTML page for one run or several")
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run folder")
@@ -157,9 +162,11 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = commands.add_parser("bench", help="benchmarks on the real loop")
     bench.add_argument("name", choices=["w1", "vtc"], help="w1: FedAvg of ten small clients; vtc: generator and classifier steps, eager against compiled")
-    bench.add_argument("--rounds", type=int, default=15)
+    bench.add_argument("--rounds", type=int, default=15, help="w1: rounds that are timed")
+    bench.add_argument("--steps", type=int, default=0, help="vtc: steps of each client that are timed; 0: 5 on a CPU, 200 on CUDA")
+    bench.add_argument("--compile", action="store_true", help="vtc: compiled too where that is not done anyway (a minute on a CPU)")
     bench.add_argument("--threads", type=int, default=0, help="per rank; 0: cores / ranks on the node")
     bench.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     bench.add_argument("--json", action="store_true")
-    bench.set_defaults(command=_bench)
+    bench.set_defaults(command=_speaking(_bench))
     return parser

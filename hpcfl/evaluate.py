@@ -11,7 +11,7 @@ from hpcfl.errors import NonFiniteError
 from hpcfl.group import Group
 from hpcfl.tree import Tree
 
-BATCH = 500                                                        # images per forward pass: fits caches and small GPUs alike
+BATCH = 250                                                        # images per forward pass: stays in a CPU's cache; 1000 took 1.3 to 2.7 times as long per image
 
 
 class _Method(nn.Module):
@@ -26,8 +26,14 @@ class _Method(nn.Module):
 
 
 def bind(module: nn.Module, state: Tree, method: str = "forward") -> Callable[..., Tensor]:
-    """module.method as a function with the parameters and buffers of `state`, in eval mode and without gradients."""
-    wrapped, state = _Method(module, method), {f"module.{path}": leaf for path, leaf in state.items()}
+    """module.method as a function with the parameters and buffers of `state`, in eval mode and without gradients.
+
+    On a CPU convolutions get their weights channels last: the small networks of the zoo take 25 to 50 % less time for it.
+    """
+    wrapped, convolutions = _Method(module, method), {name for name, layer in module.named_modules() if isinstance(layer, nn.Conv2d)}
+    state = {f"module.{path}": leaf.contiguous(memory_format=torch.channels_last)
+             if leaf.device.type == "cpu" and leaf.dim() == 4 and path.removesuffix("weight").removesuffix(".") in convolutions else leaf
+             for path, leaf in state.items()}
 
     @torch.no_grad()
     def call(*inputs: Tensor) -> Tensor:

@@ -110,11 +110,12 @@ class Exchange:
         """This rank's share of the cohort under one verb, group by group; what goes down and up is counted per client."""
         world, groups, received, statistics = self.world, list(state.groups), dict(state.received), []
         for position, whole in enumerate(groups):
-            group = whole.select([client for client in whole.clients if client in set(cohort)])
-            if not group.clients:
+            present = [client for client in whole.clients if client in cohort]
+            if not present:
                 continue
+            group = whole.select(present)
             download = step.receive(message, group.architecture)
-            for client in group.clients:
+            for client in group.clients if download else ():       # an empty message tells nothing of this version
                 if received[client] != state.version:
                     self.ledger.downloaded(client, tree.nbytes(download))
                 received[client] = state.version

@@ -79,21 +79,41 @@ def draw(mean: Tensor, factor: Tensor, labels: Tensor, eps: Tensor) -> Tensor:
     return centre + noise
 
 
-def kl_diag(mean: Tensor, variance: Tensor, other_mean: Tensor, other_variance: Tensor) -> Tensor:
-    """KL(N(mean, diag variance) || N(other)) in nats, (..., p) each and broadcast, to (...)."""
-    ratio = variance / other_variance
-    return 0.5 * (ratio + (mean - other_mean).square() / other_variance - 1 - ratio.log()).sum(-1)
+def distance(mean: Tensor, factor: Tensor, labels: Tensor, z: Tensor) -> Tensor:
+    """(z - c^y)^T (S^y)^-1 (z - c^y) of features z (n, p) of the classes `labels` (n,), (n,) in the type of z: |L^-1 (z - c)|^2 by triangular solves.
 
-
-def kl_full(mean: Tensor, factor: Tensor, other_mean: Tensor, other_factor: Tensor) -> Tensor:
-    """KL(N(mean, L L^T) || N(other)) in nats, to (...): means (..., p), factors lower triangular (..., p, p) as `cholesky` gives them, broadcast.
-
-    By triangular solves, never by an inverse: tr(S^-1 S_k) = |L^-1 L_k|^2 and (z-c)^T S^-1 (z-c) = |L^-1 (z-c)|^2.
+    mean and factor as for `draw`, whose eps it gives back: its result is |eps|^2 where z was drawn with eps.
     """
-    apart = torch.linalg.solve_triangular(other_factor, (mean - other_mean)[..., None], upper=False)[..., 0]       # (..., p)
-    ratio = torch.linalg.solve_triangular(other_factor, factor, upper=False)             # (..., p, p)
-    volume = _variances(other_factor).log().sum(-1) - _variances(factor).log().sum(-1)   # half the difference of the log determinants
-    return 0.5 * (ratio.square().sum((-2, -1)) + apart.square().sum(-1) - mean.shape[-1]) + volume
+    apart, factor = z - mean.to(z)[labels], factor.to(z)           # (n, p)
+    if factor.dim() == 2:
+        return (apart / factor.expand(len(mean), -1)[labels]).square().sum(1)
+    if len(factor) == 1:
+        return torch.linalg.solve_triangular(factor[0], apart.T, upper=False).square().sum(0)
+    squared = torch.empty_like(apart[:, 0])
+    for label in labels.unique().tolist():
+        squared[labels == label] = torch.linalg.solve_triangular(factor[label], apart[labels == label].T, upper=False).square().sum(0)
+    return squared
+
+
+def precision(factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Of S = L L^T the diagonal of S^-1, and ln det S + sum_j ln (S^-1)_jj, which is 0 where S is diagonal: all that `kl` needs besides a distance.
+
+    Factor as `factors` gives it, (n, p or 1) or (n, p, p); to (n, p or 1) and (n,).
+    """
+    if factor.dim() == 2:
+        return factor.square().reciprocal(), factor.new_zeros(len(factor))
+    identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+    diagonal = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False).square().sum(-2)           # (n, p)
+    return diagonal, 2 * _variances(factor).log().sum(-1) + diagonal.log().sum(-1)
+
+
+def kl(variance: Tensor, distance: Tensor, precision: Tensor, coupling: Tensor) -> Tensor:
+    """KL(N(z, diag variance) || N(c, S)) in nats, (...), from variance (..., p), the `distance` of z from c (...), and the `precision` of S (..., p) and (...).
+
+    1/2 [tr(S^-1 diag variance) + (z-c)^T S^-1 (z-c) - p + ln det S - sum_j ln variance_j], put together so that equal variances cancel exactly.
+    """
+    ratio = variance * precision
+    return 0.5 * ((ratio - 1 - ratio.log()).sum(-1) + distance + coupling)
 
 
 TARGETS = {"iso": lambda variances: variances.mean(-1, keepdim=True).expand_as(variances), "diag": lambda variances: variances}

@@ -35,11 +35,13 @@ class Group:
 
     @staticmethod
     def of(architecture: str, states: Mapping[int, Tree]) -> Group:
-        """A Group from one Tree per client, in ascending client order.
+        """A Group from one Tree per client, in ascending client order; optimiser state that only some have begins at zero for the rest.
 
         Raises: LayoutError naming the client, path and both shapes where a Tree is laid out unlike that of the first client.
         """
         clients = tuple(sorted(states))
+        begun = {path: leaf for client in clients for path, leaf in states[client].items() if path.startswith(f"{OPTIMIZER}/")}
+        states = {client: state | {path: torch.zeros_like(begun[path]) for path in begun if path not in state} for client, state in states.items()}
         for client in clients[1:]:
             _same_layout(architecture, clients[0], states[clients[0]], client, states[client])
         return Group(architecture, clients, tree.stack([states[client] for client in clients]) if clients else {})
@@ -99,11 +101,11 @@ class Group:
                 raise LayoutError(f"group {self.architecture}: '{path}' is in only one of the Groups of clients {self.clients} and {other.clients}")
         if other.clients == self.clients:
             return replace(self, state={**self.state, **other.state})
-        rows = torch.tensor([self.clients.index(client) for client in other.clients], device=self.device)
+        rows = torch.tensor([self.clients.index(client) for client in other.clients])
         state = dict(self.state)
         for path, leaf in other.state.items():
-            old = state[path] if path in state else leaf.new_zeros(len(self.clients), *leaf.shape[1:])
-            state[path] = old.index_copy(0, rows, leaf)
+            old = state[path].to(leaf.device) if path in state else leaf.new_zeros(len(self.clients), *leaf.shape[1:])
+            state[path] = old.index_copy(0, rows.to(leaf.device), leaf)
         return replace(self, state=state)
 
 

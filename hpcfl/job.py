@@ -72,7 +72,7 @@ class Training:
 class Evaluation:
     every: int = integer(1, 1)                                     # rounds; the last round of a phase is always evaluated
     personal: bool = flag(True)
-    batch: int = integer(1000, 1)
+    batch: int = integer(250, 1)                                   # images per forward pass; the results do not depend on it
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ class Known:
     """Global statistics on a client's device.
 
     has (C,) bool; mean (C, p) float32; variance (C, p) float32, the diagonal of each class's covariance; weight (C, p), inverse variances with mean 1
-    over the classes there are; factor, what noise is multiplied with, as gaussian.draw takes it.
+    over the classes there are; factor, what noise is multiplied with, as gaussian.draw takes it; precision (C, p) and coupling (C,), as
+    gaussian.precision gives them.
     """
 
     has: Tensor
@@ -24,6 +25,8 @@ class Known:
     variance: Tensor
     weight: Tensor
     factor: Tensor
+    precision: Tensor
+    coupling: Tensor
 
     @classmethod
     def of(cls, message: Tree, mode: str, device: torch.device) -> "Known":
@@ -34,11 +37,17 @@ class Known:
         variance = (factor.square().sum(-1) if kind.full else spread).expand(mean.shape)                    # (C, p)
         inverse = 1 / variance.clamp_min(torch.finfo(torch.float32).tiny)
         weight = inverse / inverse[has].mean() if bool(has.any()) else torch.ones_like(inverse)
-        return cls(has.to(device), *(leaf.float().to(device) for leaf in (mean, variance, weight, factor)))
+        precision, coupling = gaussian.precision(factor)
+        leaves = mean, variance, weight, factor, precision.expand(mean.shape), coupling.expand(len(mean))
+        return cls(has.to(device), *(leaf.float().to(device) for leaf in leaves))
 
     def draw(self, labels: Tensor, eps: Tensor) -> Tensor:
         """v = c^y + L_y eps, (B, p), for labels (B,) and eps (B, p) from N(0, I)."""
         return gaussian.draw(self.mean, self.factor, labels, eps)
+
+    def distance(self, labels: Tensor, z: Tensor) -> Tensor:
+        """(z - c^y)^T Sigma^-1 (z - c^y), (B,), of latents z (B, p) with labels (B,)."""
+        return gaussian.distance(self.mean, self.factor, labels, z)
 
 
 def nothing(classes: int, size: int, mode: str) -> GlobalMoments:

@@ -1,11 +1,11 @@
 """Latents: the space in which clients describe their images to each other: each client's own features, or one fixed map that all share."""
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from hpcfl import maps
-from hpcfl.data.shards import Scale, Shard
+from hpcfl.data.shards import Scale
 from hpcfl.evaluate import features, in_batches
 from hpcfl.group import Group
 
@@ -25,9 +25,9 @@ class OwnLatent:
         """Images (B, C, H, W) in [-1, 1] to latents (B, p), differentiable."""
         return modules.model.features(self.scale.from_symmetric(images))
 
-    def of_shard(self, group: Group, modules: dict[str, nn.Module], client: int, shard: Shard) -> Tensor:
-        """Latents of all images of a shard, (n, p), without gradients."""
-        return features(group, modules, client, shard)
+    def of_training(self, group: Group, site, client: int) -> Tensor:
+        """Latents of a client's training images, (n, p), without gradients."""
+        return features(group, site.modules, client, site.holdings[client].train)
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,6 @@ class CommonLatent:
 
     map: nn.Module
     scale: Scale
-    known: dict[Shard, Tensor] = field(default_factory=dict)       # neither map nor images change: a shard is encoded once
 
     @property
     def size(self) -> int:
@@ -51,11 +50,13 @@ class CommonLatent:
         """Images (B, C, H, W) in [-1, 1] to latents (B, p), differentiable."""
         return modules.map(images)
 
-    def of_shard(self, group: Group, modules: dict[str, nn.Module], client: int, shard: Shard) -> Tensor:
-        """Latents of all images of a shard, (n, p), without gradients."""
-        if shard not in self.known:
-            self.known[shard] = in_batches(torch.no_grad()(lambda x: self.map(self.scale.to_symmetric(x))), shard)
-        return self.known[shard]
+    def of_training(self, group: Group, site, client: int) -> Tensor:
+        """Latents of a client's training images, (n, p), without gradients; neither map nor images change, so they are encoded once."""
+        return site.once("latent", client, lambda: in_batches(self._map, site.holdings[client].train))
+
+    @torch.no_grad()
+    def _map(self, images: Tensor) -> Tensor:
+        return self.map(self.scale.to_symmetric(images))
 
 
 def own(config, problem) -> OwnLatent:

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -18,6 +19,7 @@ import hpcfl
 from hpcfl import checkpoint, storage
 from hpcfl.comm import Communicator
 from hpcfl.console import Console, keep_log
+from hpcfl.data.store import NO_LOCKS
 from hpcfl.errors import EnvironmentFault, HpcflError, JobError, Stopped
 from hpcfl.job import Job
 from hpcfl.simulation import Simulation
@@ -39,21 +41,24 @@ def run(job: Job, comm: Communicator, out: Path | None, resume: str, may_differ:
     with _owning(folder, comm), _stop_flag() as stop_requested:
         keep_log(folder, comm.rank)
         console = Console(comm.is_server, live=comm.size == 1 and sys.stdout.isatty())     # mpirun gives its ranks a terminal that is none
-        if _finished(folder) and resume_from == folder:
+        if comm.share(comm.is_server and resume_from == folder and _finished(folder, job)):
             console.say(f"{folder}: already done; choose another --out to run it again")
             return folder
         set_threads(job, comm)
         device = choose_device(job.run.device, comm.local_rank)
         world = World(job, comm, device)
+        console.say(f"{job.run.name}: {job.algorithm_name} on {job.data.name}, {world.clients} clients on {comm.size} rank(s), "
+                    f"{sum(phase.rounds for phase in world.plan)} rounds -> {folder}")
+        simulation = Simulation(world, folder, console, stop_requested)
+        state = simulation.resumed(resume_from, may_differ) if resume_from else None       # before anything is written: a refusal changes nothing
         environments = comm.gather(_environment(comm, device))
         if comm.is_server:
+            storage.sweep(folder)
             storage.write_text(folder / "job.toml", job.to_toml())
             storage.write_json(folder / "environment.json", {"command": sys.argv, "hpcfl": hpcfl.__version__, "ranks": environments})
             storage.write_text(folder / "STATUS", "running\n")
-        console.say(f"{job.run.name}: {job.algorithm_name} on {job.data.name}, {world.clients} clients on {comm.size} rank(s), "
-                    f"{sum(phase.rounds for phase in world.plan)} rounds -> {folder}")
         try:
-            Simulation(world, folder, console, stop_requested).run(resume_from, may_differ)
+            simulation.run(state)
         except BaseException as error:
             status = "stopped" if isinstance(error, Stopped) else "failed"
             if status == "failed" or comm.is_server:
@@ -93,9 +98,14 @@ def guarded(body: Callable[[], int], comm: Communicator) -> int:
 
 
 def set_threads(job: Job, comm: Communicator) -> None:
-    """Threads of this rank: run.threads, else one when deterministic, else the node's cores shared among its ranks."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(job.run.threads or (1 if job.run.deterministic else max(1, cores // comm.local_size)))
+    """Threads of this rank: run.threads, else one when deterministic, else its part of the node's cores: each core is shared by the ranks bound to it.
+
+    Called by all ranks.
+    """
+    own = platform.node(), os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    ranks = Counter((host, core) for host, cores in comm.share(comm.gather(own)) for core in cores)
+    cores = round(sum(1 / ranks[own[0], core] for core in own[1]), 6)
+    torch.set_num_threads(job.run.threads or (1 if job.run.deterministic else max(1, int(cores))))
 
 
 def choose_device(wanted: str, local_rank: int) -> torch.device:
@@ -121,6 +131,8 @@ def _folders(job: Job, out: Path | None, resume: str) -> tuple[str, str | None]:
         if not checkpoint.exists(source):
             raise JobError(f"--resume {source}: no checkpoint there; wanted a run folder with LATEST or a folder with manifest.json")
         origin = source if (source / "LATEST").is_file() else source.parent.parent
+        if out and out.resolve() != origin.resolve() and (out / "metrics.h5").exists():
+            raise JobError(f"{out}: holds a run already and nothing is overwritten; choose another --out for what goes on from {source}")
         return str(out or origin), str(source)
     if out is None and resume == "auto":
         unfinished = [path.parent for path in sorted(Path("runs", job.run.name).glob(f"*-{job.digest()}/LATEST")) if not _finished(path.parent)]
@@ -129,7 +141,9 @@ def _folders(job: Job, out: Path | None, resume: str) -> tuple[str, str | None]:
     folder = out or Path("runs", job.run.name, f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{job.digest()}")
     if resume == "auto" and checkpoint.exists(folder):
         return str(folder), str(folder)
-    if (folder / "metrics.h5").exists() or (resume == "never" and folder.is_dir() and any(folder.iterdir())):
+    sealed = _finished(folder) or any(folder.glob("checkpoints/*/manifest.json"))
+    died_early = resume == "auto" and not sealed                   # in its first checkpoint: nobody can go on from that record
+    if ((folder / "metrics.h5").exists() and not died_early) or (resume == "never" and folder.is_dir() and any(folder.iterdir())):
         raise JobError(f"{folder}: holds a run already and nothing is overwritten; choose another --out, or --resume auto to go on with it")
     return str(folder), None
 
@@ -146,7 +160,7 @@ def _owning(folder: Path, comm: Communicator) -> Iterator[None]:
         except BlockingIOError:
             failure = f"{folder}: another run is at work in this folder; wait for it, or choose another --out"
         except OSError as error:
-            failure = f"{folder}: cannot write there: {error.strerror}; choose a writable folder with --out"
+            failure = None if error.errno in NO_LOCKS else f"{folder}: cannot write there: {error.strerror}; choose a writable folder with --out"
     failure = comm.share(failure)
     if failure:
         raise JobError(failure)
@@ -169,9 +183,11 @@ def _stop_flag() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def _finished(folder: Path) -> bool:
-    status = folder / "STATUS"
-    return status.is_file() and status.read_text().strip() == "done"
+def _finished(folder: Path, job: Job | None = None) -> bool:
+    """Whether the run in a folder came to its end; given a job, also whether it was this very job."""
+    status, carried_out = folder / "STATUS", folder / "job.toml"
+    done = status.is_file() and status.read_text().strip() == "done"
+    return done and (job is None or (carried_out.is_file() and carried_out.read_text() == job.to_toml()))
 
 
 def _write_status(folder: Path, text: str) -> None:

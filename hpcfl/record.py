@@ -53,7 +53,7 @@ class Record:
 
         Raises: CheckpointError where the disk does not take it; the file that was there stays.
         """
-        with storage.replacing(path) as temporary, h5py.File(temporary, "w") as file:
+        with storage.replacing(path) as temporary, h5py.File(temporary, "w", locking=False) as file:
             file.attrs.update({"schema": SCHEMA, **self.attributes})
             for name, value in self.fixed.items():
                 file[name] = value

@@ -38,9 +38,15 @@ def table(runs: Sequence[str | Path]) -> str:
     Raises: as `read`.
     """
     rows = [TABLE, *(_table_row(summary(run)) for run in runs)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(TABLE))]
-    return "\n".join("  ".join(cell.ljust(width) if column < WORDS else cell.rjust(width)
-                               for column, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip() for row in rows)
+    return aligned(rows, WORDS)
+
+
+def aligned(rows: Sequence[Sequence[str]], words: int) -> str:
+    """Rows of equally many cells as lines: the first `words` columns and the last one, if it has no heading, are text and start on the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    text = [column < words or not heading for column, heading in enumerate(rows[0])]
+    return "\n".join("  ".join(cell.ljust(width) if left else cell.rjust(width) for cell, width, left in zip(row, widths, text, strict=True)).rstrip()
+                     for row in rows)
 
 
 def write(runs: Sequence[str | Path], out: str | Path) -> Path:

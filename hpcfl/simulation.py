@@ -1,4 +1,5 @@
 """Simulation: a run from begin or resume to its end: the loop, evaluated, recorded, checkpointed, and stopped when asked."""
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -7,13 +8,15 @@ import torch
 
 from hpcfl import checkpoint
 from hpcfl.console import Console
-from hpcfl.errors import Stopped
+from hpcfl.errors import CheckpointError, Stopped
 from hpcfl.evaluate import correct, model_of
 from hpcfl.federation import Place, State, begin, rounds, schedule
+from hpcfl.group import Group
 from hpcfl.ledger import Ledger
 from hpcfl.record import Record
 from hpcfl.world import World
 
+Answers = dict[int, dict[str, np.ndarray]]                         # client -> {"generalization_correct": (C,), ...}
 SAMPLES_PER_CLASS, SAMPLED_CLIENTS = 8, 6                          # what the grid of synthetic images shows
 
 
@@ -25,18 +28,19 @@ class Simulation:
         self.stop_requested = stop_requested
         self.ledger = Ledger(world.problem.device)
         self.places = schedule(world)
-        self.record = Record(_attributes(world), _fixed(world), world.clients, world.comm.size)
+        self.record = Record(_attributes(world), _fixed(world) if self.comm.is_server else {}, world.clients, world.comm.size)
         self.score: float | None = None
         self.lines: dict[str, float] = {}
+        self.answered: list[tuple[weakref.ref[Group], Answers]] = []
         self.sent_bytes = 0
 
-    def run(self, resume_from: Path | None, may_differ: tuple[str, ...] = ()) -> None:
-        """Carry the run to its end.
+    def run(self, state: State | None) -> None:
+        """Carry the run to its end, from a state or (None) from its beginning.
 
         Raises: Stopped after a checkpoint when a signal asked for it, and whatever training, data or the disk raise.
         """
-        state = self._start(resume_from, may_differ)
-        for state, place in rounds(self.world, state, self.ledger, self._before_refine):
+        for state, place in rounds(self.world, state or begin(self.world), self.ledger, self._before_refine):
+            self.score = None
             if self._due(place):
                 self._evaluate("end", state)
             end = state.rows == len(self.places)
@@ -50,15 +54,26 @@ class Simulation:
             if stop and not end:
                 raise Stopped(f"{self.folder}: stopped on a signal after round {state.rows} of {len(self.places)}; a checkpoint is there, the same command resumes")
 
-    def _start(self, resume_from: Path | None, may_differ: tuple[str, ...]) -> State:
-        state = checkpoint.load(resume_from, self.world, may_differ) if resume_from else None
-        if state is None:
-            return begin(self.world)
+    def resumed(self, resume_from: Path, may_differ: tuple[str, ...]) -> State:
+        """The state of the last checkpoint in a run folder, or of one checkpoint, with the record up to there.
+
+        Raises: CheckpointError as `checkpoint.load` and `Record.read` do, and where the checkpoint lies elsewhere in the plan.
+        """
+        state = checkpoint.load(resume_from, self.world, may_differ)
         if self.comm.is_server:
             origin = resume_from if (resume_from / "LATEST").is_file() else resume_from.parent.parent
             self.record.read(origin / "metrics.h5", state.rows)
+            self._check_place(resume_from, state.rows)
         self.console.say(f"resumed after round {state.rows} of {len(self.places)}")
         return state
+
+    def _check_place(self, resume_from: Path, rows: int) -> None:
+        """A plan with other rounds may have another phase at the checkpoint's row; then its state is none of this plan's."""
+        last, here = self.record.rows[rows - 1], self.places[rows - 1] if rows <= len(self.places) else None
+        if here is None or (last["phase"], last["round"]) != (here.phase.name, here.round):
+            place = f"round {here.round + 1} of phase {here.phase.name}" if here else "behind its end"
+            raise CheckpointError(f"{resume_from}: its last round, {rows}, was round {last['round'] + 1} of phase {last['phase']}; in this job that is {place}. "
+                                  "Resume from an earlier checkpoint, from before the phases part, or choose another --out")
 
     def _due(self, place: Place) -> bool:
         return place.last or (place.row + 1) % self.world.job.evaluation.every == 0
@@ -70,7 +85,8 @@ class Simulation:
     def _evaluate(self, stage: str, state: State) -> None:
         """Right answers per client and class on the official test set and on the client's own parts; nothing is selected by the first two."""
         with self.ledger("evaluate"):
-            mine = {client: row for group in state.groups for client, row in self._right_answers(group).items()}
+            self.answered = [(weakref.ref(group), self._right_answers(group)) for group in state.groups]
+            mine = {client: row for _, answers in self.answered for client, row in answers.items()}
         with self.ledger("idle"):
             counts = self.comm.gather(mine)
         if not self.comm.is_server:
@@ -88,14 +104,17 @@ class Simulation:
                 self.lines[name] = 100 * float(np.mean(tables[f"{name}_correct"].sum(1)[held] / images[held]))
         self.score = self.lines.get("validation") if stage == "end" else self.score
 
-    def _right_answers(self, group) -> dict[int, dict[str, np.ndarray]]:
+    def _right_answers(self, group: Group) -> Answers:
+        """Those of a group's clients; a group that is still what it was at the last evaluation gives the same again."""
         world, settings = self.world, self.world.job.evaluation
-        answers = {}
+        answers = next((known for known_group, known in self.answered if known_group() is group), {})
+        if answers:
+            return answers
         for client in group.clients:
             predict = model_of(group, world.modules[group.architecture], client)
             shards = {"generalization": world.test, "validation": world.holdings[client].validation}
             if settings.personal:
-                shards["personal"] = world.holdings[client].test
+                shards["personal"] = world.personal[client]
             answers[client] = {f"{name}_correct": correct(predict, shard, world.problem.classes, settings.batch).numpy() for name, shard in shards.items()}
         return answers
 
@@ -113,12 +132,12 @@ class Simulation:
         if not step.overrides("draw"):
             return
         message = self.comm.from_server(step.publish, state.server)
-        for group in state.groups:
-            if group.clients[0] < SAMPLED_CLIENTS:
-                site = self.world.client_site(group, place.phase, place.round)
-                sample = step.draw(group, step.receive(message, group.architecture), site, SAMPLES_PER_CLASS)
-                if sample is not None:
-                    drawn[group.clients[0]] = _bytes(sample[0]), sample[1].cpu().numpy()
+        shown = [group.select([client]) for group in state.groups for client in group.clients if client < SAMPLED_CLIENTS]
+        for group in shown:
+            site = self.world.client_site(group, place.phase, place.round)
+            sample = step.draw(group, step.receive(message, group.architecture), site, SAMPLES_PER_CLASS)
+            if sample is not None:
+                drawn[group.clients[0]] = _bytes(sample[0]), sample[1].cpu().numpy()
         gathered = self.comm.gather(drawn)
         if self.comm.is_server:
             samples = {client: part[client] for part in gathered for client in part}
@@ -134,13 +153,10 @@ def _attributes(world: World) -> Mapping[str, object]:
 
 def _fixed(world: World) -> Mapping[str, np.ndarray]:
     """What does not change during a run: the partition, the clients, how many images each accuracy is over."""
-    labels, classes, problem = world.corpus.train_labels, world.problem.classes, world.problem
-    def counts(part):
-        return np.stack([np.bincount(labels[indices], minlength=classes) for indices in part]).astype(np.int64)
+    classes, problem = world.problem.classes, world.problem
     with problem.stream("count").seeding():
         parameters = {name: sum(p.numel() for p in problem.model(name).parameters()) for name in set(problem.architectures)}
-    split = world.split
-    tables = {f"partition/{name}": counts(getattr(split, name)) for name in ("train", "validation", "test")}
+    tables = {f"partition/{name}": world.split.counts(world.corpus.train_labels, classes, name) for name in ("train", "validation", "test")}
     return tables | {
         "clients/architecture": np.array(problem.architectures, dtype=object), "clients/rank": np.array(world.home),
         "clients/parameters": np.array([parameters[name] for name in problem.architectures]),

@@ -42,10 +42,23 @@ class World:
 
     @cached_property
     def holdings(self) -> Mapping[int, Holdings]:
-        """This rank's clients' own images, on its device."""
+        """What this rank's clients train on and select by, on its device."""
+        return {client: Holdings(train, validation) for client, (train, validation, _) in self._own.items()}
+
+    @cached_property
+    def personal(self) -> Mapping[int, Shard]:
+        """The test parts of this rank's clients: for evaluation only, no site holds them."""
+        return {client: test for client, (_, _, test) in self._own.items()}
+
+    @cached_property
+    def _own(self) -> Mapping[int, tuple[Shard, ...]]:
         parts = [part[client] for client in self.mine for part in (self.split.train, self.split.validation, self.split.test)]
-        shards = iter(self._shards(parts))
-        return {client: Holdings(next(shards), next(shards), next(shards)) for client in self.mine}
+        shards = self._shards(parts)
+        return {client: shards[3 * position:3 * position + 3] for position, client in enumerate(self.mine)}
+
+    @cached_property
+    def _remembered(self) -> Mapping[int, dict[str, torch.Tensor]]:
+        return {client: {} for client in self.mine}
 
     @cached_property
     def test(self) -> Shard:
@@ -84,8 +97,8 @@ class World:
 
     def client_site(self, group: Group, phase: Phase, round_: int) -> ClientSite:
         """What a group may see in a round."""
-        own = {client: self.holdings[client] for client in group.clients}
-        return ClientSite(self.problem, own, self.modules[group.architecture], phase.name, round_)
+        holdings, remembered = ({client: every[client] for client in group.clients} for every in (self.holdings, self._remembered))
+        return ClientSite(self.problem, holdings, self.modules[group.architecture], phase.name, round_, remembered)
 
     def server_site(self, phase: Phase, round_: int) -> ServerSite:
         """What the server may see in a round."""

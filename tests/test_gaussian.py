@@ -1,10 +1,10 @@
 """Gaussians can be drawn from whatever the estimate, and draws and divergences are those of the textbook."""
 import pytest
 import torch
-from torch.distributions import Independent, MultivariateNormal, Normal, kl_divergence
+from torch.distributions import MultivariateNormal, kl_divergence
 
 from hpcfl.errors import NonFiniteError
-from hpcfl.gaussian import cholesky, draw, factors, floor, kl_diag, kl_full, oas, shrink
+from hpcfl.gaussian import cholesky, distance, draw, factors, floor, kl, oas, precision, shrink
 from hpcfl.moments import MODES, GlobalMoments, aggregate, measure, needs_full, to_message
 
 SIZE = 8
@@ -132,22 +132,37 @@ def test_a_covariance_with_nan_is_refused():
         cholesky(torch.full((2, 2), float("nan")))
 
 
-def test_diagonal_divergence_is_the_one_of_torch_distributions():
-    mean, other_mean = normal(6, SIZE), normal(SIZE, seed=1)
-    variance, other_variance = normal(SIZE, seed=2).exp(), normal(SIZE, seed=3).exp()
-    want = kl_divergence(Independent(Normal(mean, variance.sqrt()), 1), Independent(Normal(other_mean, other_variance.sqrt()), 1))
-    torch.testing.assert_close(kl_diag(mean, variance, other_mean, other_variance), want, rtol=1e-10, atol=1e-10)
-    assert kl_diag(mean, variance, mean, variance).abs().max() < 1e-12
+def divergence(z: torch.Tensor, variance: torch.Tensor, mean: torch.Tensor, factor: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """KL of N(z, diag variance) from the Gaussian of each label, (n,)."""
+    diagonal, coupling = (leaf.expand(len(mean), *leaf.shape[1:])[labels] for leaf in precision(factor))
+    return kl(variance, distance(mean, factor, labels, z), diagonal.expand_as(variance), coupling)
 
 
-def test_full_divergence_is_the_one_of_torch_distributions():
-    mean, other_mean, one, other = normal(6, SIZE), normal(SIZE, seed=1), covariance(seed=2), covariance(seed=3)
-    want = kl_divergence(MultivariateNormal(mean, one), MultivariateNormal(other_mean, other))
-    torch.testing.assert_close(kl_full(mean, cholesky(one), other_mean, cholesky(other)), want, rtol=1e-10, atol=1e-10)
-    assert kl_full(mean, cholesky(one), mean, cholesky(one)).abs().max() < 1e-12
+FACTORS = {"shared deviations": normal(1, SIZE, seed=2).exp(), "deviations": normal(3, SIZE, seed=2).exp(), "one deviation": normal(3, 1, seed=2).exp(),
+           "a shared matrix": cholesky(covariance(seed=2))[None], "matrices": cholesky(torch.stack([covariance(seed=seed) for seed in (2, 3, 4)]))}
 
 
-def test_diagonal_and_full_divergence_agree_on_diagonal_matrices():
-    mean, other_mean, variance, other_variance = normal(6, SIZE), normal(6, SIZE, seed=1), normal(SIZE, seed=2).exp(), normal(6, SIZE, seed=3).exp()
-    full = kl_full(mean, variance.sqrt().diag_embed(), other_mean, other_variance.sqrt().diag_embed())
-    torch.testing.assert_close(full, kl_diag(mean, variance, other_mean, other_variance))
+@pytest.mark.parametrize("factor", FACTORS.values(), ids=FACTORS)
+def test_divergence_from_each_class_is_the_one_of_torch_distributions(factor):
+    labels = torch.tensor([0, 2, 1, 0, 1, 2])
+    z, variance, mean = normal(6, SIZE), normal(6, SIZE, seed=5).exp(), normal(3, SIZE, seed=1)
+    matrices = (factor if factor.dim() == 3 else factor.expand(len(factor), SIZE).diag_embed()).expand(3, SIZE, SIZE)[labels]
+    want = kl_divergence(MultivariateNormal(z, variance.diag_embed()), MultivariateNormal(mean[labels], scale_tril=matrices))
+    torch.testing.assert_close(divergence(z, variance, mean, factor, labels), want, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("factor", [factor for factor in FACTORS.values() if factor.dim() == 2], ids=[name for name in FACTORS if "dev" in name])
+def test_divergence_of_a_gaussian_from_itself_is_zero(factor):
+    labels, mean = torch.tensor([0, 1, 2]), normal(3, SIZE)
+    assert divergence(mean, factor.expand(3, SIZE).square(), mean, factor, labels).abs().max() < 1e-12
+
+
+def test_coupling_is_zero_for_a_diagonal_matrix_and_positive_for_any_other():
+    assert precision(normal(1, SIZE).exp().diag_embed())[1].abs().max() < 1e-12
+    assert precision(cholesky(covariance())[None])[1].min() > 0.1
+
+
+@pytest.mark.parametrize("factor", FACTORS.values(), ids=FACTORS)
+def test_distance_gives_back_the_noise_of_a_draw(factor):
+    labels, eps, mean = torch.tensor([2, 0, 1, 2]), normal(4, SIZE, seed=6), normal(3, SIZE)
+    torch.testing.assert_close(distance(mean, factor, labels, draw(mean, factor, labels, eps)), eps.square().sum(1))

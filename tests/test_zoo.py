@@ -190,13 +190,6 @@ def test_values_outside_their_range_are_refused(wrong):
         zoo.build(**{"name": "cnn1", "shape": GREY, "classes": 10, **wrong})
 
 
-def test_models_of_different_feature_sizes_are_refused_with_all_sizes():
-    models = {name: zoo.build(name, GREY, 10, 0) for name in ("cnn1", "cnn2")}
-    with pytest.raises(JobError, match=r"cnn1: 1024, cnn2: 512.*models\.features"):
-        zoo.common_feature_size(models)
-    assert zoo.common_feature_size({name: zoo.build(name, GREY, 10, 64) for name in models}) == 64
-
-
 def test_images_of_another_shape_are_refused_by_name():
     with pytest.raises(LayoutError, match=r"\(1, 32, 32\) got \(2, 3, 32, 32\)"):
         zoo.build("resnet8", GREY, 10)(torch.zeros(2, *COLOUR))

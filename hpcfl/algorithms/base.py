@@ -1,5 +1,6 @@
 """What an algorithm is: five verbs over Trees, what it may see at a client and at the server, and the plan that puts its steps in order."""
 from abc import ABC
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -58,11 +59,10 @@ class Problem:
 
 @dataclass(frozen=True)
 class Holdings:
-    """One client's own data: its training, validation and test parts."""
+    """What a method may use of one client's data; the part for its personal test is not here."""
 
     train: Shard
     validation: Shard
-    test: Shard
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,16 @@ class ClientSite:
     modules: Mapping[str, nn.Module]                               # structure only; the parameters are the group's state
     phase: str
     round: int
+    remembered: Mapping[int, dict[str, Tensor]] = field(default_factory=lambda: defaultdict(dict))
+
+    def once(self, name: str, client: int, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` gives of a client's data, computed once in a run and by any step that asks for the name: for what no round changes.
+
+        Remembered in memory at the client alone, made again after a resume, in no checkpoint.
+        """
+        if name not in self.remembered[client]:
+            self.remembered[client][name] = make()
+        return self.remembered[client][name]
 
     def stream(self, purpose: str, client: int) -> Stream:
         """The random stream of one purpose, client and this round."""

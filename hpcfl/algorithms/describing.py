@@ -63,7 +63,7 @@ class Describing(Algorithm):
 
     def encode(self, group: Group, site: ClientSite) -> Latents:
         """Each client's training images as latents, without augmentation and gradients."""
-        return {client: self.latent.of_shard(group, site.modules, client, site.holdings[client].train) for client in group.clients}
+        return {client: self.latent.of_training(group, site, client) for client in group.clients}
 
     def measure(self, latents: Latents, site: ClientSite) -> Local:
         """Counts, means and scatter of each client's latents by class."""

@@ -31,7 +31,7 @@ class FedAvg(Algorithm):
         return tree.part(message, architecture)
 
     def train(self, group: Group, message: Tree, site: ClientSite) -> Update:
-        group = group.sharing("model", tree.to(message, site.problem.device))
+        group = self.adopt(group, message)
         group, metrics = site.train_model(group, cross_entropy)
         model = tree.floating(group.part("model"))
         return Update(group, Statistics({group.architecture: Sums.weighted(group.clients, model, site.sizes(group))}), metrics)
@@ -39,6 +39,14 @@ class FedAvg(Algorithm):
     def aggregate(self, server: Tree, totals: Totals, site: ServerSite) -> Tree:
         means = tree.join(**{architecture: total.mean() for architecture, total in totals.items()})
         return {path: means[path].to(leaf.dtype) if path in means else leaf for path, leaf in server.items()}
+
+    def refine(self, group: Group, message: Tree, site: ClientSite) -> Update:
+        """Every client goes on with the average: what is evaluated at the end of a round is the federation's model, before it the local ones."""
+        return Update(self.adopt(group, message))
+
+    def adopt(self, group: Group, message: Tree) -> Group:
+        """The group with the global model."""
+        return group.sharing("model", tree.to(message, self.problem.device))
 
 
 def plan(config: Config, problem: Problem) -> Plan:

@@ -7,6 +7,7 @@ fine-tunes f_k on images psi(v), v ~ N(c^y, Sigma). What the paper leaves open i
 """
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import reduce
 from itertools import chain, count, islice
 
 import torch
@@ -17,9 +18,10 @@ from hpcfl import moments, tree
 from hpcfl.algorithms.base import ClientSite, Phase, Plan, Problem, ServerSite, Totals, Update
 from hpcfl.algorithms.describing import Describing, Latents, Local, ShareStatistics, known_to
 from hpcfl.data.shards import epochs
-from hpcfl.evaluate import model_of
+from hpcfl.errors import JobError
+from hpcfl.evaluate import bind
 from hpcfl.fit import Turn
-from hpcfl.gaussian import kl_diag
+from hpcfl.gaussian import kl
 from hpcfl.generators.vtc import VTC
 from hpcfl.group import Group
 from hpcfl.kinds import choice, flag, integer, real
@@ -68,7 +70,7 @@ class Config:
     dm_classes: int = integer(10, 1)                               # classes and
     dm_samples: int = integer(16, 2)                               # samples per class in each step
     dm_whiten: bool = flag(True)                                   # weigh features by their inverse variance
-    variance_floor: float = real(1e-2, 0.0)                        # on the client
+    variance_floor: float = real(1e-2, 0.0, above=True)            # on the client
     server_floor: float = real(1e-4, 0.0, above=True)              # on the server's covariance
     shrink_target: str = choice("iso", "diag")                     # of OAS
     truncate: float = real(0.0, 0.0)                               # clip eps to +- this when drawing; 0: off
@@ -82,15 +84,19 @@ class Config:
     resample: bool = flag(True)                                    # new images in each pass
     ft_real: bool = flag(False)                                    # a pass over the client's own images after each synthetic pass
     ft_norm: str = choice("frozen", "train")                       # running statistics of norm layers while fine-tuning
-    offload: bool = flag(False)                                    # keep the idle one of classifier and VTC in host memory
+    offload: bool = flag(False)                                    # keep the VTC in host memory except while it trains or draws
+
+
+VTC_PARTS = ("generator", "deviation", "optimizer/generator", "optimizer/deviation")        # of a client's state
 
 
 class Deviation(nn.Module):
-    """A learnable sigma_k: the log variance of the noise, (p,)."""
+    """A learnable sigma_k: the log of its variance over the empirical one, (p,), so that it starts from there and follows the features."""
 
     def __init__(self, size: int):
         super().__init__()
-        self.log_variance = nn.Parameter(torch.zeros(size))
+        self.log_ratio = nn.Parameter(torch.zeros(size))
+
 
 class Generating(Describing):
     """What the steps with a generator share: the network, its start, its averaging, and drawing from it."""
@@ -111,9 +117,10 @@ class Generating(Describing):
         if self.config.sigma_source == "learnable":
             group = group.sharing("deviation", Deviation(self.latent.size).state_dict())
         if self.config.frozen_head_init:
-            with self.problem.stream("head").seeding():
-                head = {f"head.{path}": leaf for path, leaf in self.problem.model(group.architecture).head.state_dict().items()}
-            group = group.holding("model", group.part("model") | tree.repeat(head, len(group.clients)))
+            own = site.modules["model"].head
+            with self.problem.stream("head").seeding():            # nothing but the head: what comes before it differs between architectures
+                head = nn.Linear(own.in_features, own.out_features).state_dict()
+            group = group.holding("model", group.part("model") | tree.repeat({f"head.{path}": leaf for path, leaf in head.items()}, len(group.clients)))
         return group
 
     def publish(self, server: Tree) -> Tree:
@@ -122,7 +129,7 @@ class Generating(Describing):
 
     def aggregate(self, server: Tree, totals: Totals, site: ServerSite) -> Tree:
         """The statistics, and the mean of the psi_k that came; an older psi is not said again."""
-        if not totals:
+        if not totals and not tree.part(server, "generator"):
             return server
         new = {path: leaf for path, leaf in super().aggregate(server, totals, site).items() if not path.startswith("generator/")}
         return new | tree.join(generator=tree.transform(totals["generator"].mean(), Tensor.float) if "generator" in totals else {})
@@ -130,7 +137,13 @@ class Generating(Describing):
     def adopt(self, group: Group, message: Tree) -> Group:
         """The group with the averaged generator, where the message brings one."""
         generator = tree.part(message, "generator")
-        return group.sharing("generator", tree.to(generator, group.device)) if generator else group
+        return group.sharing("generator", tree.to(generator, self.problem.device)) if generator else group
+
+    def parted(self, group: Group) -> tuple[Group, Tree]:
+        """The group as far as classifying needs it, and what only the VTC needs, where that rests: with `offload` in host memory."""
+        classifying = reduce(Group.without, VTC_PARTS, group)
+        resting = {path: leaf for path, leaf in group.state.items() if path not in classifying.state}
+        return classifying, tree.to(resting, "cpu" if self.config.offload else self.problem.device)
 
     def draw(self, group: Group, message: Tree, site: ClientSite, per_class: int) -> tuple[Tensor, Tensor]:
         known, client = self.known(message), group.clients[0]
@@ -142,7 +155,8 @@ class Generating(Describing):
 
     def generate(self, group: Group, known: Known, site: ClientSite, client: int) -> Draw:
         """x' = psi_k(v), v ~ N(c^y, Sigma) (3.2 generation), in the classifier's range."""
-        config, psi = self.config, model_of(group, site.modules, client, "generator")
+        config, own = self.config, tree.row(group.part("generator"), group.clients.index(client))
+        psi = bind(site.modules["generator"], tree.to(own, self.problem.device))
 
         def draw(labels: Tensor, generator: torch.Generator) -> Tensor:
             eps = torch.randn(len(labels), self.latent.size, generator=generator, device=labels.device)
@@ -157,17 +171,20 @@ class FedVTC(Generating):
 
     def train(self, group: Group, message: Tree, site: ClientSite) -> Update:
         known = self.known(message)
-        group, metrics = self.train_classifier(self.adopt(group, message), known, site)
+        group, vtc = self.parted(self.adopt(group, message))
+        group, metrics = self.train_classifier(group, known, site)
         latents = self.encode(group, site)
         local = self.measure(latents, site)
         statistics = self.upload(local) if self.config.latent == "own" else Statistics()
         if bool(known.has.any()):
-            group, measured = self.train_generator(group, latents, local, known, site)
+            whole = replace(group, state=group.state | tree.to(vtc, self.problem.device))
+            whole, measured = self.train_generator(whole, latents, local, known, site)
+            group, vtc = self.parted(whole)
             metrics |= measured
             if self.sends_generator(site):
                 weights = site.sizes(group) if self.config.vtc_weights == "counts" else torch.ones(len(group.clients), dtype=torch.float64)
-                statistics += Statistics({"generator": Sums.weighted(group.clients, group.part("generator"), weights, weights_sent=False)})
-        return Update(group, statistics, metrics)
+                statistics += Statistics({"generator": Sums.weighted(group.clients, tree.part(vtc, "generator"), weights, weights_sent=False)})
+        return Update(replace(group, state=group.state | vtc), statistics, metrics)
 
     def sends_generator(self, site: ClientSite) -> bool:
         """Whether psi_k goes up this round: every vtc_sync_every rounds, and after the last."""
@@ -193,7 +210,8 @@ class FedVTC(Generating):
 
         def batches(client: int) -> Iterator[Tree]:
             return self.generator_batches(client, latents[client], deviations[client], known, site)
-        context = {"mean": known.mean, "variance": known.variance, "weight": known.weight if config.dm_whiten else torch.ones_like(known.weight)}
+        context = {"mean": known.mean, "variance": known.variance, "precision": known.precision, "coupling": known.coupling,
+                   "least": known.mean.new_tensor(config.variance_floor ** 0.5), "weight": known.weight if config.dm_whiten else torch.ones_like(known.weight)}
         group, measured = site.fit(group, turns, batches, context=context, keep_optimizer=config.vtc_sync == "none")
         measured["vtc_loss"] = measured.pop("loss")
         return group, measured
@@ -208,7 +226,7 @@ class FedVTC(Generating):
     def generator_batches(self, client: int, z: Tensor, deviation: Tensor, known: Known, site: ClientSite) -> Iterator[Tree]:
         """Passes over the client's images with their latents and the noise of each step; latents of all known classes for L_DM."""
         config, shard, device = self.config, site.holdings[client].train, z.device
-        generator = site.stream("vtc", client).torch(device)
+        generator, away = site.stream("vtc", client).torch(device), known.distance(shard.labels, z)
         there = known.has.nonzero().flatten()
 
         def normal(*shape: int) -> Tensor:
@@ -218,7 +236,7 @@ class FedVTC(Generating):
         for indices in islice(chain.from_iterable(orders), config.vtc_steps or None):
             y = shard.labels[indices]
             batch = {"x": self.problem.scale.to_symmetric(shard.pixels(indices)), "y": y, "z": z[indices], "eps": normal(len(indices)),
-                     "deviation": config.noise * deviation[y], "has": known.has[y]}
+                     "deviation": deviation[y], "away": away[indices], "has": known.has[y]}
             if config.dm != "off":
                 chosen = there[torch.randperm(len(there), generator=generator, device=device)[:config.dm_classes]]
                 labels = chosen.repeat_interleave(config.dm_samples)
@@ -227,15 +245,15 @@ class FedVTC(Generating):
 
     def generator_loss(self, modules, batch: Tree, context: Tree) -> tuple[Tensor, Tree]:
         """L_e = L_rc + beta_kl D_KL + beta_dm L_DM (3.3), divided by the number of pixels so that Adam and clipping see one scale for all images."""
-        config, z = self.config, batch["z"]
-        learnable = config.sigma_source == "learnable"
-        deviation = (0.5 * modules.deviation.log_variance).exp().clamp_min(config.variance_floor ** 0.5).expand_as(z) if learnable else batch["deviation"]
-        images = modules.generator(z + deviation * batch["eps"])                            # v = z + sigma_k * eps, (B, C, H, W)
+        config, z, y, deviation = self.config, batch["z"], batch["y"], batch["deviation"]
+        if config.sigma_source == "learnable":
+            deviation = torch.maximum(deviation * (0.5 * modules.deviation.log_ratio).exp(), context["least"])          # not clamp: it stops the slope on the floor
+        images = modules.generator(z + config.noise * deviation * batch["eps"])             # v = z + sigma_k * eps, (B, C, H, W)
         pixels = images[0].numel()
         error = (images - batch["x"]).square().flatten(1)                                   # (B, pixels)
         reconstruction = (error.sum(1) if config.loss_reduction == "sum" else error.mean(1)).mean()
         held = batch["has"]
-        divergence = (kl_diag(z, deviation.square(), context["mean"][batch["y"]], context["variance"][batch["y"]]) * held).sum() / held.sum().clamp_min(1)
+        divergence = (kl(deviation.square(), batch["away"], context["precision"][y], context["coupling"][y]) * held).sum() / held.sum().clamp_min(1)
         loss = reconstruction + config.beta_kl * divergence
         measured = {"reconstruction": reconstruction, "kl": divergence}
         if config.dm != "off":
@@ -253,14 +271,13 @@ class FedVTC(Generating):
                                          context["variance"][classes].sqrt(), context["weight"][classes])
 
 
-class FedVTCBySums(FedVTC):
-    """The same where the server sees nothing but sums (8.4); here the first of two phases: counts and sums, from which the global means follow."""
+class Means(Generating):
+    """Where the server sees nothing but sums (8.4), the first of two phases: counts and sums, from which the global means follow."""
 
-    def train(self, group: Group, message: Tree, site: ClientSite) -> Update:
-        update = super().train(group, message, site)
-        firsts = [moments.first_sums(z, y, self.problem.classes) for z, y in self.sent_samples(update.group, site)]
-        means = Sums.weighted(group.clients, tree.stack(firsts), torch.ones(len(group.clients)), weights_sent=False)
-        return replace(update, statistics=Statistics({name: sums for name, sums in update.statistics.parts.items() if name != "moments"} | {"first": means}))
+    def first(self, group: Group, site: ClientSite) -> Statistics:
+        """What each client adds to counts and sums."""
+        firsts = [moments.first_sums(z, y, self.problem.classes) for z, y in self.sent_samples(group, site)]
+        return Statistics({"first": Sums.weighted(group.clients, tree.stack(firsts), torch.ones(len(group.clients)), weights_sent=False)})
 
     def aggregate(self, server: Tree, totals: Totals, site: ServerSite) -> Tree:
         new = super().aggregate(server, {name: total for name, total in totals.items() if name == "generator"}, site)
@@ -269,8 +286,31 @@ class FedVTCBySums(FedVTC):
         return {**new, "mean": mean, **tree.join(first=first)}
 
 
+class FedVTCBySums(Means, FedVTC):
+    """FedVTC's round, with sums in the place of its statistics."""
+
+    def train(self, group: Group, message: Tree, site: ClientSite) -> Update:
+        update = FedVTC.train(self, group, message, site)
+        kept = Statistics({name: sums for name, sums in update.statistics.parts.items() if name != "moments"})
+        return replace(update, statistics=kept + self.first(update.group, site))
+
+
+class ShareMeans(Means):
+    """Common latents, once."""
+
+    def publish(self, server: Tree) -> Tree:
+        return {}
+
+    def train(self, group: Group, message: Tree, site: ClientSite) -> Update:
+        return Update(group, self.first(group, site))
+
+
 class Scatter(Generating):
     """The second of the two phases: the scatter around the global means, summed."""
+
+    def publish(self, server: Tree) -> Tree:
+        """The new means alone: the spread is still the old one, and psi goes with what comes of this phase."""
+        return {"mean": server["mean"].float()}
 
     def train(self, group: Group, message: Tree, site: ClientSite) -> Update:
         mean, mode = message["mean"].double().to(self.problem.device), self.config.covariance
@@ -290,19 +330,20 @@ class FineTune(Generating):
 
     def refine(self, group: Group, message: Tree, site: ClientSite) -> Update:
         config, known = self.config, self.known(message)
-        group = self.adopt(group, message)
+        whole = self.adopt(group, message)
         classes = known.has.nonzero().flatten()
         if not len(classes):
-            return Update(group)
+            return Update(whole)
+        group, vtc = self.parted(whole)
 
         def batches(client: int) -> Iterator[Tree]:
             real = (lambda epoch: epochs(site.holdings[client].train, config.finetune_batch, 1, site.stream(f"real/{epoch}", client))) if config.ft_real else None
-            return synthetic_epochs(self.generate(group, known, site, client), classes, config.per_class, config.finetune_batch, config.finetune_epochs,
+            return synthetic_epochs(self.generate(whole, known, site, client), classes, config.per_class, config.finetune_batch, config.finetune_epochs,
                                     site.stream("finetune", client), resample=config.resample, real=real)
         rule = replace(self.problem.optimizer(), lr=config.finetune_lr or self.problem.job.training.lr)
         turn = Turn(("model",), cross_entropy, rule, SCOPES[config.finetune_scope])
         group, metrics = site.fit(group, [turn], batches, frozen_norm=config.ft_norm == "frozen")
-        return Update(group, metrics=metrics)
+        return Update(replace(group, state=group.state | vtc), metrics=metrics)
 
 
 SCOPES = {"all": None, "head": lambda path: path.startswith("model/head.")}
@@ -316,11 +357,19 @@ def aligned_loss(modules, batch: Tree, context: Tree) -> tuple[Tensor, Tree]:
 
 
 def plan(config: Config, problem: Problem) -> Plan:
-    """Own latents: rounds, then fine-tuning. Common latents: statistics once, rounds, then fine-tuning."""
-    finetune = FineTune(config, problem)
-    learning = (FedVTCBySums(config, problem), Scatter(config, problem)) if config.statistics == "sums" and config.latent == "own" else (FedVTC(config, problem),)
+    """Own latents: rounds, then fine-tuning. Common latents: statistics once, rounds, then fine-tuning.
+
+    Raises: JobError for statistics = "sums" without between_client.
+    """
+    sums, common, finetune = config.statistics == "sums", config.latent == "common", FineTune(config, problem)
+    if sums and not config.between_client:
+        raise JobError("algorithm.between_client = false needs to know each client's own scatter, which algorithm.statistics = 'sums' hides; "
+                       "set between_client = true, or statistics = 'uploads'")
+    scatter = (Scatter(config, problem),) if sums else ()
+    learning = (FedVTC(config, problem),) if common else (FedVTCBySums(config, problem), *scatter) if sums else (FedVTC(config, problem),)
     each = (finetune,) if config.finetune == "every_round" else ()
     rounds = Phase("rounds", problem.job.federation.rounds, learning + each)
-    first = (Phase("statistics", 1, (ShareStatistics(config, problem),), everyone=True),) if config.latent == "common" else ()
+    share = ShareMeans(config, problem) if sums else ShareStatistics(config, problem)
+    first = (Phase("statistics", 1, (share, *scatter), everyone=True),) if common else ()
     last = (Phase("finetune", 1, (finetune,), everyone=True),) if config.finetune == "final" else ()
     return (*first, rounds, *last)

@@ -140,11 +140,11 @@ def epochs(shard: Shard, batch: int, epochs: int, stream: Stream) -> Iterator[Tr
     generator = stream.torch()
     for _ in range(epochs):
         order = torch.randperm(len(shard), generator=generator).to(shard.labels.device)
-        for chosen in order.split(_sizes(len(shard), batch)):
+        for chosen in order.split(batch_sizes(len(shard), batch)):
             yield {"x": shard.pixels(chosen), "y": shard.labels.index_select(0, chosen)}
 
 
-def _sizes(total: int, batch: int) -> list[int]:
-    """Batch sizes of one epoch."""
+def batch_sizes(total: int, batch: int) -> list[int]:
+    """Sizes of the batches of one epoch; a last one of a single image joins the one before it."""
     sizes = [batch] * (total // batch) + [total % batch] * (total % batch > 0)
     return [*sizes[:-2], batch + 1] if batch > 1 and len(sizes) > 1 and sizes[-1] == 1 else sizes

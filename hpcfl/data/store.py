@@ -78,10 +78,10 @@ def import_folder(name: str, directory: str | Path) -> Path:
 def listing() -> list[dict[str, Any]]:
     """Every data set that is embedded, cached or can be fetched, one dict each.
 
-    Keys: name and status ("embedded", "cached", "damaged", "absent"); for cached ones also train, test, classes, shape, file_bytes, sha256, path;
-    source and licence where known; problem for damaged ones.
+    Keys: name and status ("embedded", "cached", "damaged", "absent"); for the first two also train, test, classes, shape; for cached ones file_bytes,
+    sha256, path; source and licence where known; problem for damaged ones.
     """
-    rows: list[dict[str, Any]] = [{"name": name, "status": "embedded"} for name in EMBEDDED]
+    rows: list[dict[str, Any]] = [{"name": name, "status": "embedded", **_sizes(make())} for name, make in EMBEDDED.items()]
     cached = {file.stem: file for file in sorted(folder().glob("*.h5"))}
     rows += [_row(name, file) for name, file in cached.items()]
     absent = {name: published for name, published in PUBLISHED.items() if name not in cached}
@@ -201,6 +201,10 @@ def _write_stamp(stamp: Path, content: str) -> None:
         os.replace(temporary, stamp)
     except OSError:
         return                                                     # a cache for reading only: the next start verifies again
+
+
+def _sizes(data: Labelled) -> dict[str, Any]:
+    return {"train": len(data.train_labels), "test": len(data.test_labels), "classes": data.classes, "shape": list(data.train_images.shape[1:])}
 
 
 def _row(name: str, file: Path) -> dict[str, Any]:

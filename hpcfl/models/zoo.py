@@ -1,6 +1,5 @@
 """Zoo: the classifiers that a job can name, as data, and what each of them costs."""
 import difflib
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
 
@@ -70,18 +69,6 @@ def entry(name: str) -> Family:
         close = difflib.get_close_matches(name, ENTRIES, n=1, cutoff=0.5)
         raise JobError(f"models.names: '{name}' is not in the zoo{f'; did you mean {close[0]!r}?' if close else ''}; there are {', '.join(ENTRIES)}")
     return ENTRIES[name]
-
-
-def common_feature_size(models: Mapping[str, Model]) -> int:
-    """The feature size p that all models share, {name: model}: methods that average features over clients need one.
-
-    Raises: JobError with every model's size where they differ.
-    """
-    sizes = {name: model.feature_size for name, model in models.items()}
-    if len(set(sizes.values())) != 1:
-        listed = ", ".join(f"{name}: {size}" for name, size in sizes.items())
-        raise JobError(f"models.features: the feature sizes differ ({listed}), wanted one common size; set models.features, for example to 64")
-    return next(iter(sizes.values()))
 
 
 @lru_cache(maxsize=None)

@@ -1,0 +1,83 @@
+"""The loop in memory, without files around it: a federation small enough to follow, all its states, and what was booked in each round."""
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from hpcfl import tree
+from hpcfl.algorithms import CONFIGS
+from hpcfl.algorithms.base import Algorithm
+from hpcfl.comm import Alone, Communicator
+from hpcfl.federation import Place, State, begin, rounds
+from hpcfl.job import Job, resolve
+from hpcfl.ledger import Ledger
+from hpcfl.tree import Tree
+from hpcfl.world import World
+
+SMALL = {"run": {"device": "cpu", "compile": "off"},
+         "data": {"name": "digits", "fraction": 0.15, "partition": "dirichlet", "alpha": 0.3, "validation": 0.0, "test": 0.0},
+         "models": {"names": ["mlp2", "cnn1"], "features": 6},     # one without and one with running statistics
+         "federation": {"clients": 3, "rounds": 3},
+         "training": {"batch": 16}}
+
+
+def job(name: str, settings: Mapping[str, object] | None = None, **sections: Mapping[str, object]) -> Job:
+    """The small job of an algorithm with some settings of its own, and other sections changed."""
+    tables = {section: dict(SMALL.get(section, {})) | dict(sections.get(section, {})) for section in SMALL.keys() | sections.keys()}
+    return resolve(tables | {"algorithm": {"name": name, **(settings or {})}}, CONFIGS)
+
+
+def world(described: Job) -> World:
+    """The job's world on one rank."""
+    return World(described, Communicator(Alone()), torch.device(described.run.device))
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run went through: the states, one more than rounds, and the account and place of each round."""
+
+    world: World
+    states: list[State]
+    accounts: list[dict]
+    places: list[Place]
+
+    def state(self, client: int, position: int = -1) -> Tree:
+        """A client's own state."""
+        return next(group.states()[client] for group in self.states[position].groups if client in group.clients)
+
+    def metric(self, name: str, position: int) -> dict[int, float]:
+        """One metric of one round, by client."""
+        return self.accounts[position]["metrics"][name]
+
+
+def run(world: World, before_refine: Callable[[State, Place], None] = lambda state, place: None) -> Run:
+    """Carry the world's plan to its end."""
+    ledger = Ledger(world.problem.device)
+    found = Run(world, [begin(world)], [], [])
+    for state, place in rounds(world, found.states[0], ledger, before_refine):
+        found.states.append(state)
+        found.accounts.append(ledger.close())
+        found.places.append(place)
+    return found
+
+
+def step(world: World, kind: type[Algorithm]) -> Algorithm:
+    """The one step of a kind in the plan."""
+    return next(step for phase in world.plan for step in phase.steps if type(step) is kind)
+
+
+def bits(state: Tree) -> dict[str, bytes]:
+    """Every leaf as bytes, to compare states leaf by leaf to the bit."""
+    return {path: leaf.detach().cpu().contiguous().numpy().tobytes() for path, leaf in state.items()}
+
+
+def changed(one: Tree, other: Tree) -> set[str]:
+    """The first two names of the paths in which two states differ: {"model/head", "generator/start"}."""
+    before, after = bits(one), bits(other)
+    paths = {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
+    return {"/".join(path.replace(".", "/").split("/")[:2]) for path in paths}
+
+
+def finite(state: Tree) -> bool:
+    """Whether no leaf holds NaN or infinity."""
+    return tree.first_non_finite(state) is None

@@ -1,0 +1,124 @@
+"""The command line and the launch say what is wrong before anything starts, and take no folder and no core that belongs to another."""
+import json
+import os
+import shutil
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from launching import carry_out, checkpoint_of, outcome, tiny
+
+from hpcfl import bench, cli, launch, simulation
+from hpcfl.comm import Alone, Communicator, connect
+from hpcfl.errors import CheckpointError, JobError
+
+
+class Node:
+    """Rank 0 of ranks of one host that are bound to the given cores."""
+
+    def __init__(self, cores: list[set[int]]):
+        self.cores = cores
+
+    def gather(self, own: tuple[str, set[int]]) -> list[tuple[str, set[int]]]:
+        return [(own[0], each) for each in self.cores]
+
+    def share(self, value):
+        return value
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    return carry_out(tiny("standalone"), tmp_path_factory.mktemp("finished") / "run")
+
+
+def ending(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as end:
+        cli.main([*map(str, arguments)])
+    return end.value.code
+
+
+@pytest.mark.parametrize("command", [["run", "job.toml"], ["bench", "w1"]])
+def test_ranks_that_cannot_see_each_other_end_with_exit_code_3_and_no_traceback(command, monkeypatch, capsys):
+    connect()                                                      # MPI starts before it is told of ranks that are not there
+    monkeypatch.delenv("OMPI_COMM_WORLD_SIZE", raising=False)
+    monkeypatch.setenv("PMI_SIZE", "3")
+    assert ending(*command) == 3
+    error = capsys.readouterr().err
+    assert error.startswith("hpcfl: mpirun of MPICH or Intel MPI started 3 ranks (PMI_SIZE), but each sees only itself") and "Traceback" not in error
+
+
+def test_data_sets_are_listed_as_a_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HPCFL_DATA", str(tmp_path))
+    assert ending("data", "list") == 0
+    heading, *lines = capsys.readouterr().out.splitlines()
+    assert heading.split() == ["name", "status", "train", "test", "classes", "image", "MB"]
+    digits = next(line for line in lines if line.startswith("digits"))
+    assert digits.split() == ["digits", "embedded", "1437", "360", "10", "1x8x8"]
+    assert digits.index("1437") + 4 == heading.index("train") + 5, "numbers end under the end of their heading"
+    assert next(line for line in lines if line.startswith("cifar10 ")).endswith("hpcfl data get cifar10")
+    assert ending("data", "list", "--json") == 0
+    assert {row["name"]: row["status"] for row in json.loads(capsys.readouterr().out)}["mnist"] == "absent"
+
+
+@pytest.mark.parametrize(("cores", "threads"), [
+    ([{0, 1, 2, 3}], 4), ([{0, 1, 2, 3}] * 2, 2), ([{0, 1, 2, 3}, {4, 5, 6, 7}], 4), ([{0, 1, 2}] * 3, 1), ([{0, 1}, {1, 2}, {2, 3}], 1), ([{0}] * 4, 1)])
+def test_a_rank_takes_its_part_of_the_cores_it_is_bound_to(cores, threads, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: cores[0], raising=False)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    launch.set_threads(tiny("standalone", run={"threads": 0}), Node(cores))
+    assert chosen == [threads]
+
+
+def test_a_run_that_died_in_its_first_checkpoint_begins_again(finished, tmp_path):
+    (tmp_path / "run").mkdir()
+    shutil.copy(finished / "metrics.h5", tmp_path / "run")
+    (tmp_path / "run" / "STATUS").write_text("failed: the disk was full\n")
+    with pytest.raises(JobError, match="nothing is overwritten"):
+        carry_out(tiny("standalone"), tmp_path / "run", resume="never")
+    carry_out(tiny("standalone"), tmp_path / "run")
+    assert outcome(tmp_path / "run").manifest["rows"] == 3
+
+
+def test_what_goes_on_from_a_checkpoint_does_not_enter_the_folder_of_another_run(finished, tmp_path):
+    other = shutil.copytree(finished, tmp_path / "other")
+    before = (other / "metrics.h5").read_bytes()
+    with pytest.raises(JobError, match="other: holds a run already and nothing is overwritten"):
+        carry_out(tiny("standalone"), other, resume=finished)
+    assert (other / "metrics.h5").read_bytes() == before
+
+
+def test_a_finished_run_of_another_job_is_no_run_of_this_job(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    with pytest.raises(CheckpointError, match="differs in training.lr; nothing was changed"):
+        carry_out(tiny("standalone", training={"lr": 0.01}), folder)
+    assert (folder / "STATUS").read_text() == "done\n"
+
+
+@pytest.mark.parametrize(("rounds", "place"), [(4, "round 4 of phase rounds"), (2, "behind its end")])
+def test_a_checkpoint_that_lies_elsewhere_in_the_plan_is_refused(rounds, place, tmp_path):
+    folder = carry_out(tiny("fedvtc", checkpoint={"every": 1, "keep": 9}), tmp_path / "run")
+    changed = tiny("fedvtc", federation={"rounds": rounds}, checkpoint={"every": 1, "keep": 9})
+    with pytest.raises(CheckpointError, match=f"its last round, 4, was round 1 of phase finetune; in this job that is {place}"):
+        carry_out(changed, folder, may_differ=["federation.rounds"])
+    carry_out(changed, tmp_path / "new", resume=checkpoint_of(folder, 2), may_differ=["federation.rounds"])
+    assert outcome(tmp_path / "new").manifest["rows"] == rounds + 1
+
+
+def test_models_that_no_step_touched_are_not_evaluated_again(tmp_path, monkeypatch):
+    evaluated, model_of = [], simulation.model_of
+    monkeypatch.setattr(simulation, "model_of", lambda group, modules, client: evaluated.append(client) or model_of(group, modules, client))
+    folder = carry_out(tiny("fedvtc", federation={"participation": 1.0, "rounds": 1}, evaluation={"every": 1}), tmp_path / "run")
+    metrics = outcome(folder).metrics
+    assert [stage.decode() for stage in metrics["evaluation/stage"]] == ["end", "before_refine", "end"]
+    assert sorted(evaluated) == sorted([*range(5)] * 2), "after the round and after fine-tuning, not before it"
+    assert (metrics["evaluation/generalization_correct"][0] == metrics["evaluation/generalization_correct"][1]).all()
+
+
+def test_the_steps_of_generator_and_classifier_are_timed_in_every_way(monkeypatch):
+    monkeypatch.setattr(bench, "WORKS", {"classifier": bench.classifying})
+    figures = bench.vtc(Communicator(Alone()), Namespace(device="cpu", threads=1, steps=0, compile=False))
+    assert [(row["work"], row["engine"], row["compile"]) for row in figures["rows"]] == [("classifier", "sequential", "off"), ("classifier", "vmap", "off")]
+    assert all(row["step_s"] > 0 and row["resident_memory_bytes"] > 0 for row in figures["rows"])
+    assert bench.render(figures).splitlines()[-3].split() == ["work", "engine", "compile", "first_s", "step_s", "steps_per_s", "resident_memory_bytes"]

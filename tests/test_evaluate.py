@@ -1,0 +1,98 @@
+"""Evaluation: the right client's weights, eval mode, the shard's order, and nothing left behind."""
+import pytest
+import torch
+from torch import nn
+
+from hpcfl import tree
+from hpcfl.data.shards import Scale, Shard
+from hpcfl.errors import NonFiniteError
+from hpcfl.evaluate import bind, correct, features, in_batches, model_of
+from hpcfl.group import Group
+from hpcfl.models import zoo
+
+CLASSES, COUNT = 4, 30
+
+
+def shard(count: int = COUNT) -> Shard:
+    generator = torch.Generator().manual_seed(0)
+    return Shard(torch.randint(0, 256, (count, 1, 8, 8), generator=generator, dtype=torch.uint8), torch.arange(count) % (CLASSES - 1), Scale())
+
+
+def example() -> tuple[Group, dict[str, nn.Module]]:
+    """Three clients of cnn1, whose norm layers have running statistics of their own."""
+    states = {}
+    for client in (2, 5, 9):
+        torch.manual_seed(client)
+        model = zoo.build("cnn1", (1, 8, 8), CLASSES, 6)
+        model.train()(torch.randn(16, 1, 8, 8))
+        states[client] = tree.join(model=model.state_dict())
+    return Group.of("cnn1", states), {"model": zoo.build("cnn1", (1, 8, 8), CLASSES, 6)}
+
+
+def alone(group: Group, client: int) -> nn.Module:
+    """The client's model as a module of its own, in eval mode."""
+    model = zoo.build("cnn1", (1, 8, 8), CLASSES, 6)
+    model.load_state_dict(tree.part(group.states()[client], "model"))
+    return model.eval()
+
+
+@pytest.mark.parametrize("client", [2, 5, 9])
+def test_each_client_is_evaluated_with_its_own_weights_in_eval_mode(client):
+    group, modules = example()
+    x = shard().pixels(slice(None))
+    with torch.no_grad():
+        torch.testing.assert_close(model_of(group, modules, client)(x), alone(group, client)(x))
+        torch.testing.assert_close(features(group, modules, client, shard()), alone(group, client).features(x))
+        torch.testing.assert_close(model_of(group, modules, client, method="head")(torch.ones(2, 6)), alone(group, client).head(torch.ones(2, 6)))
+
+
+def test_nothing_is_differentiated_and_the_module_stays_as_it_was():
+    group, modules = example()
+    before = tree.clone(modules["model"].state_dict())
+    modules["model"].train()
+    assert not model_of(group, modules, 5)(shard().pixels(slice(None))).requires_grad
+    assert modules["model"].training and tree.equal(before, modules["model"].state_dict())
+    assert all(parameter.requires_grad for parameter in modules["model"].parameters())
+
+
+def test_the_mode_comes_back_after_an_exception():
+    model = nn.Linear(3, 2).train()
+    with pytest.raises(RuntimeError):
+        bind(model, model.state_dict())(torch.zeros(1, 5))
+    assert model.training
+
+
+def test_batches_change_neither_order_nor_result():
+    predict = nn.Sequential(nn.Flatten(), nn.Linear(64, CLASSES)).requires_grad_(False)
+    whole = in_batches(predict, shard(), COUNT)
+    torch.testing.assert_close(in_batches(predict, shard(), 7), whole)
+    assert correct(predict, shard(), CLASSES, 7).tolist() == correct(predict, shard(), CLASSES).tolist()
+
+
+def test_right_answers_are_counted_by_class():
+    labels, answers = shard().labels, (torch.arange(COUNT) * 7) % CLASSES
+    asked = []
+
+    def predict(x: torch.Tensor) -> torch.Tensor:
+        start = sum(asked)
+        asked.append(len(x))
+        return nn.functional.one_hot(answers[start:start + len(x)], CLASSES).float()
+    want = [sum(int(a == y == label) for a, y in zip(answers, labels, strict=True)) for label in range(CLASSES)]
+    right = correct(predict, shard(), CLASSES, 8)
+    assert right.tolist() == want and right.dtype == torch.int64
+    assert 0 < sum(want) < COUNT and asked == [8, 8, 8, 6]
+
+
+def test_an_empty_shard_has_no_right_answers():
+    assert correct(lambda x: x, shard(0), CLASSES).tolist() == [0] * CLASSES
+
+
+def test_features_that_are_not_finite_name_the_client():
+    group, modules = example()
+    state = dict(group.state)
+    state["model/projection.bias"] = state["model/projection.bias"].clone()
+    state["model/projection.bias"][1] = float("nan")
+    spoiled = Group(group.architecture, group.clients, state)
+    assert bool(torch.isfinite(features(spoiled, modules, 2, shard())).all())
+    with pytest.raises(NonFiniteError, match=r"client 5 \(cnn1\).*training\.lr"):
+        features(spoiled, modules, 5, shard())

@@ -1,0 +1,133 @@
+"""The record: every rank's account in one row, and the same rows again after a file, whatever the number of ranks."""
+import h5py
+import numpy as np
+import pytest
+
+from hpcfl.errors import CheckpointError
+from hpcfl.ledger import SECONDS
+from hpcfl.record import SCHEMA, Record
+
+CLIENTS = 3
+
+
+def account(rank: int, clients: list[int], **metrics: float) -> dict:
+    """What a rank with these clients books in a round."""
+    return {"wall_s": 1.0 + rank, "seconds": {kind: float(10 * rank + number) for number, kind in enumerate(SECONDS)}, "up": {client: 100 + client for client in clients},
+            "down": {client: 10 + client for client in clients}, "metrics": {name: {client: value + client for client in clients} for name, value in metrics.items()},
+            "sent_bytes": 1000 + rank}
+
+
+def empty(ranks: int = 2) -> Record:
+    return Record({"algorithm": "none", "clients": CLIENTS}, {"clients/rank": np.array([0, 1, 0])}, CLIENTS, ranks)
+
+
+def filled(rounds: int = 3) -> Record:
+    record = empty()
+    for round_ in range(rounds):
+        if round_ == 1:
+            record.evaluate("before_refine", {"generalization_correct": np.full((CLIENTS, 2), 7)})
+        record.evaluate("end", {"generalization_correct": np.full((CLIENTS, 2), round_)})
+        record.finish_round("rounds", round_, [account(0, [0, 2], loss=0.5), account(1, [1], loss=0.5, **({"kl": 2.0} if round_ else {}))])
+    return record
+
+
+def table(path, name: str) -> np.ndarray:
+    with h5py.File(path) as file:
+        return file[name][()]
+
+
+def contents(path) -> dict[str, list]:
+    found: dict[str, list] = {}
+    with h5py.File(path) as file:
+        file.visititems(lambda name, item: found.update({name: np.nan_to_num(item[()], nan=-1.0).tolist() if item.dtype.kind == "f" else item[()].tolist()})
+                        if isinstance(item, h5py.Dataset) else None)
+    return found
+
+
+def test_a_row_holds_what_all_ranks_booked(tmp_path):
+    filled().write(tmp_path / "metrics.h5")
+    assert table(tmp_path / "metrics.h5", "bytes/simulated_up").tolist() == [[100, 101, 102]] * 3
+    assert table(tmp_path / "metrics.h5", "bytes/simulated_down").tolist() == [[10, 11, 12]] * 3
+    assert table(tmp_path / "metrics.h5", "bytes/transported").tolist() == [[1000, 1001]] * 3
+    assert table(tmp_path / "metrics.h5", "rounds/wall_s").tolist() == [2.0] * 3       # the slowest rank's
+    assert table(tmp_path / "metrics.h5", "train/loss").tolist() == [[0.5, 1.5, 2.5]] * 3
+    for number, kind in enumerate(SECONDS):
+        assert table(tmp_path / "metrics.h5", f"seconds/{kind}").tolist() == [[number, 10 + number]] * 3
+    with h5py.File(tmp_path / "metrics.h5") as file:
+        assert file.attrs["schema"] == SCHEMA and file.attrs["algorithm"] == "none" and file["clients/rank"][()].tolist() == [0, 1, 0]
+
+
+def test_what_a_client_did_not_measure_is_nan(tmp_path):
+    filled().write(tmp_path / "metrics.h5")
+    kl = table(tmp_path / "metrics.h5", "train/kl")
+    assert np.isnan(kl[0]).all() and kl[1:, 1].tolist() == [3.0, 3.0] and np.isnan(kl[1:, [0, 2]]).all()
+
+
+def test_clients_outside_the_cohort_paid_nothing(tmp_path):
+    record = empty()
+    record.finish_round("rounds", 0, [account(0, [2], loss=0.5), account(1, [])])
+    record.write(tmp_path / "metrics.h5")
+    assert table(tmp_path / "metrics.h5", "bytes/simulated_up").tolist() == [[0, 0, 102]]
+    assert np.isnan(table(tmp_path / "metrics.h5", "train/loss")).tolist() == [[True, True, False]]
+
+
+def test_evaluations_say_at_which_row_and_stage(tmp_path):
+    filled().write(tmp_path / "metrics.h5")
+    assert table(tmp_path / "metrics.h5", "evaluation/at").tolist() == [0, 1, 1, 2]
+    assert table(tmp_path / "metrics.h5", "evaluation/stage").tolist() == [b"end", b"before_refine", b"end", b"end"]
+    assert table(tmp_path / "metrics.h5", "evaluation/generalization_correct")[:, 0, 0].tolist() == [0, 7, 1, 2]
+
+
+def test_a_record_read_back_writes_the_same_file(tmp_path):
+    filled().write(tmp_path / "one.h5")
+    record = empty()
+    record.read(tmp_path / "one.h5", 3)
+    record.write(tmp_path / "other.h5")
+    assert contents(tmp_path / "one.h5") == contents(tmp_path / "other.h5")
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2])
+def test_rows_past_the_checkpoint_are_dropped(tmp_path, rows):
+    filled().write(tmp_path / "whole.h5")
+    filled(rows).write(tmp_path / "short.h5")
+    record = empty()
+    record.read(tmp_path / "whole.h5", rows)
+    record.write(tmp_path / "cut.h5")
+    assert contents(tmp_path / "cut.h5") == contents(tmp_path / "short.h5")
+
+
+def test_a_record_older_than_its_checkpoint_is_refused(tmp_path):
+    filled(2).write(tmp_path / "metrics.h5")
+    with pytest.raises(CheckpointError, match="holds 2 rounds, the checkpoint is at 3"):
+        empty().read(tmp_path / "metrics.h5", 3)
+
+
+@pytest.mark.parametrize("ranks, transported", [(1, [2001]), (2, [1000, 1001]), (4, [1000, 1001, 0, 0])])
+def test_another_number_of_ranks_keeps_the_totals(tmp_path, ranks, transported):
+    filled().write(tmp_path / "metrics.h5")
+    record = empty(ranks)
+    record.read(tmp_path / "metrics.h5", 3)
+    record.write(tmp_path / "other.h5")
+    assert table(tmp_path / "other.h5", "bytes/transported").tolist() == [transported] * 3
+    assert table(tmp_path / "other.h5", "seconds/train").sum(1).tolist() == table(tmp_path / "metrics.h5", "seconds/train").sum(1).tolist()
+
+
+def test_a_record_of_no_round_is_a_file_too(tmp_path):
+    empty().write(tmp_path / "metrics.h5")
+    record = empty()
+    record.read(tmp_path / "metrics.h5", 0)
+    assert record.rows == [] and record.evaluations == []
+
+
+def test_writing_replaces_the_file_as_a_whole(tmp_path):
+    filled(1).write(tmp_path / "metrics.h5")
+    filled(3).write(tmp_path / "metrics.h5")
+    assert len(table(tmp_path / "metrics.h5", "rounds/round")) == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.h5"]
+
+
+def test_samples_are_kept_beside_the_rounds(tmp_path):
+    record = filled(1)
+    record.samples = {"client": np.array([0]), "synthetic": np.zeros((1, 2, 3, 1, 4, 4), np.uint8)}
+    record.write(tmp_path / "metrics.h5")
+    assert table(tmp_path / "metrics.h5", "samples/synthetic").shape == (1, 2, 3, 1, 4, 4)

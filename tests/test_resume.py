@@ -1,0 +1,216 @@
+"""A resumed run is the uninterrupted one; what does not belong together is refused, and nothing is overwritten."""
+import fcntl
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from launching import CASES, apart, carry_out, checkpoint_of, left_half_written, outcome, tiny
+
+from hpcfl.comm import Alone, Communicator
+from hpcfl.errors import CheckpointError, JobError
+from hpcfl.federation import schedule
+from hpcfl.world import World
+
+ALL_CHECKPOINTS = {"every": 1, "keep": 100}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file but the logs, which may grow."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.parent.name != "log"}
+
+
+def cut_off(source: Path, rows: int, target: Path) -> Path:
+    """What is left of a run that was killed some time after its checkpoint at `rows`: later rounds are in the record already."""
+    shutil.copytree(source, target)
+    for later in (target / "checkpoints").iterdir():
+        if later.name > checkpoint_of(target, rows).name:
+            shutil.rmtree(later)
+    (target / "LATEST").write_text(f"{checkpoint_of(target, rows).name}\n")
+    (target / "STATUS").write_text("running\n")
+    return target
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Runs that nobody interrupted, by case; each is made once."""
+    made: dict[str, Path] = {}
+
+    def of(case: str) -> Path:
+        if case not in made:
+            made[case] = carry_out(tiny(case, checkpoint=ALL_CHECKPOINTS), tmp_path_factory.mktemp("whole") / "run")
+        return made[case]
+    return of
+
+
+@pytest.fixture
+def stopped(whole, tmp_path):
+    """A run of two rounds of three, and its job."""
+    return cut_off(whole("standalone"), 2, tmp_path / "run"), tiny("standalone", checkpoint=ALL_CHECKPOINTS)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_resumed_in_any_phase_a_run_ends_as_the_uninterrupted_one(case, whole, tmp_path):
+    job = tiny(case, checkpoint=ALL_CHECKPOINTS)
+    places = schedule(World(job, Communicator(Alone()), torch.device("cpu")))
+    first_of_phase = [place.row + 1 for place in places if place.round == 0 and place.row + 1 < len(places)]
+    for rows in sorted({*first_of_phase, len(places) - 1}):
+        resumed = carry_out(job, cut_off(whole(case), rows, tmp_path / str(rows)))
+        found = apart(outcome(resumed), outcome(whole(case)))
+        assert not found, "\n".join([f"resumed after round {rows}:", *found])
+        assert (resumed / "STATUS").read_text() == "done\n" and not left_half_written(resumed)
+
+
+def test_a_resumed_run_says_so_and_drops_the_rounds_behind_its_checkpoint(whole, tmp_path, capsys):
+    folder = cut_off(whole("fedavg"), 1, tmp_path / "run")
+    assert len(outcome(folder).metrics["rounds/round"]) == 3
+    carry_out(tiny("fedavg", checkpoint=ALL_CHECKPOINTS), folder)
+    assert "resumed after round 1 of 3" in capsys.readouterr().out
+    metrics = outcome(folder).metrics
+    assert metrics["rounds/round"].tolist() == [0, 1, 2] and metrics["evaluation/at"].tolist() == outcome(whole("fedavg")).metrics["evaluation/at"].tolist()
+
+
+def test_one_checkpoint_of_another_run_is_resumed_in_a_new_folder_and_left_alone(stopped, whole, tmp_path):
+    folder, job = stopped
+    before = contents(folder)
+    carry_out(job, tmp_path / "new", resume=checkpoint_of(folder, 1))
+    assert contents(folder) == before and not apart(outcome(tmp_path / "new"), outcome(whole("standalone")))
+
+
+def test_a_changed_job_is_refused_by_name_and_nothing_is_touched(stopped):
+    folder, _ = stopped
+    before = contents(folder)
+    changed = tiny("standalone", training={"lr": 0.01}, federation={"rounds": 4}, checkpoint={"every": 2, "keep": 5})
+    with pytest.raises(CheckpointError) as refused:
+        carry_out(changed, folder)
+    assert refused.value.exit_code == 5
+    assert "differs in federation.rounds, training.lr; nothing was changed" in str(refused.value)
+    assert "--may-differ federation.rounds --may-differ training.lr" in str(refused.value)
+    assert contents(folder) == before
+
+
+def test_what_may_differ_may_differ(stopped):
+    folder, _ = stopped
+    carry_out(tiny("standalone", federation={"rounds": 4}, checkpoint=ALL_CHECKPOINTS), folder, may_differ=["federation.rounds"])
+    assert outcome(folder).manifest["rows"] == 4 and 'rounds = 4' in (folder / "job.toml").read_text()
+
+
+def test_settings_that_no_result_depends_on_differ_freely(stopped, whole):
+    folder, _ = stopped
+    carry_out(tiny("standalone", checkpoint={"every": 2, "keep": 1}, run={"name": "renamed"}, evaluation={"batch": 77}), folder)
+    assert not apart(outcome(folder), outcome(whole("standalone")))
+
+
+def test_other_data_under_the_same_name_are_refused(stopped):
+    folder, job = stopped
+    path = checkpoint_of(folder, 2) / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"data_sha256": "0" * 64}))
+    with pytest.raises(CheckpointError, match="data set 'digits' of SHA-256 000000000000.*resume with the data it was made with"):
+        carry_out(job, folder)
+
+
+def test_a_finished_run_says_so_and_changes_nothing(whole, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(whole("standalone"), folder)
+    before = contents(folder)
+    carry_out(tiny("standalone", checkpoint=ALL_CHECKPOINTS), folder)
+    assert f"{folder}: already done; choose another --out to run it again" in capsys.readouterr().out and contents(folder) == before
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_a_folder_in_use_is_refused(resume, stopped, tmp_path):
+    folder, job = stopped
+    folder = folder if resume == "auto" else tmp_path / "in use"
+    folder.mkdir(exist_ok=True)
+    with (folder / "LOCK").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        before = contents(folder)
+        with pytest.raises(JobError, match="another run is at work in this folder|holds a run already") as refused:
+            carry_out(job, folder, resume=resume)
+        assert refused.value.exit_code == 2 and contents(folder) == before
+
+
+def test_never_does_not_enter_a_folder_with_anything_in_it(stopped, tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "thoughts.txt").write_text("keep me")
+    for folder in (stopped[0], tmp_path / "notes"):
+        before = contents(folder)
+        with pytest.raises(JobError, match="nothing is overwritten; choose another --out"):
+            carry_out(stopped[1], folder, resume="never")
+        assert contents(folder) == before
+
+
+def test_a_record_without_a_checkpoint_is_not_overwritten(stopped):
+    folder, job = stopped
+    (folder / "LATEST").unlink()
+    before = contents(folder)
+    with pytest.raises(JobError, match="holds a run already and nothing is overwritten"):
+        carry_out(job, folder)
+    assert contents(folder) == before
+
+
+def test_a_place_without_a_checkpoint_is_said(stopped, tmp_path):
+    with pytest.raises(JobError, match=f"--resume {tmp_path}: no checkpoint there; wanted a run folder with LATEST or a folder with manifest.json"):
+        carry_out(stopped[1], tmp_path / "new", resume=tmp_path)
+    assert not (tmp_path / "new").exists()
+
+
+def test_without_a_folder_the_newest_unfinished_run_of_the_same_job_goes_on(stopped, whole, tmp_path, monkeypatch):
+    folder, job = stopped
+    monkeypatch.chdir(tmp_path)
+    home = Path("runs", "tiny", f"20260101T000000Z-{job.digest()}")
+    shutil.copytree(folder, home)
+    assert carry_out(job, None) == home and not apart(outcome(home), outcome(whole("standalone")))
+    other = carry_out(job, None)
+    assert other != home and other.parent == home.parent and other.name.endswith(job.digest()), "a finished run was entered again"
+
+
+@pytest.mark.parametrize("file", ["rank-0000.h5", "server.h5", "manifest.json"])
+@pytest.mark.parametrize("damage", ["truncated", "changed", "missing"])
+def test_a_damaged_checkpoint_is_named_with_an_earlier_one_that_works(file, damage, stopped, whole, tmp_path):
+    folder, job = stopped
+    path, earlier = checkpoint_of(folder, 2) / file, checkpoint_of(folder, 1)
+    content = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(content[:len(content) // 2] if damage == "truncated" else bytes([content[0] ^ 255]) + content[1:])
+    before = contents(folder)
+    with pytest.raises(CheckpointError) as refused:
+        carry_out(job, folder)
+    assert refused.value.exit_code == 5 and str(path) in str(refused.value) and f"--resume {earlier}" in str(refused.value)
+    assert contents(folder) == before
+    carry_out(job, folder, resume=earlier)
+    assert not apart(outcome(folder), outcome(whole("standalone")))
+
+
+def test_without_an_earlier_checkpoint_the_way_out_is_another_folder(stopped):
+    folder, job = stopped
+    shutil.rmtree(checkpoint_of(folder, 1))
+    (checkpoint_of(folder, 2) / "server.h5").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="no earlier checkpoint is left; start again with --resume never and another --out"):
+        carry_out(job, folder)
+
+
+def test_a_damaged_record_is_named(stopped):
+    folder, job = stopped
+    (folder / "metrics.h5").write_bytes((folder / "metrics.h5").read_bytes()[:1000])
+    before = contents(folder)
+    with pytest.raises(CheckpointError, match="metrics.h5: cannot be read as HDF5 .*missing, truncated or damaged"):
+        carry_out(job, folder)
+    assert contents(folder) == before
+
+
+def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path):
+    folder = carry_out(tiny("standalone", federation={"rounds": 6}, evaluation={"every": 1}, checkpoint=ALL_CHECKPOINTS), tmp_path / "all")
+    scores = {path.name: json.loads((path / "manifest.json").read_text())["validation_accuracy"] for path in (folder / "checkpoints").iterdir()}
+    best = max(scores, key=lambda name: (scores[name], name))
+    folder = carry_out(tiny("standalone", federation={"rounds": 6}, evaluation={"every": 1}, checkpoint={"every": 1, "keep": 2}), tmp_path / "few")
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {best, "round-000005", "round-000006"}
+
+
+def test_a_checkpoint_that_was_not_evaluated_has_no_accuracy(whole):
+    folder = whole("standalone")
+    accuracies = [json.loads((checkpoint_of(folder, rows) / "manifest.json").read_text())["validation_accuracy"] for rows in (1, 2, 3)]
+    assert accuracies[0] is None and accuracies[1] is not None and accuracies[2] is not None

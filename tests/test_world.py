@@ -1,0 +1,148 @@
+"""The world seen from one rank: its own clients' images and nobody else's, and everything else a pure function of the job."""
+from dataclasses import fields, replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from looping import job, world
+
+from hpcfl.algorithms.base import ClientSite, Phase, Problem, ServerSite
+from hpcfl.errors import JobError
+from hpcfl.world import World, resolved
+
+SEVEN = {"clients": 7, "rounds": 2, "participation": 0.5}
+
+
+def seen_from(rank: int, ranks: int, **sections) -> World:
+    """The world of one rank of several; nothing is exchanged."""
+    comm = SimpleNamespace(rank=rank, size=ranks, is_server=rank == 0, spread=None)
+    return World(job("fedavg", **({"federation": SEVEN} | sections)), comm, torch.device("cpu"))
+
+
+def reading(observed: World) -> list[int]:
+    """The training images that the world reads from now on."""
+    read, indices = observed.corpus.read, []
+
+    def watched(part: str, wanted: np.ndarray | None) -> np.ndarray:
+        assert part == "train" and wanted is not None, "all images of a part were read at once"
+        indices.extend(int(index) for index in wanted)
+        return read(part, wanted)
+    observed.corpus = replace(observed.corpus, read=watched)
+    return indices
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_a_rank_reads_only_the_images_of_its_own_clients_and_each_once(ranks):
+    for rank in range(ranks):
+        observed = seen_from(rank, ranks)
+        indices = reading(observed)
+        groups = observed.join()
+        split = observed.split
+        own = np.concatenate([part[client] for part in (split.train, split.validation, split.test) for client in observed.mine])
+        assert sorted(indices) == sorted(own.tolist())
+        assert sorted(client for group in groups for client in group.clients) == list(observed.mine)
+
+
+def test_a_shard_holds_the_images_of_its_indices():
+    observed = seen_from(1, 2)
+    for client in observed.mine:
+        train = observed.holdings[client].train
+        assert torch.equal(train.images, torch.from_numpy(observed.corpus.train_images(observed.split.train[client])))
+        assert train.labels.tolist() == observed.corpus.train_labels[observed.split.train[client]].tolist()
+
+
+def test_every_client_lives_on_exactly_one_rank_and_all_ranks_agree_where():
+    worlds = [seen_from(rank, 3) for rank in range(3)]
+    assert sorted(client for each in worlds for client in each.mine) == list(range(7))
+    assert len({each.home for each in worlds}) == 1
+    for part in ("train", "validation", "test"):
+        assert all(np.array_equal(a, b) for each in worlds for a, b in zip(getattr(each.split, part), getattr(worlds[0].split, part), strict=True))
+
+
+def test_a_dedicated_server_hosts_and_reads_nothing():
+    observed = seen_from(0, 3, federation=SEVEN | {"server": "dedicated"})
+    indices = reading(observed)
+    assert observed.mine == () and observed.join() == [] and dict(observed.modules) == {} and indices == []
+
+
+def test_public_images_are_seen_by_the_server_alone():
+    data = {"public_fraction": 0.2, "validation": 0.1}
+    server, other = (seen_from(rank, 2, data=data) for rank in (0, 1))
+    indices, phase = reading(other), Phase("rounds", 1, ())
+    site = server.server_site(phase, 0)
+    assert len(site.public) == len(server.split.public) > 0 and len(site.public_validation) == len(server.split.public_validation) > 0
+    assert other.server_site(phase, 0).public is None and indices == []
+
+
+def test_a_site_shows_the_groups_own_clients_and_no_others():
+    observed = seen_from(0, 1)
+    group = observed.join()[0].select([1, 5])
+    site = observed.client_site(group, Phase("rounds", 1, ()), 0)
+    assert set(site.holdings) == {1, 5}
+    types = {entry.type for kind in (ClientSite, ServerSite, Problem) for entry in fields(kind)}
+    assert not any("World" in str(each) or "Communicator" in str(each) or "Corpus" in str(each) for each in types)
+
+
+def test_cohorts_follow_from_the_seed_and_the_row_alone():
+    phase, rows = Phase("rounds", 9, ()), range(30)
+    one, other = (seen_from(rank, ranks) for rank, ranks in ((0, 1), (2, 3)))
+    cohorts = [one.cohort(phase, row) for row in rows]
+    assert cohorts == [other.cohort(Phase("another", 9, ()), row) for row in rows]
+    assert [one.cohort(phase, row) for row in reversed(rows)] == cohorts[::-1]
+    assert all(len(set(cohort)) == 4 and list(cohort) == sorted(cohort) and set(cohort) <= set(range(7)) for cohort in cohorts)
+    assert len(set(cohorts)) > 10 and set().union(*cohorts) == set(range(7))
+    assert cohorts != [seen_from(0, 1, run={"device": "cpu", "seed": 1}).cohort(phase, row) for row in rows]
+
+
+@pytest.mark.parametrize("participation, size", [(1.0, 7), (0.01, 1), (0.5, 4), (0.3, 2)])
+def test_the_cohort_has_its_share_and_at_least_one_client(participation, size):
+    observed = seen_from(0, 1, federation=SEVEN | {"participation": participation})
+    assert len(observed.cohort(Phase("rounds", 1, ()), 0)) == size
+    assert len(observed.cohort(Phase("all", 1, (), everyone=True), 0)) == 7
+
+
+def test_architectures_go_round_and_group_the_clients():
+    observed = seen_from(0, 1, models={"names": ["mlp2", "cnn1", "mlp3"]})
+    assert observed.problem.architectures == ("mlp2", "cnn1", "mlp3", "mlp2", "cnn1", "mlp3", "mlp2")
+    assert observed.architectures([6, 1, 0, 3]) == {"cnn1": (1,), "mlp2": (0, 3, 6)}
+    assert [(group.architecture, group.clients) for group in observed.join()] == [("cnn1", (1, 4)), ("mlp2", (0, 3, 6)), ("mlp3", (2, 5))]
+
+
+def test_a_client_starts_from_the_same_model_on_any_rank():
+    alone = {client: state for group in seen_from(0, 1, models={"names": ["mlp2"]}).join() for client, state in group.states().items()}
+    apart = {client: state for rank in range(3) for group in seen_from(rank, 3, models={"names": ["mlp2"]}).join() for client, state in group.states().items()}
+    assert apart.keys() == alone.keys() == set(range(7))
+    assert all(torch.equal(apart[client][path], alone[client][path]) for client in alone for path in alone[client])
+    assert not torch.equal(alone[0]["model/head.weight"], alone[1]["model/head.weight"])
+
+
+def test_placement_weighs_images_and_architectures():
+    observed = seen_from(0, 2, models={"names": ["mlp2", "resnet8"], "features": 6}, federation={"clients": 4}, data={"partition": "iid"})
+    assert {observed.home[1], observed.home[3]} == {0, 1}, "the two dear clients share a rank"
+
+
+def test_standard_values_are_the_same_on_every_rank():
+    scales = [seen_from(rank, 2, data={"values": "standard"}).problem.scale for rank in (0, 1)]
+    assert scales[0] == scales[1] and len(scales[0].mean) == 1
+
+
+def test_images_are_as_large_as_the_job_wants():
+    observed = seen_from(0, 1, data={"size": 16})
+    assert observed.problem.shape == (1, 16, 16) and observed.holdings[0].train.pixels(slice(0, 2)).shape == (2, 1, 16, 16)
+
+
+def test_an_unknown_model_is_refused_with_the_nearest_name():
+    with pytest.raises(JobError, match="'cnn11' is not in the zoo; did you mean 'cnn1"):
+        seen_from(0, 1, models={"names": ["cnn11"]})
+
+
+@pytest.mark.parametrize("ranks, server, clients", [(1, "shared", 1), (4, "shared", 4), (4, "dedicated", 3), (2, "dedicated", 1)])
+def test_clients_left_open_are_one_per_rank_that_hosts_any(ranks, server, clients):
+    open_ = job("fedavg", federation={"clients": 0, "server": server})
+    assert resolved(open_, ranks).federation.clients == clients
+    assert resolved(job("fedavg", federation={"clients": 9, "server": server}), ranks).federation.clients == 9
+
+
+def test_the_plan_is_in_the_world():
+    assert [phase.name for phase in world(job("fedavg")).plan] == ["rounds"]

@@ -14,8 +14,8 @@ from hpcfl import launch
 from hpcfl.algorithms import CONFIGS
 from hpcfl.algorithms.base import ClientSite, ServerSite
 from hpcfl.algorithms.fedvtc import FedVTC
-from hpcfl.comm import Alone, Communicator
-from hpcfl.federation import begin, rounds
+from hpcfl.comm import Alone, Communicator, connect
+from hpcfl.federation import Exchange, begin, rounds
 from hpcfl.group import Group
 from hpcfl.job import Job, resolve
 from hpcfl.ledger import Ledger
@@ -26,7 +26,8 @@ from hpcfl.world import World
 
 def w1(comm: Communicator, arguments: Namespace) -> dict[str, float]:
     """FedAvg of ten clients with 100 images of 3x32x32 each, a CNN of 878,538 parameters, batch 10, one epoch of SGD."""
-    job = resolve({"run": {"name": "w1", "threads": arguments.threads, "device": arguments.device},
+    comm = connect(deterministic=True) if arguments.deterministic else comm
+    job = resolve({"run": {"name": "w1", "threads": arguments.threads, "device": arguments.device, "deterministic": arguments.deterministic},
                    "data": {"name": "random", "validation": 0.0, "test": 0.0}, "models": {"names": ["w1"], "features": 512},
                    "federation": {"clients": 10, "rounds": arguments.rounds + 1}, "training": {"batch": 10, "lr": 0.01},
                    "algorithm": {"name": "fedavg"}}, CONFIGS)
@@ -37,7 +38,7 @@ def w1(comm: Communicator, arguments: Namespace) -> dict[str, float]:
     startup = time.time() - psutil.Process().create_time()
     comm.barrier()
     start = time.perf_counter()
-    for _ in rounds(world, state, ledger, lambda state, place: None):
+    for _ in rounds(Exchange(world, ledger, lambda state, place: None), state):
         comm.barrier()
         laps.append(time.perf_counter() - start)
         start = time.perf_counter()

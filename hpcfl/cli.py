@@ -163,6 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="benchmarks on the real loop")
     bench.add_argument("name", choices=["w1", "vtc"], help="w1: FedAvg of ten small clients; vtc: generator and classifier steps, eager against compiled")
     bench.add_argument("--rounds", type=int, default=15, help="w1: rounds that are timed")
+    bench.add_argument("--deterministic", action="store_true", help="w1: with run.deterministic = true, to see what it costs")
     bench.add_argument("--steps", type=int, default=0, help="vtc: steps of each client that are timed; 0: 5 on a CPU, 200 on CUDA")
     bench.add_argument("--compile", action="store_true", help="vtc: compiled too where that is not done anyway (a minute on a CPU)")
     bench.add_argument("--threads", type=int, default=0, help="per rank; 0: cores / ranks on the node")

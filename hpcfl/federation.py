@@ -49,14 +49,10 @@ def begin(world: World) -> State:
     return State(world.comm.at_server(world.found), tuple(world.join()), dict.fromkeys(world.mine, -1))
 
 
-def rounds(world: World, state: State, ledger: Ledger, before_refine: Callable[[State, Place], None]) -> Iterator[tuple[State, Place]]:
-    """Run what is left of the plan, yielding the state after each round.
-
-    `before_refine` is called with the state between aggregation and the local work on the fresh message, so that its effect can be evaluated.
-    """
-    exchange = Exchange(world, ledger, before_refine)
-    for place in schedule(world)[state.rows:]:
-        ledger.open()
+def rounds(exchange: "Exchange", state: State) -> Iterator[tuple[State, Place]]:
+    """Run what is left of the plan, yielding the state after each round."""
+    for place in schedule(exchange.world)[state.rows:]:
+        exchange.ledger.open()
         for step in place.phase.steps:
             state = exchange(step, state, place)
         state = replace(state, rows=state.rows + 1)
@@ -65,7 +61,10 @@ def rounds(world: World, state: State, ledger: Ledger, before_refine: Callable[[
 
 @dataclass
 class Exchange:
-    """One step of one round: publish, train, combine, aggregate, publish, refine."""
+    """One step of one round: publish, train, combine, aggregate, publish, refine.
+
+    `before_refine` is called with the state between aggregation and the local work on the fresh message, so that its effect can be evaluated.
+    """
 
     world: World
     ledger: Ledger

@@ -18,8 +18,8 @@ from hpcfl.recording import Recording
 from hpcfl.report import same_but_seed, summary
 
 EXPLANATION = ("Accuracies in percent. Generalization: each client on the whole test set, the mean over clients and below it the lowest and the "
-               "highest client. Personal: each client on held-out samples of its own distribution. Absent classes: only test samples of classes "
-               "that the client has no training sample of.")
+               "highest client. Global: the federation's own models on the whole test set. Personal: each client on held-out samples of its own "
+               "distribution. Absent classes: only test samples of classes that the client has no training sample of.")
 STYLE = """
 :root { color-scheme: light dark; --surface: #fff; --page: #f4f6f8; --ink: #1c2430; --muted: #5b6675; --line: #dfe4ea; }
 @media (prefers-color-scheme: dark) {
@@ -120,6 +120,7 @@ RUN_COLUMNS: dict[str, Callable[[dict[str, Any], str], str]] = {
     "Status": lambda found, _: escape(found["status"].split(":")[0]),
     "Before fine-tuning (%)": lambda found, _: _spread(found["accuracy"].get("before_finetune")),
     "Generalization (%)": lambda found, _: _spread(found["accuracy"]["generalization"]),
+    "Global (%)": lambda found, _: _spread(found["accuracy"].get("global")),
     "Personal (%)": lambda found, _: _spread(found["accuracy"]["personal"]),
     "Absent classes (%)": lambda found, _: _spread(found["accuracy"]["absent_classes"]),
     "Bytes per client": lambda found, _: f"{_per_client(found, 'up')} up<small>{_per_client(found, 'down')} down</small>",
@@ -144,7 +145,8 @@ WORDS = ("Algorithm", "Status", "Seeds", "Architecture")
 def _headline(recording: Recording, found: dict[str, Any], title: str, index: int) -> str:
     accuracy, sent = found["accuracy"], found["bytes"]
     means = {"Generalization": ("generalization", f"sd over clients {number_text(accuracy['generalization']['sd'])}"),
-             "Before fine-tuning": ("before_finetune", "the same clients"), "Personal": ("personal", "own distribution"),
+             "Before fine-tuning": ("before_finetune", "the same clients"),
+             "Global": ("global", "the federation's own models"), "Personal": ("personal", "own distribution"),
              "Absent classes": ("absent_classes", "not in the client's data")}
     idle = "wall clock" if found["idle_share"] is None else f"waiting {number_text(100 * found['idle_share'])} %"
     tiles = {**{name: (_percent(accuracy[key]["mean"]), note) for name, (key, note) in means.items() if key in accuracy},

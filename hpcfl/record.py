@@ -11,6 +11,7 @@ from hpcfl.errors import CheckpointError
 from hpcfl.ledger import SECONDS
 
 SCHEMA = 1
+GLOBAL = "evaluation/global_correct"
 
 
 class Record:
@@ -44,9 +45,9 @@ class Record:
                           "transported": np.array([account["sent_bytes"] for account in accounts], np.int64),
                           "seconds": {kind: np.array([account["seconds"][kind] for account in accounts]) for kind in SECONDS}})
 
-    def evaluate(self, stage: str, counts: Mapping[str, np.ndarray]) -> None:
-        """Add an evaluation to the round that is open: name -> (K, C) right answers."""
-        self.evaluations.append({"at": len(self.rows), "stage": stage, **counts})
+    def evaluate(self, stage: str, counts: Mapping[str, np.ndarray], global_counts: Mapping[str, np.ndarray] | None = None) -> None:
+        """Add an evaluation to the round that is open: name -> (K, C) right answers of the clients, model -> (C,) of the federation's own models."""
+        self.evaluations.append({"at": len(self.rows), "stage": stage, "global": dict(global_counts or {}), **counts})
 
     def write(self, path: Path) -> None:
         """Replace the file by one that holds everything up to now.
@@ -77,10 +78,13 @@ class Record:
                               "up": get["bytes/simulated_up"][t], "down": get["bytes/simulated_down"][t], "transported": self._fit(get["bytes/transported"][t]),
                               "metrics": {name[6:]: get[name][t] for name in get if name.startswith("train/") and not np.isnan(get[name][t]).all()},
                               "seconds": {kind: self._fit(get[f"seconds/{kind}"][t]) for kind in SECONDS}})
-        kinds = [name[11:] for name in get if name.startswith("evaluation/") and name.endswith("_correct")]
+        kinds = [name[11:] for name in get if name.startswith("evaluation/") and name.endswith("_correct") and name != GLOBAL]
+        models = [name.decode() for name in get.get("evaluation/global_names", ())]
         for e, at in enumerate(get.get("evaluation/at", ())):
             if at < rows:
-                self.evaluations.append({"at": int(at), "stage": get["evaluation/stage"][e].decode(), **{kind: get[f"evaluation/{kind}"][e] for kind in kinds}})
+                known = {model: get[GLOBAL][e, g] for g, model in enumerate(models) if (get[GLOBAL][e, g] >= 0).all()}
+                self.evaluations.append({"at": int(at), "stage": get["evaluation/stage"][e].decode(), "global": known,
+                                         **{kind: get[f"evaluation/{kind}"][e] for kind in kinds}})
 
     def _fit(self, by_rank: np.ndarray) -> np.ndarray:
         """Rows by rank as wide as this run: another number of ranks may have written them."""
@@ -101,8 +105,18 @@ class Record:
         if self.evaluations:
             columns |= {"evaluation/at": np.array([entry["at"] for entry in self.evaluations], np.int64),
                         "evaluation/stage": np.array([entry["stage"] for entry in self.evaluations], dtype=text)}
-            columns |= {f"evaluation/{name}": np.stack([entry[name] for entry in self.evaluations]) for name in self.evaluations[0] if name not in ("at", "stage")}
+            columns |= {f"evaluation/{name}": np.stack([entry[name] for entry in self.evaluations]) for name in self.evaluations[0] if name not in ("at", "stage", "global")}
+            columns |= self._global_columns()
         return columns
+
+    def _global_columns(self) -> dict[str, Any]:
+        """The federation's own models by name, all in every evaluation; -1 where one was not evaluated."""
+        models = sorted({name for entry in self.evaluations for name in entry["global"]})
+        if not models:
+            return {}
+        missing = np.full_like(next(counts for entry in self.evaluations for counts in entry["global"].values()), -1)
+        counts = [np.stack([entry["global"].get(name, missing) for name in models]) for entry in self.evaluations]
+        return {"evaluation/global_names": np.array(models, dtype=h5py.string_dtype()), GLOBAL: np.stack(counts)}
 
 
 def _table(rows: list[dict[str, Any]], key: str, width: int) -> np.ndarray:

@@ -14,8 +14,8 @@ from hpcfl.inspect import foreign
 SCHEMA = 1
 SHAPES = {                                                         # of a dataset, or of all datasets of a group
     "rounds": "R", "train": "RK", "bytes": "RK", "bytes/transported": "R.", "seconds": "R.",
-    "evaluation": "EKC", "evaluation/at": "E", "evaluation/stage": "E", "evaluation/generalization_count": "C",
-    "evaluation/personal_count": "KC", "evaluation/validation_count": "KC", "partition": "KC", "clients": "K",
+    "evaluation": "EKC", "evaluation/at": "E", "evaluation/stage": "E", "evaluation/global_correct": "EGC", "evaluation/global_names": "G",
+    "evaluation/generalization_count": "C", "evaluation/personal_count": "KC", "evaluation/validation_count": "KC", "partition": "KC", "clients": "K",
     "samples/synthetic": "SC....", "samples/has": "SC", "samples/real": "C....", "samples/client": "S"}
 ROWS = "RE"                                                        # axes that grow: cut to the shortest, a write may have been interrupted
 
@@ -24,7 +24,7 @@ ROWS = "RE"                                                        # axes that g
 class Recording:
     """A run's metrics.h5 in memory: `arrays` maps "group/name" to its array, accuracies come out in percent.
 
-    Letters of shapes: R finished rounds, E evaluations, K clients, C classes. NaN stands for what was not measured.
+    Letters of shapes: R finished rounds, E evaluations, K clients, C classes, G models of the federation's own. NaN stands for what was not measured.
     """
 
     folder: Path
@@ -72,6 +72,14 @@ class Recording:
         """Accuracy of each client over all test samples in percent, (len(evaluations), K); `kind` is generalization, personal or validation."""
         correct, count = self._counted(kind, evaluations)
         return percent(correct.sum(-1), count.sum(-1))
+
+    def global_accuracy(self, evaluation: int | None) -> dict[str, float]:
+        """Accuracy in percent over the official test set of each of the federation's own models that was evaluated then, by name."""
+        correct, names = self.arrays.get("evaluation/global_correct"), self.arrays.get("evaluation/global_names", ())
+        if evaluation is None or correct is None or "evaluation/generalization_count" not in self.arrays:
+            return {}
+        total = self.arrays["evaluation/generalization_count"].sum()
+        return {str(name): float(percent(counts.sum(), total)) for name, counts in zip(names, correct[evaluation], strict=True) if (counts >= 0).all()}
 
     def recall(self, evaluation: int | None) -> np.ndarray:
         """Generalization accuracy of each client on each class in percent, (K, C)."""

@@ -11,7 +11,7 @@ from hpcfl.inspect import byte_text, printable
 from hpcfl.recording import Recording, mean_of, read
 
 TARGETS = (10, 20, 30, 40, 50, 60, 70, 80, 90)                     # percent; `bytes.until_accuracy` says what each cost
-TABLE = ("run", "algorithm", "status", "seed", "rounds", "before fine-tuning", "generalization", "personal", "absent classes",
+TABLE = ("run", "algorithm", "status", "seed", "rounds", "before fine-tuning", "generalization", "global", "personal", "absent classes",
          "up/client", "down/client", "seconds")
 WORDS = 3                                                          # columns of words, aligned on the left
 
@@ -19,7 +19,8 @@ WORDS = 3                                                          # columns of 
 def summary(run: str | Path | Recording, targets: Sequence[float] = TARGETS) -> dict[str, Any]:
     """A run in figures that JSON can carry: accuracies in percent, bytes, seconds; None for what was not measured.
 
-    `accuracy.*` hold {mean, min, max, sd, per_client} of the last evaluation, sd over clients (population). `seconds` sums, over rounds, the
+    `accuracy.*` hold {mean, min, max, sd, per_client} of the last evaluation, sd over clients (population); `accuracy.global`, where the
+    federation has models of its own, {mean, min, max, per_model} over these. `seconds` sums, over rounds, the
     slowest rank of each phase; waiting, which is no phase, is in `seconds_by_rank` and as `idle_share` of ranks x wall time.
     `bytes.until_accuracy` has the cumulative bytes at the first evaluation whose mean generalization accuracy reaches each target.
 
@@ -89,6 +90,9 @@ def _accuracy(recording: Recording) -> dict[str, Any]:
     found = {kind: spread(nothing if end is None else recording.accuracy(kind, [end])[0]) for kind in kinds}
     found["absent_classes"] = spread(recording.absent_accuracy(end))
     found["recall"] = _plain(mean_of(recording.recall(end), 0))
+    if models := recording.global_accuracy(end):
+        over = spread(np.array(list(models.values())))
+        found["global"] = {**{key: over[key] for key in ("mean", "min", "max")}, "per_model": models}
     if before is not None:
         found["before_finetune"] = spread(recording.accuracy("generalization", [before])[0])
         found["absent_classes"]["before_finetune"] = spread(recording.absent_accuracy(before))
@@ -126,7 +130,7 @@ def _seconds(recording: Recording) -> dict[str, Any]:
 
 def _table_row(found: dict[str, Any]) -> tuple[str, ...]:
     accuracy, sent, clients = found["accuracy"], found["bytes"], max(1, found["clients"])
-    spreads = (accuracy.get("before_finetune"), accuracy["generalization"], accuracy["personal"], accuracy["absent_classes"])
+    spreads = (accuracy.get("before_finetune"), accuracy["generalization"], accuracy.get("global"), accuracy["personal"], accuracy["absent_classes"])
     shown = (f"{over['mean']:.1f} ({over['min']:.1f} to {over['max']:.1f})" if over and over["mean"] is not None else "-" for over in spreads)
     return (printable(found["name"]), printable(found["algorithm"]), printable(found["status"].partition(":")[0]), str(found["seed"]),
             str(found["rounds"]), *shown, byte_text(sent["simulated_up_bytes"] / clients), byte_text(sent["simulated_down_bytes"] / clients),

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hpcfl import checkpoint
+from hpcfl import checkpoint, tree
 from hpcfl.console import Console
-from hpcfl.errors import CheckpointError, Stopped
-from hpcfl.evaluate import correct, model_of
-from hpcfl.federation import Place, State, begin, rounds, schedule
+from hpcfl.errors import CheckpointError, LayoutError, Stopped
+from hpcfl.evaluate import bind, correct, model_of
+from hpcfl.federation import Exchange, Place, State, begin, rounds, schedule
 from hpcfl.group import Group
 from hpcfl.ledger import Ledger
 from hpcfl.record import Record
@@ -27,6 +27,7 @@ class Simulation:
         self.world, self.comm, self.folder, self.console = world, world.comm, folder, console
         self.stop_requested = stop_requested
         self.ledger = Ledger(world.problem.device)
+        self.exchange = Exchange(world, self.ledger, self._before_refine)
         self.places = schedule(world)
         self.record = Record(_attributes(world), _fixed(world) if self.comm.is_server else {}, world.clients, world.comm.size)
         self.score: float | None = None
@@ -39,10 +40,10 @@ class Simulation:
 
         Raises: Stopped after a checkpoint when a signal asked for it, and whatever training, data or the disk raise.
         """
-        for state, place in rounds(self.world, state or begin(self.world), self.ledger, self._before_refine):
+        for state, place in rounds(self.exchange, state or begin(self.world)):
             self.score = None
             if self._due(place):
-                self._evaluate("end", state)
+                self._evaluate("end", state, self._global_right_answers(state, place))
             end = state.rows == len(self.places)
             if end:
                 self._sample(state, place)
@@ -80,20 +81,23 @@ class Simulation:
 
     def _before_refine(self, state: State, place: Place) -> None:
         if self._due(place):
-            self._evaluate("before_refine", state)
+            self._evaluate("before_refine", state, {})
 
-    def _evaluate(self, stage: str, state: State) -> None:
-        """Right answers per client and class on the official test set and on the client's own parts; nothing is selected by the first two."""
+    def _evaluate(self, stage: str, state: State, global_share: Mapping[str, np.ndarray]) -> None:
+        """Right answers per client and class on the official test set and on the client's own parts; nothing is selected by the first two.
+
+        `global_share`: those of the federation's own models, name -> (C,), over this rank's share of the official test set.
+        """
         with self.ledger("evaluate"):
             self.answered = [(weakref.ref(group), self._right_answers(group)) for group in state.groups]
             mine = {client: row for _, answers in self.answered for client, row in answers.items()}
         with self.ledger("idle"):
-            counts = self.comm.gather(mine)
+            counts = self.comm.gather((mine, global_share))
         if not self.comm.is_server:
             return
-        rows = {client: row for part in counts for client, row in part.items()}
+        rows = {client: row for part, _ in counts for client, row in part.items()}
         tables = {name: np.stack([rows[client][name] for client in range(self.world.clients)]) for name in rows[0]}
-        self.record.evaluate(stage, tables)
+        self.record.evaluate(stage, tables, {name: sum(share[name] for _, share in counts) for name in global_share})
         fixed = self.record.fixed
         accuracy = 100 * tables["generalization_correct"].sum(1) / fixed["evaluation/generalization_count"].sum()
         self.lines |= {"accuracy": accuracy.mean(), "lowest": accuracy.min(), "highest": accuracy.max()}
@@ -103,6 +107,27 @@ class Simulation:
             if f"{name}_correct" in tables and held.any():
                 self.lines[name] = 100 * float(np.mean(tables[f"{name}_correct"].sum(1)[held] / images[held]))
         self.score = self.lines.get("validation") if stage == "end" else self.score
+
+    def _global_right_answers(self, state: State, place: Place) -> dict[str, np.ndarray]:
+        """Those of the models of the phase's last step that has any, over the batches of the official test set that fall to this rank.
+
+        What the step publishes for it is what the next round begins with, so that it moves once.
+
+        Raises: LayoutError for a model that is not of its architecture.
+        """
+        world, batch = self.world, self.world.job.evaluation.batch
+        step = next((step for step in reversed(place.phase.steps) if step.overrides("global_models")), None)
+        models = step.global_models(self.exchange.publish(step, state)) if step else {}
+        found = {}
+        with self.ledger("evaluate"):
+            for name, (architecture, model) in models.items():
+                with world.problem.stream("structure").seeding():
+                    module = world.problem.model(architecture).to(world.problem.device)
+                if odd := model.keys() ^ module.state_dict().keys():
+                    raise LayoutError(f"global model '{name}': '{min(odd)}' is in only one of it and {architecture}; wanted the state_dict of {architecture}")
+                predict = bind(module, tree.to(model, world.problem.device))
+                found[name] = correct(predict, world.test, world.problem.classes, batch, self.comm.rank, self.comm.size).numpy()
+        return found
 
     def _right_answers(self, group: Group) -> Answers:
         """Those of a group's clients; a group that is still what it was at the last evaluation gives the same again."""

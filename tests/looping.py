@@ -8,7 +8,7 @@ from hpcfl import tree
 from hpcfl.algorithms import CONFIGS
 from hpcfl.algorithms.base import Algorithm
 from hpcfl.comm import Alone, Communicator
-from hpcfl.federation import Place, State, begin, rounds
+from hpcfl.federation import Exchange, Place, State, begin, rounds
 from hpcfl.job import Job, resolve
 from hpcfl.ledger import Ledger
 from hpcfl.tree import Tree
@@ -54,7 +54,7 @@ def run(world: World, before_refine: Callable[[State, Place], None] = lambda sta
     """Carry the world's plan to its end."""
     ledger = Ledger(world.problem.device)
     found = Run(world, [begin(world)], [], [])
-    for state, place in rounds(world, found.states[0], ledger, before_refine):
+    for state, place in rounds(Exchange(world, ledger, before_refine), found.states[0]):
         found.states.append(state)
         found.accounts.append(ledger.close())
         found.places.append(place)

@@ -8,6 +8,7 @@ from looping import Run, bits, changed, finite, job, run, step, world
 from hpcfl import maps, tree
 from hpcfl.algorithms import CONFIGS, PLANS
 from hpcfl.algorithms.base import Algorithm, ClientSite, Phase
+from hpcfl.algorithms.fedavg import FedAvg
 from hpcfl.algorithms.fedproto import FedProto, loss
 from hpcfl.data.partition import Split
 from hpcfl.evaluate import correct, features, model_of
@@ -87,6 +88,14 @@ def test_every_round_of_fedavg_begins_with_what_the_server_has(monkeypatch):
         wanted = bits(tree.part(found.states[round_].server, group.architecture))
         assert all(bits(tree.row(group.part("model"), index)) == wanted for index in range(2))
     assert len(begun) == 4
+
+
+def test_the_global_models_of_fedavg_are_the_averages_of_its_architectures():
+    found = went("fedavg", federation=FOUR | {"participation": 0.5})
+    average = step(found.world, FedAvg)
+    models = average.global_models(average.publish(found.states[-1].server))
+    assert {name: architecture for name, (architecture, _) in models.items()} == {"mlp2": "mlp2", "cnn1": "cnn1"}
+    assert all(bits(model) == bits(tree.part(found.states[-1].server, name)) for name, (_, model) in models.items())
 
 
 def test_an_architecture_without_a_client_in_the_cohort_keeps_its_model():

@@ -5,13 +5,15 @@ import shutil
 from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from launching import carry_out, checkpoint_of, outcome, tiny
 
-from hpcfl import bench, cli, launch, simulation
+from hpcfl import bench, cli, launch, simulation, tree
+from hpcfl.algorithms.fedavg import FedAvg
 from hpcfl.comm import Alone, Communicator, connect
-from hpcfl.errors import CheckpointError, JobError
+from hpcfl.errors import CheckpointError, JobError, LayoutError
 
 
 class Node:
@@ -114,6 +116,24 @@ def test_models_that_no_step_touched_are_not_evaluated_again(tmp_path, monkeypat
     assert [stage.decode() for stage in metrics["evaluation/stage"]] == ["end", "before_refine", "end"]
     assert sorted(evaluated) == sorted([*range(5)] * 2), "after the round and after fine-tuning, not before it"
     assert (metrics["evaluation/generalization_correct"][0] == metrics["evaluation/generalization_correct"][1]).all()
+
+
+def test_models_of_the_federation_are_evaluated_on_the_whole_test_set_at_the_end_of_a_round(tmp_path):
+    job = tiny("fedavg", federation={"participation": 1.0}, evaluation={"every": 1, "batch": 50})
+    metrics = outcome(carry_out(job, tmp_path / "run")).metrics
+    end = metrics["evaluation/stage"] == b"end"
+    assert metrics["evaluation/global_names"].tolist() == [b"cnn1", b"mlp2"]
+    assert end.sum() == 3 and (metrics["evaluation/global_correct"][~end] == -1).all()
+    for index, name in enumerate(metrics["evaluation/global_names"]):
+        (holders,) = np.nonzero(metrics["clients/architecture"] == name)
+        for client in holders:                                     # who has just adopted the average answers as it does
+            assert metrics["evaluation/global_correct"][end, index].tolist() == metrics["evaluation/generalization_correct"][end, client].tolist()
+
+
+def test_a_global_model_that_is_not_of_its_architecture_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(FedAvg, "global_models", lambda self, message: {"odd": ("mlp2", tree.part(message, "cnn1"))})
+    with pytest.raises(LayoutError, match="global model 'odd': '.*' is in only one of it and mlp2"):
+        carry_out(tiny("fedavg"), tmp_path / "run")
 
 
 def test_the_steps_of_generator_and_classifier_are_timed_in_every_way(monkeypatch):

@@ -83,6 +83,20 @@ def test_right_answers_are_counted_by_class():
     assert 0 < sum(want) < COUNT and asked == [8, 8, 8, 6]
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+def test_ranks_share_the_batches_and_together_count_every_image_once(ranks):
+    group, modules = example()
+    predict, seen = model_of(group, modules, 5), []
+
+    def watched(x: torch.Tensor) -> torch.Tensor:
+        seen.append(x)
+        return predict(x)
+    shares = [correct(watched, shard(), CLASSES, 8, rank, ranks) for rank in range(ranks)]
+    assert sum(shares).tolist() == correct(predict, shard(), CLASSES, 8).tolist() and int(sum(shares).sum()) > 0
+    batches = [shard().pixels(slice(start, start + 8)) for start in range(0, COUNT, 8)]
+    assert len(seen) == len(batches) and all(any(torch.equal(x, batch) for x in seen) for batch in batches), "other batches round differently"
+
+
 def test_an_empty_shard_has_no_right_answers():
     assert correct(lambda x: x, shard(0), CLASSES).tolist() == [0] * CLASSES
 

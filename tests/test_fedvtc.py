@@ -305,6 +305,27 @@ def test_heads_start_alike_when_asked():
     assert len(set(heads[0])) == CLIENTS and len(set(heads[1])) == 1
 
 
+@pytest.mark.parametrize("settings", [{}, {"vtc_steps": 3}, {"finetune": "every_round"}], ids=["passes", "steps", "every round"])
+def test_the_expected_steps_are_those_of_all_rounds(settings, monkeypatch):
+    expected, taken, fit = {}, {}, ClientSite.fit
+
+    def watched(self, group, turns, batches, *, steps=0, **others):
+        drawn = dict.fromkeys(group.clients, 0)
+
+        def counted(client):
+            for batch in batches(client):
+                drawn[client] += 1
+                yield batch
+        result = fit(self, group, turns, counted, steps=steps, **others)
+        work = "fine-tuning" if "frozen_norm" in others else turns[0].trains[0]
+        expected[work], taken[work] = steps, max(drawn.values())
+        return result
+    monkeypatch.setattr(ClientSite, "fit", watched)
+    went({"vtc_batch": 7, "vtc_epochs": 2, "finetune_batch": 9} | settings, federation={"clients": 2, "rounds": 3}, models={"names": ["mlp2"]})
+    assert expected["generator"] == 3 * taken["generator"] > 0
+    assert expected["fine-tuning"] == taken["fine-tuning"] * (3 if settings.get("finetune") == "every_round" else 1) > 0
+
+
 @pytest.mark.parametrize("weights", ["counts", "uniform"])
 def test_psi_is_averaged_by_counts_or_uniformly(weights):
     found = baseline(vtc_weights=weights)

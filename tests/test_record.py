@@ -112,6 +112,24 @@ def test_another_number_of_ranks_keeps_the_totals(tmp_path, ranks, transported):
     assert table(tmp_path / "other.h5", "seconds/train").sum(1).tolist() == table(tmp_path / "metrics.h5", "seconds/train").sum(1).tolist()
 
 
+def test_models_of_the_federation_are_kept_by_name_and_survive_a_resume(tmp_path):
+    def own(rounds: int) -> Record:
+        record, clients = empty(), {"generalization_correct": np.zeros((CLIENTS, 2), int)}
+        for round_, models in enumerate(({}, {"b": np.array([3, 4])}, {"b": np.array([5, 6]), "a@0.5": np.array([1, 2])})[:rounds]):
+            record.evaluate("end", clients, models)
+            record.finish_round("rounds", round_, [account(0, [0, 2]), account(1, [1])])
+        return record
+    own(3).write(tmp_path / "metrics.h5")
+    assert table(tmp_path / "metrics.h5", "evaluation/global_names").tolist() == [b"a@0.5", b"b"]
+    assert table(tmp_path / "metrics.h5", "evaluation/global_correct").tolist() == [[[-1, -1], [-1, -1]], [[-1, -1], [3, 4]], [[1, 2], [5, 6]]]
+    for rows in (1, 2, 3):
+        record = empty()
+        record.read(tmp_path / "metrics.h5", rows)
+        record.write(tmp_path / "read.h5")
+        own(rows).write(tmp_path / "short.h5")
+        assert contents(tmp_path / "read.h5") == contents(tmp_path / "short.h5")
+
+
 def test_a_record_of_no_round_is_a_file_too(tmp_path):
     empty().write(tmp_path / "metrics.h5")
     record = empty()

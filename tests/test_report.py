@@ -80,6 +80,18 @@ def test_accuracy_is_the_last_evaluation_in_percent(tmp_path):
     assert accuracy["rounds"] == 2
 
 
+def test_models_of_the_federation_have_an_accuracy_beside_the_clients(tmp_path):
+    def add(file):
+        file.create_dataset("evaluation/global_names", data=np.array(["cnn1", "mlp2", "old"], object), dtype=TEXT)
+        file["evaluation/global_correct"] = [[[-1] * 3] * 3, [[1, 1, 2]] * 3, [[-1] * 3] * 3, [[10, 10, 0], [10, 0, 20], [-1] * 3]]
+    folder = altered(tmp_path / "run", add)
+    assert report.summary(folder)["accuracy"]["global"] == {"mean": 62.5, "min": 50.0, "max": 75.0, "per_model": {"cnn1": 50.0, "mlp2": 75.0}}
+    assert "global" not in report.summary(record(tmp_path / "without"))["accuracy"]
+    assert "62.5 (50.0 to 75.0)" in report.table([folder]).splitlines()[1]
+    text = report.write([folder], tmp_path / "out").read_text()
+    assert "<dt>Global</dt><dd>62.5 %" in text and "62.5<small>50.0 – 75.0</small>" in text
+
+
 def test_client_without_test_samples_is_left_out_of_personal_accuracy(tmp_path):
     personal = report.summary(record(tmp_path / "run"))["accuracy"]["personal"]
     assert personal == {"mean": 50.0, "min": 50.0, "max": 50.0, "sd": 0.0, "per_client": [50.0, None]}

@@ -102,6 +102,6 @@ def test_a_poisoned_official_test_set_changes_no_state(name, tmp_path, monkeypat
     clean, poisoned = outcome(tmp_path / "clean"), outcome(tmp_path / "poisoned")
     differing = [line.split("'")[1] for line in apart(clean, poisoned)]
     assert "evaluation/generalization_correct" in differing, "the poison was not even seen"
-    assert not [name for name in differing if not name.startswith(("evaluation/generalization", "samples/real"))]
+    assert not [name for name in differing if not name.startswith(("evaluation/generalization", "evaluation/global_correct", "samples/real"))]
     assert sorted(path.name for path in (tmp_path / "clean" / "checkpoints").iterdir()) \
         == sorted(path.name for path in (tmp_path / "poisoned" / "checkpoints").iterdir()), "the test set chose which checkpoint is the best"

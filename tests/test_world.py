@@ -5,10 +5,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from looping import job, world
+from looping import bits, job, world
 
-from hpcfl.algorithms.base import ClientSite, Phase, Problem, ServerSite
-from hpcfl.errors import JobError
+from hpcfl.algorithms.base import ClientSite, Holdings, Phase, Problem, ServerSite
+from hpcfl.data.shards import epochs
+from hpcfl.errors import JobError, NonFiniteError
+from hpcfl.fit import Turn
+from hpcfl.losses import cross_entropy
+from hpcfl.optimizers import Optimizer
 from hpcfl.world import World, resolved
 
 SEVEN = {"clients": 7, "rounds": 2, "participation": 0.5}
@@ -107,6 +111,29 @@ def test_architectures_go_round_and_group_the_clients():
     assert observed.problem.architectures == ("mlp2", "cnn1", "mlp3", "mlp2", "cnn1", "mlp3", "mlp2")
     assert observed.architectures([6, 1, 0, 3]) == {"cnn1": (1,), "mlp2": (0, 3, 6)}
     assert [(group.architecture, group.clients) for group in observed.join()] == [("cnn1", (1, 4)), ("mlp2", (0, 3, 6)), ("mlp3", (2, 5))]
+
+
+def test_widths_of_one_model_are_architectures_of_their_own():
+    observed = seen_from(0, 1, models={"names": ["cnn1@0.5", "cnn1"]})
+    half, whole = observed.join()[::-1]
+    assert (half.architecture, whole.architecture) == ("cnn1@0.5", "cnn1")
+    assert half.part("model")["body.conv1.weight"].shape[1] == 8 and whole.part("model")["body.conv1.weight"].shape[1] == 16
+    with pytest.raises(JobError, match="'cnn1@2' has width '2'"):
+        seen_from(0, 1, models={"names": ["cnn1@2"]})
+
+
+def test_the_server_trains_on_public_images_by_the_same_loop_as_a_client():
+    observed = seen_from(0, 1, data={"public_fraction": 0.2})
+    phase, public = Phase("rounds", 1, ()), observed.public[0]
+    group, turn = observed.join()[0].select([1]), Turn(("model",), cross_entropy, Optimizer("sgd", 0.1))
+    server, modules = observed.server_site(phase, 0), observed.modules[group.architecture]
+    client = replace(observed.client_site(group, phase, 0), holdings={1: Holdings(public, public)})
+    trained, metrics = server.fit(group, modules, [turn], lambda model: epochs(server.public, 16, 1, server.stream("batches")))
+    same, _ = client.fit(group, [turn], lambda model: epochs(public, 16, 1, server.stream("batches")))
+    assert bits(trained.state) == bits(same.state) != bits(group.state) and metrics["loss"].shape == (1,)
+    poison = Turn(("model",), lambda modules, batch, context: cross_entropy(modules, batch, context) * float("nan"), Optimizer("sgd", 0.1))
+    with pytest.raises(NonFiniteError, match="server, phase rounds, round 0"):
+        server.fit(group, modules, [poison], lambda model: epochs(server.public, 16, 1, server.stream("batches")))
 
 
 def test_a_client_starts_from_the_same_model_on_any_rank():

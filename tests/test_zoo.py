@@ -168,6 +168,22 @@ def test_width_rounds_down_as_fedconv_does():
     assert zoo.build("fedconv", GREY, 10, 0, width=0.01).body.conv1.out_channels == 1
 
 
+@pytest.mark.parametrize("name", ["cnn5", "resnet8", "mlp3"])
+def test_a_name_may_carry_its_width(name):
+    def layout(*arguments, **options):
+        return {path: leaf.shape for path, leaf in zoo.build(*arguments, **options).state_dict().items()}
+    assert layout(f"{name}@0.75", GREY, 10) == layout(name, GREY, 10, width=0.75) != layout(name, GREY, 10)
+    assert layout(f"{name}@0.5", GREY, 10, width=0.5) == layout(name, GREY, 10, width=0.25)
+    assert layout(f"{name}@1", GREY, 10) == layout(name, GREY, 10)
+    assert zoo.cost(f"{name}@0.75", GREY, 10) == zoo.cost(name, GREY, 10, width=0.75) < zoo.cost(name, GREY, 10)
+
+
+@pytest.mark.parametrize("width", ["0", "1.5", "-0.5", "", "half", "nan", "inf", "0.5@0.5"])
+def test_a_width_in_a_name_that_is_no_share_is_refused_with_an_example(width):
+    with pytest.raises(JobError, match=rf"'cnn5@{width}' has width '{width}', wanted a number above 0 and at most 1, for example cnn5@0\.75"):
+        zoo.entry(f"cnn5@{width}")
+
+
 def test_cost_is_two_operations_per_multiply_add_of_the_published_table():
     extractor, header = 27 * 32 * 32, 27 * 16 * 16 * 16 + 10_240          # 27.6 k and 121 k multiply-adds
     assert zoo.cost("cnn1", GREY, 10, 0) == 2 * (extractor + header)
@@ -182,6 +198,8 @@ def test_image_too_small_names_the_model_and_the_smallest_size():
 def test_unknown_model_names_the_nearest():
     with pytest.raises(JobError, match="did you mean 'googlenet'"):
         zoo.build("google_net", GREY, 10)
+    with pytest.raises(JobError, match="did you mean 'googlenet@0.5'"):
+        zoo.build("google_net@0.5", GREY, 10)
 
 
 @pytest.mark.parametrize("wrong", [{"norm": "layer"}, {"width": 0.0}, {"width": 1.5}, {"features": -1}, {"classes": 0}, {"shape": (28, 28)}])

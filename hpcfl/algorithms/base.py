@@ -46,6 +46,15 @@ class Problem:
         """The local optimiser as the [training] section describes it."""
         return Optimizer.of(self.job.training)
 
+    def fit(self, group: Group, modules: Mapping[str, nn.Module], turns: Sequence[fit.Turn], batches: Callable[[int], Iterable[Tree]], *,
+            context: Tree | None = None, frozen_norm: bool = False, keep_optimizer: bool = False, steps: int = 0,
+            where: str = "fit") -> tuple[Group, dict[str, Tensor]]:
+        """Train a group by the one training loop, with the engine, precision and compilation of the job; `steps`: of one model in the whole run."""
+        training, run = self.job.training, self.job.run
+        return fit.fit(group, modules, turns, batches, context=context, frozen_norm=frozen_norm, keep_optimizer=keep_optimizer,
+                       engine="sequential" if run.deterministic else training.engine, compile=run.compile, precision=training.precision,
+                       expected_steps=steps, where=where)
+
     def common_feature_size(self) -> int:
         """The one p of all clients' features.
 
@@ -99,11 +108,9 @@ class ClientSite:
 
     def fit(self, group: Group, turns: Sequence[fit.Turn], batches: Callable[[int], Iterable[Tree]], *, context: Tree | None = None,
             frozen_norm: bool = False, keep_optimizer: bool = False, steps: int = 0) -> tuple[Group, dict[str, Tensor]]:
-        """Train the group by the one training loop, with the engine, precision and compilation of the job."""
-        training, run = self.problem.job.training, self.problem.job.run
-        return fit.fit(group, self.modules, turns, batches, context=context, frozen_norm=frozen_norm, keep_optimizer=keep_optimizer,
-                       engine="sequential" if run.deterministic else training.engine, compile=run.compile, precision=training.precision,
-                       expected_steps=steps, where=f"phase {self.phase}, round {self.round}")
+        """Train the group as `Problem.fit`."""
+        return self.problem.fit(group, self.modules, turns, batches, context=context, frozen_norm=frozen_norm, keep_optimizer=keep_optimizer,
+                                steps=steps, where=f"phase {self.phase}, round {self.round}")
 
     def train_model(self, group: Group, loss: Callable, context: Tree | None = None) -> tuple[Group, dict[str, Tensor]]:
         """The local training of the [training] section: `epochs` passes of the model over the client's own images."""
@@ -128,6 +135,12 @@ class ServerSite:
     def stream(self, purpose: str) -> Stream:
         """The server's random stream of one purpose in this round."""
         return self.problem.stream(f"server/{self.phase}/{purpose}", round_=self.round)
+
+    def fit(self, group: Group, modules: Mapping[str, nn.Module], turns: Sequence[fit.Turn], batches: Callable[[int], Iterable[Tree]], *,
+            context: Tree | None = None, frozen_norm: bool = False, keep_optimizer: bool = False, steps: int = 0) -> tuple[Group, dict[str, Tensor]]:
+        """Train models at the server as `Problem.fit`; the rows of the group are models here, numbered by whoever makes it."""
+        return self.problem.fit(group, modules, turns, batches, context=context, frozen_norm=frozen_norm, keep_optimizer=keep_optimizer,
+                                steps=steps, where=f"server, phase {self.phase}, round {self.round}")
 
 
 @dataclass(frozen=True)
@@ -165,6 +178,10 @@ class Algorithm(ABC):
 
     def publish(self, server: Tree) -> Tree:
         """What every client may read."""
+        return {}
+
+    def global_models(self, message: Tree) -> Mapping[str, tuple[str, Tree]]:
+        """The models in a message that belong to nobody but the federation, to be evaluated: name -> (architecture of the zoo, its state_dict)."""
         return {}
 
     def receive(self, message: Tree, architecture: str) -> Tree:

@@ -1,4 +1,5 @@
 """FedAvg (McMahan et al., AISTATS 2017) within each architecture: clients whose models have the same shapes average them, weighted by n_k."""
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hpcfl import tree
@@ -27,6 +28,9 @@ class FedAvg(Algorithm):
     def publish(self, server: Tree) -> Tree:
         return server
 
+    def global_models(self, message: Tree) -> Mapping[str, tuple[str, Tree]]:
+        return {architecture: (architecture, tree.part(message, architecture)) for architecture in sorted(set(self.problem.architectures))}
+
     def receive(self, message: Tree, architecture: str) -> Tree:
         return tree.part(message, architecture)
 
@@ -41,7 +45,7 @@ class FedAvg(Algorithm):
         return {path: means[path].to(leaf.dtype) if path in means else leaf for path, leaf in server.items()}
 
     def refine(self, group: Group, message: Tree, site: ClientSite) -> Update:
-        """Every client goes on with the average: what is evaluated at the end of a round is the federation's model, before it the local ones."""
+        """The cohort goes on with the average: evaluated before it are the local models, at the end of a round the models that clients hold."""
         return Update(self.adopt(group, message))
 
     def adopt(self, group: Group, message: Tree) -> Group:

@@ -212,7 +212,9 @@ class FedVTC(Generating):
             return self.generator_batches(client, latents[client], deviations[client], known, site)
         context = {"mean": known.mean, "variance": known.variance, "precision": known.precision, "coupling": known.coupling,
                    "least": known.mean.new_tensor(config.variance_floor ** 0.5), "weight": known.weight if config.dm_whiten else torch.ones_like(known.weight)}
-        group, measured = site.fit(group, turns, batches, context=context, keep_optimizer=config.vtc_sync == "none")
+        images = max(len(site.holdings[client].train) for client in group.clients)
+        steps = (config.vtc_steps or config.vtc_epochs * -(-images // config.vtc_batch)) * self.problem.job.federation.rounds
+        group, measured = site.fit(group, turns, batches, context=context, keep_optimizer=config.vtc_sync == "none", steps=steps)
         measured["vtc_loss"] = measured.pop("loss")
         return group, measured
 
@@ -342,7 +344,9 @@ class FineTune(Generating):
                                     site.stream("finetune", client), resample=config.resample, real=real)
         rule = replace(self.problem.optimizer(), lr=config.finetune_lr or self.problem.job.training.lr)
         turn = Turn(("model",), cross_entropy, rule, SCOPES[config.finetune_scope])
-        group, metrics = site.fit(group, [turn], batches, frozen_norm=config.ft_norm == "frozen")
+        times = self.problem.job.federation.rounds if config.finetune == "every_round" else 1
+        steps = config.finetune_epochs * -(-len(classes) * config.per_class // config.finetune_batch) * times
+        group, metrics = site.fit(group, [turn], batches, frozen_norm=config.ft_norm == "frozen", steps=steps)
         return Update(replace(group, state=group.state | vtc), metrics=metrics)
 
 

@@ -1,5 +1,6 @@
 """Zoo: the classifiers that a job can name, as data, and what each of them costs."""
 import difflib
+import math
 from dataclasses import replace
 from functools import lru_cache
 
@@ -46,10 +47,11 @@ def build(name: str, shape: Shape, classes: int, features: int = 64, norm: str =
     """A freshly initialised classifier (PyTorch's defaults, drawn from torch's global CPU generator: call it inside `Stream.seeding`).
 
     `shape` is that of one image (C, H, W); `features` the common feature size p, 0 for the model's own; `norm` "batch" or "group";
-    `width` in (0, 1] shrinks every hidden width c to int(c * width), p, image and classes excepted (FedConv, HeteroFL).
-    Raises: JobError for an unknown name or norm, sizes that are not positive, and images too small for the model.
+    `width` in (0, 1] shrinks every hidden width c to int(c * width), p, image and classes excepted (FedConv, HeteroFL); a name may carry its own,
+    "cnn5@0.75", by which `width` is multiplied.
+    Raises: JobError as `entry`, for an unknown norm, sizes that are not positive, and images too small for the model.
     """
-    family = entry(name)
+    family, own_width = entry(name)
     if norm not in NORMS:
         raise JobError(f"models.norm = {norm!r} is not known; wanted one of {', '.join(NORMS)}")
     if len(shape) != 3 or min(shape) < 1 or classes < 1 or features < 0:
@@ -60,15 +62,29 @@ def build(name: str, shape: Shape, classes: int, features: int = 64, norm: str =
     if min(shape[1:]) < family.smallest():
         raise JobError(f"models.names: '{name}' got images of {shape[1]}x{shape[2]} pixels, wanted at least {family.smallest()}x{family.smallest()}; "
                        "choose another model or enlarge the images by data.size")
-    return Model(family.parts(tuple(shape), norm, width), shape, classes, features, feature_relu)
+    return Model(family.parts(tuple(shape), norm, own_width * width), shape, classes, features, feature_relu)
 
 
-def entry(name: str) -> Family:
-    """The entry of that name. Raises: JobError with the nearest name where there is none."""
-    if name not in ENTRIES:
-        close = difflib.get_close_matches(name, ENTRIES, n=1, cutoff=0.5)
-        raise JobError(f"models.names: '{name}' is not in the zoo{f'; did you mean {close[0]!r}?' if close else ''}; there are {', '.join(ENTRIES)}")
-    return ENTRIES[name]
+def entry(name: str) -> tuple[Family, float]:
+    """The entry of that name and the width behind its @, 1 where there is none.
+
+    Raises: JobError with the nearest name for one that does not exist, and for a width that is no number above 0 and at most 1.
+    """
+    family, at, text = name.partition("@")
+    if family not in ENTRIES:
+        close = difflib.get_close_matches(family, ENTRIES, n=1, cutoff=0.5)
+        raise JobError(f"models.names: '{name}' is not in the zoo{f'; did you mean {close[0] + at + text!r}?' if close else ''}; there are {', '.join(ENTRIES)}")
+    return ENTRIES[family], _width(name, text) if at else 1.0
+
+
+def _width(name: str, text: str) -> float:
+    try:
+        width = float(text)
+    except ValueError:
+        width = math.nan
+    if not 0 < width <= 1:
+        raise JobError(f"models.names: '{name}' has width '{text}', wanted a number above 0 and at most 1, for example {name.partition('@')[0]}@0.75")
+    return width
 
 
 @lru_cache(maxsize=None)

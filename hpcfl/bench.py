@@ -14,6 +14,7 @@ from hpcfl import launch
 from hpcfl.algorithms import CONFIGS
 from hpcfl.algorithms.base import ClientSite, ServerSite
 from hpcfl.algorithms.fedvtc import FedVTC
+from hpcfl.bench_fedconv import fedconv
 from hpcfl.comm import Alone, Communicator, connect
 from hpcfl.federation import Exchange, begin, rounds
 from hpcfl.group import Group
@@ -29,7 +30,7 @@ def w1(comm: Communicator, arguments: Namespace) -> dict[str, float]:
     comm = connect(deterministic=True) if arguments.deterministic else comm
     job = resolve({"run": {"name": "w1", "threads": arguments.threads, "device": arguments.device, "deterministic": arguments.deterministic},
                    "data": {"name": "random", "validation": 0.0, "test": 0.0}, "models": {"names": ["w1"], "features": 512},
-                   "federation": {"clients": 10, "rounds": arguments.rounds + 1}, "training": {"batch": 10, "lr": 0.01},
+                   "federation": {"clients": 10, "rounds": (arguments.rounds or ROUNDS) + 1}, "training": {"batch": 10, "lr": 0.01},
                    "algorithm": {"name": "fedavg"}}, CONFIGS)
     launch.set_threads(job, comm)
     device = launch.choose_device(job.run.device, comm.local_rank)
@@ -68,7 +69,7 @@ def measured(work: str, engine: str, compile: str, job: Job, device: torch.devic
     job = replace(job, run=replace(job.run, compile=compile), training=replace(job.training, engine=engine))
     world = World(job, Communicator(Alone()), device)
     group, phase = world.join()[0], world.plan[0]
-    carry_out = WORKS[work](phase.steps[0], group, world.client_site(group, phase, 0), world.server_site(phase, 0))
+    carry_out = WORKS[work](phase.steps[0], group, world.client_site(group, phase, 0), world.server_site(phase, 0, Ledger(device)))
     first_s = timed(carry_out, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -108,8 +109,9 @@ def render(figures: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *([aligned(table, words=3)] if table else [])])
 
 
+ROUNDS = 15                                                        # of w1 that are timed
 CLIENTS, PASS = 4, 5                                               # clients, and batches in one pass over a client's images
 IMAGES = CLIENTS * PASS * 64                                       # of the 1,437 digits, so that all batches have one shape
 FEW_STEPS = {"cpu": PASS, "cuda": 200}
 WORKS = {"vtc": generating, "classifier": classifying}
-BENCHES = {"w1": w1, "vtc": vtc}
+BENCHES = {"w1": w1, "vtc": vtc, "fedconv": fedconv}

@@ -71,7 +71,7 @@ def load(folder: Path, world: World, may_differ: Sequence[str] = ()) -> State | 
         raise CheckpointError(f"{checkpoint}: holds no state of client {min(missing)}")
     received = {client: int(state.pop("received")) for client, state in trees.items()}
     groups = [Group.of(architecture, {client: trees[client] for client in clients}).to(world.problem.device)
-              for architecture, clients in world.architectures(world.mine).items()]
+              for architecture, clients in world.architectures(world.mine, manifest["rows"] - 1).items()]
     server = _read(checkpoint / "server.h5", manifest["files"]["server.h5"]["sha256"])["server"] if comm.is_server else None
     return State(server, tuple(groups), received, manifest["rows"], manifest["version"])
 

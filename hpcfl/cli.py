@@ -1,4 +1,4 @@
-"""The command line: run, report, inspect, data, bench."""
+"""The command line: run, report, inspect, information, data, bench."""
 import argparse
 import json
 import sys
@@ -64,6 +64,13 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from hpcfl import inspect
     described = inspect.describe(arguments.file)
     print(json.dumps(described, indent=1) if arguments.json else inspect.render(described))
+    return 0
+
+
+def _information(arguments: argparse.Namespace) -> int:
+    from hpcfl import information
+    found = information.analyse(arguments.run, arguments.images, arguments.output)
+    print(json.dumps(found, indent=1) if arguments.json else information.render(found))
     return 0
 
 
@@ -145,6 +152,13 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--json", action="store_true")
     inspect.set_defaults(command=_speaking(_inspect))
 
+    information = commands.add_parser("information", help="bits about labels and images in a run's global model and in smaller ones made of it")
+    information.add_argument("run", type=Path, metavar="RUN", help="a run folder of fedconv, heterofl or fedrolex with a checkpoint")
+    information.add_argument("--images", type=int, default=2000, help="of the official test set; memory grows with their square")
+    information.add_argument("--output", choices=["logits", "features"], default="logits", help="what of the models is looked at")
+    information.add_argument("--json", action="store_true")
+    information.set_defaults(command=_speaking(_information))
+
     data = commands.add_parser("data", help="data sets: list, get, import").add_subparsers(required=True, metavar="ACTION")
     listing = data.add_parser("list", help="data sets that are there or can be had")
     listing.add_argument("--json", action="store_true")
@@ -161,10 +175,13 @@ def _parser() -> argparse.ArgumentParser:
     own.set_defaults(command=_speaking(_data_import))
 
     bench = commands.add_parser("bench", help="benchmarks on the real loop")
-    bench.add_argument("name", choices=["w1", "vtc"], help="w1: FedAvg of ten small clients; vtc: generator and classifier steps, eager against compiled")
-    bench.add_argument("--rounds", type=int, default=15, help="w1: rounds that are timed")
+    bench.add_argument("name", choices=["w1", "vtc", "fedconv"],
+                       help="w1: FedAvg of ten small clients; vtc: generator and classifier steps, eager against compiled; "
+                            "fedconv: the server's steps, validation excluded, and its rounds, spread over the ranks")
+    bench.add_argument("--rounds", type=int, default=0, help="w1: rounds that are timed (0: 15); fedconv: repetitions (0: 5)")
     bench.add_argument("--deterministic", action="store_true", help="w1: with run.deterministic = true, to see what it costs")
-    bench.add_argument("--steps", type=int, default=0, help="vtc: steps of each client that are timed; 0: 5 on a CPU, 200 on CUDA")
+    bench.add_argument("--steps", type=int, default=0,
+                       help="vtc: steps of each client that are timed (0: 5 on a CPU, 200 on CUDA); fedconv: steps of an epoch (0: 30, 94)")
     bench.add_argument("--compile", action="store_true", help="vtc: compiled too where that is not done anyway (a minute on a CPU)")
     bench.add_argument("--threads", type=int, default=0, help="per rank; 0: cores / ranks on the node")
     bench.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")

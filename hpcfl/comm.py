@@ -5,6 +5,7 @@ import pickle
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ LAUNCHERS = {"OMPI_COMM_WORLD_SIZE": "mpirun of Open MPI",         # the first o
 STEPS = ("SLURM_STEP_ID", "SLURM_STEPID")                          # without one of these SLURM_NTASKS belongs to the batch script, not to a launch
 
 Parts = Mapping[str, Sums | Uploads]
+HelpWith = Callable[[str, dict[int, Tree]], dict[int, Tree]]       # (verb, items) -> results under the same keys
 
 
 class Alone:
@@ -94,17 +96,10 @@ class Ranks:
 
 
 @dataclass(frozen=True)
-class _Work:
-    """Rank 0 asks the others to carry out their shares of `function` over items."""
-
-    function: Callable[[Tree], Tree]
-
-
-@dataclass(frozen=True)
 class _Outcome:
     """What came of one rank's share: its results, or the error that stopped it."""
 
-    results: list[Tree]
+    results: dict[int, Tree]
     error: Exception | None = None
 
 
@@ -117,7 +112,9 @@ class Communicator:
 
     def __init__(self, engine: Alone | Ranks, deterministic: bool = False) -> None:
         """`deterministic`: totals have the same bits for any number of ranks, at the price of gathering what would be reduced."""
-        self._engine, self._deterministic, self._attended = engine, deterministic, False
+        self._engine, self._deterministic = engine, deterministic
+        self._help_with: HelpWith | None = None
+        self._waiting: Callable[[], AbstractContextManager] = nullcontext
         self.rank, self.size = engine.rank, engine.size
         self.local_rank, self.local_size = engine.local_rank, engine.local_size      # among the ranks of this host
         self.library = engine.library
@@ -128,57 +125,62 @@ class Communicator:
         """Whether this is rank 0, which also acts as the server."""
         return self.rank == 0
 
-    def at_server(self, function: Callable, *args: Any) -> Any:
-        """function(*args) at rank 0, which may `spread` work meanwhile; None elsewhere."""
-        if self.size == 1:
-            return function(*args)
+    def at_server(self, function: Callable, *args: Any, help_with: HelpWith | None = None, waiting: Callable[[], AbstractContextManager] = nullcontext) -> Any:
+        """function(*args) at rank 0, which may `spread` work meanwhile; None elsewhere.
+
+        `help_with(verb, items)` is how every rank, rank 0 included, carries out its share of that work, {key: Tree} for {key: Tree};
+        `waiting()` is entered at rank 0 while it waits for the shares of others.
+        """
+        self._help_with, self._waiting = help_with, waiting
         if not self.is_server:
-            return self._serve()
+            return self._serve(help_with)
         try:
-            return self._attend(function, args)
+            return function(*args)
         finally:
-            self._engine.bcast(None)                               # the others go on even where the server failed
+            self._help_with = None
+            if self.size > 1:
+                self._engine.bcast(None)                           # the others go on even where the server failed
 
     def from_server(self, function: Callable[..., Tree], *args: Any) -> Tree:
-        """The Tree function(*args) of rank 0 at every rank, by one header and one buffer; rank 0, which may `spread`, keeps its own object.
+        """The Tree function(*args) of rank 0 at every rank, by one header and one buffer; rank 0 keeps its own object.
 
         The others receive host tensors. An error in `function` is the server's: the others wait until it ends the job.
         """
         if self.size == 1:
             return function(*args)
         if not self.is_server:
-            layout = self._serve()
+            layout = self._engine.bcast(None)
             buffer = _buffer([layout])
             self._engine.bcast_lines(buffer)
             return tree.unpack(buffer, layout)
-        message = self._attend(function, args)
+        message = function(*args)
         self._engine.bcast(tree.layout(message))
         self._engine.bcast_lines(_pack([message]))
         self.sent_bytes += tree.nbytes(message) * (self.size - 1)
         return message
 
-    def spread(self, function: Callable[[Tree], Tree], items: Sequence[Tree]) -> list[Tree]:
-        """[function(item) for item in items], carried out by all ranks; for rank 0 inside `at_server` or `from_server`.
+    def spread(self, verb: str, items: Mapping[int, Tree]) -> dict[int, Tree]:
+        """{key: result} for {key: item}, carried out by all ranks, each by its `help_with(verb, share)`; for rank 0 inside `at_server`.
 
-        `function` must be picklable (of a module, or a functools.partial of one). Other ranks get host tensors and give host tensors back.
-        Raises: what `function` raised, with the traceback of its rank as a note; RuntimeError where the other ranks are not attending.
+        Larger items count as more work. Other ranks get host tensors and give host tensors back.
+        Raises: what a rank raised, with its traceback as a note; RuntimeError outside of an `at_server` that says how to help.
         """
+        if self._help_with is None:
+            raise RuntimeError(f"rank {self.rank}: spread('{verb}') was called where the other ranks do not attend; call it at rank 0, inside at_server(..., help_with=...)")
         if self.size == 1 or len(items) < 2:
-            return [function(item) for item in items]
-        if not self._attended:
-            raise RuntimeError(f"rank {self.rank}: spread was called where the other ranks do not attend; call it at rank 0, inside at_server")
-        shares = _shares([tree.nbytes(item) for item in items], self.size)
-        self._engine.bcast(_Work(function))
+            return self._help_with(verb, dict(items))
+        shares = _shares({key: tree.nbytes(item) for key, item in items.items()}, self.size)
+        self._engine.bcast(verb)
         for rank in range(1, self.size):
-            self._send([items[index] for index in shares[rank]], rank)
-        outcomes = [_carry_out(function, [items[index] for index in shares[0]], rank=0)]
-        outcomes += [_Outcome(*self._receive(rank)) for rank in range(1, self.size)]
+            self._send({key: items[key] for key in shares[rank]}, rank)
+        outcomes = [_carry_out(self._help_with, verb, {key: items[key] for key in shares[0]}, rank=0)]
+        with self._waiting():
+            outcomes += [_Outcome(*self._receive(rank)) for rank in range(1, self.size)]
         for outcome in outcomes:                                   # after all have answered, so that the next message finds everybody listening
             if outcome.error:
                 raise outcome.error
-        results = {index: result for share, outcome in zip(shares, outcomes, strict=True)
-                   for index, result in zip(share, outcome.results, strict=True)}
-        return [results[index] for index in range(len(items))]
+        results = {key: result for outcome in outcomes for key, result in outcome.results.items()}
+        return {key: results[key] for key in items}
 
     def combine(self, statistics: Statistics | None) -> dict[str, Total | Uploads] | None:
         """The statistics of all ranks, in host memory at rank 0: a Total per name of Sums, Uploads in ascending client order; None elsewhere.
@@ -230,29 +232,21 @@ class Communicator:
                 "they would run the same job side by side. Launch with the mpirun that belongs to the MPI library of mpi4py, or with srun --mpi=pmix "
                 "(srun --mpi=list shows what the site offers); mpi4py must be installed and find its MPI library on every node")
 
-    def _attend(self, function: Callable, args: tuple) -> Any:
-        self._attended = True
-        try:
-            return function(*args)
-        finally:
-            self._attended = False
-
-    def _serve(self) -> Any:
-        while isinstance(request := self._engine.bcast(None), _Work):
-            outcome = _carry_out(request.function, self._receive(0)[0], self.rank)
+    def _serve(self, help_with: HelpWith | None) -> None:
+        while (verb := self._engine.bcast(None)) is not None:
+            outcome = _carry_out(help_with, verb, self._receive(0)[0], self.rank)
             self._send(outcome.results, 0, outcome.error)
-        return request
 
-    def _send(self, trees: Sequence[Tree], rank: int, error: Exception | None = None) -> None:
-        self._engine.send(([tree.layout(each) for each in trees], error), rank)
-        self._engine.send_lines(_pack(trees), rank)
-        self.sent_bytes += sum(map(tree.nbytes, trees))
+    def _send(self, trees: Mapping[int, Tree], rank: int, error: Exception | None = None) -> None:
+        self._engine.send(({key: tree.layout(each) for key, each in trees.items()}, error), rank)
+        self._engine.send_lines(_pack(list(trees.values())), rank)
+        self.sent_bytes += sum(map(tree.nbytes, trees.values()))
 
-    def _receive(self, rank: int) -> tuple[list[Tree], Exception | None]:
+    def _receive(self, rank: int) -> tuple[dict[int, Tree], Exception | None]:
         layouts, error = self._engine.receive(rank)
-        buffer = _buffer(layouts)
+        buffer = _buffer(list(layouts.values()))
         self._engine.receive_lines(buffer, rank)
-        return _unpack(buffer, layouts), error
+        return dict(zip(layouts, _unpack(buffer, list(layouts.values())), strict=True)), error
 
     def _reduce(self, names: Sequence[str], headers: Sequence[dict[str, Header]], parts: Parts) -> dict[str, Total]:
         sizes = {name: size for each in headers for name, (_, _, size) in each.items()}
@@ -319,24 +313,24 @@ def _ordered(uploads: Sequence[Uploads]) -> Uploads:
     return Uploads({client: tree.transform(merged[client], lambda leaf: leaf.detach().cpu()) for client in sorted(merged)})
 
 
-def _shares(sizes: Sequence[int], ranks: int) -> list[list[int]]:
-    """Items to ranks, largest first, each to the least loaded rank; rank 0, which also sends and collects, comes last among equals."""
+def _shares(sizes: Mapping[int, int], ranks: int) -> list[list[int]]:
+    """Keys to ranks, largest first, each to the least loaded rank; rank 0, which also sends and collects, comes last among equals."""
     loads = [(0, -rank) for rank in range(ranks)]
     heapq.heapify(loads)
     shares: list[list[int]] = [[] for _ in range(ranks)]
-    for index in sorted(range(len(sizes)), key=lambda index: (-sizes[index], index)):
+    for key in sorted(sizes, key=lambda key: (-sizes[key], key)):
         load, rank = loads[0]
-        shares[-rank].append(index)
-        heapq.heapreplace(loads, (load + max(sizes[index], 1), rank))
+        shares[-rank].append(key)
+        heapq.heapreplace(loads, (load + max(sizes[key], 1), rank))
     return shares
 
 
-def _carry_out(function: Callable[[Tree], Tree], items: Sequence[Tree], rank: int) -> _Outcome:
+def _carry_out(help_with: HelpWith, verb: str, items: dict[int, Tree], rank: int) -> _Outcome:
     try:
-        return _Outcome([function(item) for item in items])
+        return _Outcome(help_with(verb, items) if items else {})
     except Exception as error:                                     # whatever it is, rank 0 raises it
         error.add_note(f"raised on rank {rank}:\n{traceback.format_exc()}")
-        return _Outcome([], error if _survives_pickling(error) else RuntimeError(f"rank {rank}: {traceback.format_exc()}"))
+        return _Outcome({}, error if _survives_pickling(error) else RuntimeError(f"rank {rank}: {traceback.format_exc()}"))
 
 
 def _survives_pickling(error: Exception) -> bool:

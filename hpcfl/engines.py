@@ -43,7 +43,9 @@ class Plan:
     forward: Forward
     context: Tree
     channels_last: frozenset[str]                                  # state paths of the convolutions that the sequential engine lays out so
+    images_last: bool                                              # whether it lays out images so
     where: str
+    member: str                                                    # what a row of the Group is, in errors
 
     def bind(self, number: int, state: Tree) -> tuple[Tree, tuple[Tensor, ...]]:
         """What the loss of one Turn reads, {dotted name: tensor of `state`}, and those of its tensors that are differentiated."""
@@ -66,9 +68,9 @@ def sequential(plan: Plan, group: Group, batches: Batches) -> Outcome:
     for index, client in enumerate(group.clients):
         for path, row in state.items():
             row.copy_(group.state[path][index]) if path in group.state else row.zero_()
-        meter = Meter([client])
+        meter = Meter([client], plan.member)
         for batch in batches(client):
-            batch = tree.transform(batch, _channels_last) if plan.channels_last else batch
+            batch = tree.transform(batch, _channels_last) if plan.images_last else batch
             for bound in bounds:
                 meter.add(bound.step(plan, batch), (0,))
         for path, rows in outcome.items():
@@ -85,7 +87,7 @@ def together(plan: Plan, group: Group, batches: Batches) -> Outcome:
             for path, parameter in zip(paths, parameters, strict=True):
                 state[path] = _copy(group.state[path]) if path in group.state else begin(slot, state[parameter], rows=len(group.clients))
     select = functools.cache(functools.partial(Selection, plan, state, len(group.clients)))
-    meter = Meter(group.clients)
+    meter = Meter(group.clients, plan.member)
     sources = {index: iter(batches(client)) for index, client in enumerate(group.clients)}
     while sources:
         drawn = {index: batch for index, source in sources.items() if (batch := next(source, None)) is not None}
@@ -159,8 +161,8 @@ class Selection:
 class Meter:
     """Sums of what the losses of K clients measured, on the device until the end, so that no step waits for them."""
 
-    def __init__(self, clients: Sequence[int]) -> None:
-        self.clients = clients
+    def __init__(self, clients: Sequence[int], member: str = "client") -> None:
+        self.clients, self.member = clients, member
         self.totals: Tree = {}                                     # name -> (K,) float64
         self.counts: dict[str, list[int]] = {}                     # name -> K numbers of values
 
@@ -183,7 +185,7 @@ class Meter:
         sums = torch.stack([leaf.sum(1, dtype=torch.promote_types(leaf.dtype, torch.float32)).double() for leaf in leaves])       # finite if all are
         table = torch.stack([*self.totals.values(), sums.sum(0)], dim=1).tolist()    # (K, names + 1): the one synchronisation
         if broken := [str(client) for client, row in zip(self.clients, table, strict=True) if not all(map(math.isfinite, row))]:
-            raise NonFiniteError(f"{where}: training of client {', '.join(broken)} reached NaN or infinity in its loss or weights; "
+            raise NonFiniteError(f"{where}: training of {self.member} {', '.join(broken)} reached NaN or infinity in its loss or weights; "
                                  f"lower the learning rate or bound the gradient norm (training.clip)")
         return [{name: total / counts[row] for (name, counts), total in zip(self.counts.items(), totals) if counts[row]}
                 for row, totals in enumerate(table)]

@@ -31,10 +31,14 @@ class CheckpointError(HpcflError):
     exit_code = 5
 
 
-class NonFiniteError(HpcflError):
-    """Training produced NaN or infinity; the message names client, round and phase."""
+class TrainingError(HpcflError):
+    """Training did not come to what it must come to; the message names client, round and phase."""
 
     exit_code = 6
+
+
+class NonFiniteError(TrainingError):
+    """Training produced NaN or infinity; the message names client, round and phase."""
 
 
 class LayoutError(HpcflError):

@@ -1,11 +1,12 @@
 """THE loop: phases of rounds of steps; arrows only downward, no rank in sight."""
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import add
 
 from hpcfl import tree
-from hpcfl.algorithms.base import Algorithm, Phase, Update
+from hpcfl.algorithms.base import Algorithm, Phase, Totals, Update
 from hpcfl.group import Group
 from hpcfl.ledger import Ledger
 from hpcfl.statistics import Statistics
@@ -53,15 +54,27 @@ def rounds(exchange: "Exchange", state: State) -> Iterator[tuple[State, Place]]:
     """Run what is left of the plan, yielding the state after each round."""
     for place in schedule(exchange.world)[state.rows:]:
         exchange.ledger.open()
+        state = regrouped(exchange.world, state, place.row)
         for step in place.phase.steps:
             state = exchange(step, state, place)
         state = replace(state, rows=state.rows + 1)
         yield state, place
 
 
+def regrouped(world: World, state: State, row: int) -> State:
+    """The state with each client in the Group of its architecture of this round; a client that changes it begins anew, with nothing downloaded."""
+    wanted = world.architectures(world.mine, row)
+    if wanted == {group.architecture: group.clients for group in state.groups}:
+        return state
+    kept = {client: own for group in state.groups for client, own in group.states().items() if client in wanted.get(group.architecture, ())}
+    begun = {client: own for group in world.join(row, [client for client in world.mine if client not in kept]) for client, own in group.states().items()}
+    groups = tuple(Group.of(architecture, {client: (kept | begun)[client] for client in clients}) for architecture, clients in wanted.items())
+    return replace(state, groups=groups, received=state.received | dict.fromkeys(begun, -1))
+
+
 @dataclass
 class Exchange:
-    """One step of one round: publish, train, combine, aggregate, publish, refine.
+    """One step of one round: prepare, publish, train, combine, aggregate, publish, refine.
 
     `before_refine` is called with the state between aggregation and the local work on the fresh message, so that its effect can be evaluated.
     """
@@ -72,25 +85,37 @@ class Exchange:
     published: tuple[Algorithm, int, Tree] | None = field(default=None, init=False)
 
     def __call__(self, step: Algorithm, state: State, place: Place) -> State:
-        world, comm = self.world, self.world.comm
-        cohort = world.cohort(place.phase, place.row)
+        cohort = self.world.cohort(place.phase, place.row)
+        if step.overrides("prepare"):
+            state = self.serve(step.prepare, step, state, place)
         if step.overrides("train"):
             message = self.publish(step, state)
             state, statistics = self.work(step.train, step, message, state, place, cohort, "train")
             self.wait()
             with self.ledger("combine"):
-                totals = comm.combine(statistics)
+                totals = self.world.comm.combine(statistics)
             if step.overrides("aggregate"):
-                with self.ledger("aggregate" if comm.is_server else "idle"):
-                    server = comm.at_server(step.aggregate, state.server, totals, world.server_site(place.phase, place.round))
-                if comm.agree(server is not state.server):         # a step that gives back what it got has nothing new to say
-                    state = replace(state, server=server, version=state.version + 1)
+                state = self.serve(step.aggregate, step, state, place, totals)
         if step.overrides("refine"):
             message = self.publish(step, state)
             self.before_refine(state, place)
             state, _ = self.work(step.refine, step, message, state, place, cohort, "refine")
             self.wait()
         return state
+
+    def serve(self, verb: Callable[..., Tree], step: Algorithm, state: State, place: Place, *what: Totals) -> State:
+        """The server's next state under one verb; ranks that take no share of its work wait, and so does the server for those that do."""
+        world, comm = self.world, self.world.comm
+        site = world.server_site(place.phase, place.round, self.ledger)
+
+        def help_with(shared: str, items: dict[int, Tree]) -> dict[int, Tree]:
+            with self.ledger("aggregate"):
+                return getattr(step, shared)(items, site)
+        with self.ledger("aggregate" if comm.is_server else "idle"):
+            server = comm.at_server(verb, state.server, *what, site, help_with=help_with, waiting=lambda: self.ledger("idle"))
+        if not comm.agree(server is not state.server):             # a step that gives back what it got has nothing new to say
+            return state
+        return replace(state, server=server, version=state.version + 1)
 
     def wait(self) -> None:
         """Wait for all ranks: what the slowest costs the others is booked as idle, not as the work that follows."""
@@ -118,9 +143,11 @@ class Exchange:
                 if received[client] != state.version:
                     self.ledger.downloaded(client, tree.nbytes(download))
                 received[client] = state.version
+            site, start = world.client_site(group, place.phase, place.round), time.perf_counter()
             with self.ledger(name):
-                update = verb(group, download, world.client_site(group, place.phase, place.round))
-            self.ledger.measured(name, group.clients, update.metrics)
+                update = verb(group, download, site)
+            seconds = (time.perf_counter() - start) * site.sizes(group) / site.sizes(group).sum()      # a client's part of its group's, by images
+            self.ledger.measured(name, group.clients, {**update.metrics, "seconds": seconds})
             statistics.append(update.statistics)
             groups[position] = whole.updated(update.group)
         total = reduce(add, statistics, Statistics())

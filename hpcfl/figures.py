@@ -18,6 +18,7 @@ DPI = 160
 NUMBERS_UP_TO = (12, 24)                                           # classes, clients: larger heat maps carry no numbers
 LABELS_UP_TO = 40                                                  # rows with a label each
 BUBBLES_UP_TO = 1200                                               # cells; a larger partition is a heat map
+PANELS_UP_TO = 9                                                   # parameters with a panel each; more are rows of a heat map
 GROWS = 0.21                                                       # inches per client
 
 
@@ -161,6 +162,76 @@ def losses(theme: Theme, series: Mapping[str, np.ndarray]) -> Figure:
     for axes in panels[len(series):]:
         axes.set_visible(False)
     figure.supxlabel("round", fontsize=10)
+    return figure
+
+
+def negatives(theme: Theme, paths: Sequence[str], sizes: Sequence[str], values: np.ndarray) -> Figure:
+    """Percent of negative weights, (R, paths, sizes): a panel per parameter over rounds, or of many a heat map of the last round that has them."""
+    measured = np.flatnonzero(np.isfinite(values).any((1, 2)))
+    return (_negative_panels if len(paths) <= PANELS_UP_TO else _negative_map)(theme, paths, sizes, values, measured)
+
+
+def _negative_panels(theme: Theme, paths: Sequence[str], sizes: Sequence[str], values: np.ndarray, measured: np.ndarray) -> Figure:
+    columns = min(3, len(paths))
+    figure = Figure(figsize=(WIDTH, 0.9 + (2.6 if columns < 3 else 1.7) * -(-len(paths) // columns)))
+    panels = figure.subplots(-(-len(paths) // columns), columns, squeeze=False, sharey=True).ravel()
+    for layer, (axes, path) in enumerate(zip(panels, paths, strict=False)):
+        for index, size in enumerate(sizes):
+            axes.plot(measured + 1, values[measured, layer, index], color=theme.series[index % len(theme.series)], linewidth=1.5 if index else 2.2,
+                      linestyle=("-", "--", "-.", ":")[index % 4], marker="o" if len(measured) <= 12 else None, markersize=3.5,
+                      label=None if layer else size)
+        _per_round(axes, len(values), "negative (%)" if layer % columns == 0 else "")
+        axes.set_title(path, fontsize=9)
+        axes.set_xlabel("")
+    panels[0].set_ylim(0, 1.08 * np.nanmax(values, initial=0) or 1)
+    for axes in panels[len(paths):]:
+        axes.set_visible(False)
+    figure.supxlabel("round", fontsize=10)
+    _legend(figure, panels[0])
+    return figure
+
+
+def _negative_map(theme: Theme, paths: Sequence[str], sizes: Sequence[str], values: np.ndarray, measured: np.ndarray) -> Figure:
+    shown = values[measured[-1]] if len(measured) else np.full(values.shape[1:], np.nan)              # (paths, sizes)
+    each = np.clip(9.0 / len(paths), 0.05, GROWS)                  # inches a row
+    figure, axes = _plain(1.2 + each * len(paths))
+    ramp, low, high = _ramp(theme), np.nanmin(shown, initial=100), np.nanmax(shown, initial=0)
+    image = axes.imshow(shown, cmap=ramp, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
+    text = min(8.0, 60 * each)                                     # points: rows are 72 each high
+    step = int(np.ceil(5.5 / text))                                # smaller is not legible: every so many rows a label, no numbers
+    for layer, index in np.argwhere(np.isfinite(shown)) if step == 1 and len(sizes) <= NUMBERS_UP_TO[0] else ():
+        axes.text(index, layer, f"{shown[layer, index]:.1f}", ha="center", va="center", fontsize=text,
+                  color=_contrast(ramp((shown[layer, index] - low) / max(high - low, 1e-9))))
+    axes.set_yticks(range(0, len(paths), step), paths[::step], fontsize=text * step)
+    axes.set_xticks(range(len(sizes)), sizes, rotation=0 if len(sizes) <= 3 else 50, ha="center" if len(sizes) <= 3 else "left")
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    bar = figure.colorbar(image, ax=axes, location="right", fraction=0.045, pad=0.02, label="negative weights (%)")
+    bar.outline.set_visible(False)
+    return figure
+
+
+def server(theme: Theme, notes: Mapping[str, np.ndarray], dilated: np.ndarray) -> Figure:
+    """Accuracies in percent on the server's validation part: {name: (R,)}, the first one drawn strongest; dilated models (R, K), mean and range."""
+    figure, axes = _plain(3.6)
+    rounds = np.flatnonzero(np.isfinite(dilated).any(1))
+    if len(rounds):
+        seen = dilated[rounds]
+        axes.fill_between(rounds + 1, _low(seen), _high(seen), color=theme.series[1], alpha=0.16, linewidth=0,
+                          label="dilation, min to max of clients")
+        if len(rounds) == 1:
+            axes.vlines(rounds + 1, _low(seen), _high(seen), color=theme.series[1], alpha=0.35, linewidth=6)       # a band needs two rounds
+        axes.plot(rounds + 1, mean_of(seen, 1), color=theme.series[1], linewidth=1.8, linestyle="-.", marker="s" if len(rounds) <= 25 else None,
+                  markersize=3.5, label="dilation, mean of clients")
+    colours = (theme.series[0], *theme.series[2:])
+    for index, (name, values) in enumerate(notes.items()):
+        at = np.flatnonzero(np.isfinite(values))
+        axes.plot(at + 1, values[at], color=colours[index % len(colours)], linewidth=1.5 if index else 2.2,
+                  linestyle=("-", "--", ":")[min(index, 1 + index % 2)], marker="o" if len(at) <= 25 else None, markersize=4, label=name)
+    _per_round(axes, len(dilated), "accuracy (%)")
+    axes.set_ylim(bottom=0)
+    _legend(figure, axes, columns=2)
     return figure
 
 

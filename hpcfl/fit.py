@@ -59,7 +59,7 @@ class Turn:
 
 def fit(group: Group, modules: Mapping[str, nn.Module], turns: Sequence[Turn], batches: Batches, *, context: Tree | None = None,
         engine: str = "auto", compile: str = "auto", precision: str = "auto", channels_last: bool | None = None, frozen_norm: bool = False,
-        keep_optimizer: bool = False, expected_steps: int = 0, where: str = "fit") -> tuple[Group, dict[str, Tensor]]:
+        keep_optimizer: bool = False, expected_steps: int = 0, where: str = "fit", member: str = "client") -> tuple[Group, dict[str, Tensor]]:
     """The Group after every client went through its batches, each batch taking all `turns` in order, and the clients' metrics.
 
     `modules` say how to compute; the weights are the Group's. A module of which the Group holds nothing serves all clients as it is.
@@ -75,7 +75,7 @@ def fit(group: Group, modules: Mapping[str, nn.Module], turns: Sequence[Turn], b
     keep_optimizer: optimiser state, step counts included, goes on from the Group's part "optimizer" and is returned there.
     Metrics: {name: (K,) float64 on the host}, the mean over a client's steps (of all Turns) of "loss" and of the scalars its losses name; NaN for
         a client without any.
-    Raises: NonFiniteError naming `where` and clients; LayoutError where Group, modules and turns do not fit each other; JobError for an
+    Raises: NonFiniteError naming `where` and clients, or what else `member` calls the rows of the Group; LayoutError where Group, modules and turns do not fit each other; JobError for an
         engine, compile or precision that does not exist.
     """
     for name, value, allowed in (("engine", engine, ("auto", *ENGINES)), ("compile", compile, ("auto", "on", "off")),
@@ -88,7 +88,7 @@ def fit(group: Group, modules: Mapping[str, nn.Module], turns: Sequence[Turn], b
         forward = compiled(forward)
     if PRECISIONS[precision] is not None:
         forward = torch.autocast(device, PRECISIONS[precision], cache_enabled=False)(forward)
-    plan = _plan(group, modules, turns, keep_optimizer, forward=forward, context=context or {}, where=where,
+    plan = _plan(group, modules, turns, keep_optimizer, forward=forward, context=context or {}, where=where, member=member,
                  channels_last=device == "cpu" if channels_last is None else channels_last)
     with _modes(plan, frozen_norm):
         changed, rows = run(plan, group, batches)
@@ -119,7 +119,7 @@ def _plan(group: Group, modules: Mapping[str, nn.Module], turns: Sequence[Turn],
     returned = tuple(dict.fromkeys([*(path for paths in trained for path in paths), *buffers, *kept]))
     convolutions = {f"{name}.weight" for name, module in wrapped.named_modules() if isinstance(module, nn.Conv2d)} if channels_last else set()
     images = frozenset(path for path, name in own.items() if name in convolutions)
-    return Plan(wrapped, tuple(turns), own, trained, slots, buffers, returned, shared, channels_last=images, where=where, **settings)
+    return Plan(wrapped, tuple(turns), own, trained, slots, buffers, returned, shared, channels_last=images, images_last=channels_last, where=where, **settings)
 
 
 def _held(group: Group, name: str, module: nn.Module, where: str) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hpcfl.errors import JobError
-from hpcfl.kinds import choice, flag, integer, real, text, words
+from hpcfl.kinds import choice, flag, integer, integers, real, reals, text, words
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,10 @@ class Data:
 @dataclass(frozen=True)
 class Models:
     names: tuple[str, ...] = words("cnn1")                         # client k has entry k mod m
+    sizes: tuple[int, ...] = integers(0)                           # size class e of client k mod m: hidden widths times shrinkage^e
+    shrinkage: float = real(0.75, 0.0, 1.0, above=True)
+    size_schedule: str = choice("fixed", "rotate", "random")       # whether size classes (or budgets) move on by a client, or are drawn, each round
+    memory_mb: tuple[float, ...] = reals()                         # training memory of client k mod m; not empty: the largest size class that fits
     features: int = integer(64, 0)                                 # common feature size p; 0: each model's own
     norm: str = choice("batch", "group")                           # GroupNorm has no running statistics to average
     feature_relu: bool = flag(True)                                # whether features end in a ReLU: one switch for all, or their means do not compare

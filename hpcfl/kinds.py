@@ -88,9 +88,18 @@ def words(*default: str) -> Any:
 
 
 def integers(*default: int, low: int = 0) -> Any:
-    """A list of whole numbers of at least `low`."""
+    """A list of at least one whole number, each of at least `low`."""
     def parse(value: Any) -> tuple[int, ...]:
-        if not isinstance(value, (list, tuple)) or not all(isinstance(n, int) and not isinstance(n, bool) and n >= low for n in value):
+        if not isinstance(value, (list, tuple)) or not value or not all(isinstance(n, int) and not isinstance(n, bool) and n >= low for n in value):
             raise ValueError
         return tuple(value)
-    return _setting(tuple(default), f"a list of whole numbers of at least {low}", parse)
+    return _setting(tuple(default), f"a list of at least one whole number, each of at least {low}", parse)
+
+
+def reals(*default: float) -> Any:
+    """A list of positive numbers; it may be empty."""
+    def parse(value: Any) -> tuple[float, ...]:
+        if not isinstance(value, (list, tuple)) or not all(isinstance(n, (int, float)) and not isinstance(n, bool) and 0 < n < float("inf") for n in value):
+            raise ValueError
+        return tuple(map(float, value))
+    return _setting(tuple(default), "a list of positive numbers", parse)

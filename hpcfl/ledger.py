@@ -18,6 +18,8 @@ class Ledger:
 
     def __init__(self, device: torch.device):
         self._device = device
+        self._kinds: list[str] = []                                # of the blocks that are open, the innermost last
+        self._since = 0.0
         self.open()
         self._clear()
 
@@ -30,17 +32,26 @@ class Ledger:
         self._down: dict[int, int] = defaultdict(int)
         self._up: dict[int, int] = defaultdict(int)
         self._metrics: dict[str, dict[int, float]] = defaultdict(dict)
+        self._notes: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, kind: str) -> Iterator[None]:
-        """Book the seconds of the block; on CUDA until the device has finished."""
-        start = time.perf_counter()
+        """Book the seconds of the block, on CUDA until the device has finished; those of a block inside it belong to the inner one alone."""
+        self._turn_over()
+        self._kinds.append(kind)
         try:
             yield
         finally:
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
-            self._seconds[kind] += time.perf_counter() - start
+            self._turn_over()
+            self._kinds.pop()
+
+    def _turn_over(self) -> None:
+        now = time.perf_counter()
+        if self._kinds:
+            self._seconds[self._kinds[-1]] += now - self._since
+        self._since = now
 
     def downloaded(self, client: int, count: int) -> None:
         """Book bytes that a client's device would receive."""
@@ -52,14 +63,18 @@ class Ledger:
             self._up[client] += count
 
     def measured(self, verb: str, clients: Sequence[int], metrics: Mapping[str, Tensor]) -> None:
-        """Book one number per client for each metric; those of refine are kept apart from those of train by their prefix."""
+        """Book one number per client for each metric; those of other verbs are kept apart from those of train by their prefix."""
         for name, values in metrics.items():
             name = name if verb == "train" else f"{verb}_{name}"
             self._metrics[name].update(zip(clients, values.tolist(), strict=True))
 
+    def note(self, name: str, value: float) -> None:
+        """Book one number of the round that belongs to no client."""
+        self._notes[name] = float(value)
+
     def close(self) -> dict:
-        """The round's account: {"wall_s", "seconds", "down", "up", "metrics"}."""
+        """The round's account: {"wall_s", "seconds", "down", "up", "metrics", "notes"}."""
         account = {"wall_s": time.perf_counter() - self._start, "seconds": self._seconds, "down": dict(self._down), "up": dict(self._up),
-                   "metrics": {name: dict(values) for name, values in self._metrics.items()}}
+                   "metrics": {name: dict(values) for name, values in self._metrics.items()}, "notes": self._notes}
         self._clear()
         return account

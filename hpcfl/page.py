@@ -71,7 +71,9 @@ def write(recordings: Sequence[Recording], out: Path) -> Path:
     for index, recording in enumerate(recordings):
         title, found = titles[recording.folder], facts[recording.folder]
         prefix = f"{index + 1:02d}-{_slug(title)}-" if several else ""
-        body += [_headline(recording, found, title, index), _gallery(pictures.of_run(recording, prefix), out / "figures"), *_folded(recording, found)]
+        sizes = [(entry,) for entry in found["by_architecture"]]
+        body += [_headline(recording, found, title, index), _table("Architectures: time and bytes per client and round", ARCHITECTURE_COLUMNS, sizes)
+                 if sizes else "", _gallery(pictures.of_run(recording, prefix), out / "figures"), *_folded(recording, found)]
     page = FRAME.format(title=escape("hpcfl report: " + ", ".join(groups)), style=STYLE, body="\n".join(body))
     return _keep(out / "report.html", page.encode())
 
@@ -95,6 +97,10 @@ def _name_and_settings(group: Sequence[Recording], keys: Sequence[str]) -> str:
     values = ((key.split("."), group[0].job) for key in keys)
     settings = ", ".join(f"{name} {job[section][name]}" for (section, name), job in values if name in job.get(section, {}))
     return f"{_name(group)} ({settings[:60]})" if settings else _name(group)
+
+
+def _duration(seconds: float | None) -> str:
+    return NOTHING if seconds is None else seconds_text(seconds)
 
 
 def _spread(found: dict[str, Any] | None) -> str:
@@ -139,6 +145,17 @@ TARGET_COLUMNS: dict[str, Callable[[str, dict[str, int]], str]] = {
     "Rounds": lambda _, cost: str(cost["rounds"]),
     "Simulated bytes": lambda _, cost: byte_text(cost["simulated_bytes"]),
     "Transported bytes": lambda _, cost: byte_text(cost["transported_bytes"])}
+ARCHITECTURE_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "Architecture": lambda entry: escape(entry["architecture"]),
+    "Clients": lambda entry: str(entry["clients"]),
+    "Parameters": lambda entry: NOTHING if entry["parameters"] is None else f"{entry['parameters']:,}",
+    "Memory to train": lambda entry: NOTHING if entry["memory_bytes"] is None else byte_text(entry["memory_bytes"]),
+    "Training": lambda entry: _duration(entry["train_s"]),
+    "Refining": lambda entry: _duration(entry["refine_s"]),
+    "Simulated up": lambda entry: byte_text(entry["simulated_up_bytes"]),
+    "Simulated down": lambda entry: byte_text(entry["simulated_down_bytes"]),
+    "Generalization (%)": lambda entry: number_text(entry["generalization"]),
+    "Personal (%)": lambda entry: number_text(entry["personal"])}
 WORDS = ("Algorithm", "Status", "Seeds", "Architecture")
 
 
@@ -171,7 +188,10 @@ def _clients(recording: Recording, found: dict[str, Any]) -> str:
     counts, accuracy = recording.arrays.get("partition/train"), found["accuracy"]
     described = recording.part("clients")
     columns = {"Client": lambda client: str(client)}
+    memory = described.pop("memory_bytes", None)
     columns |= {name.capitalize(): partial(lambda values, client: escape(str(values[client])), values) for name, values in sorted(described.items())}
+    if memory is not None:
+        columns["Memory to train"] = lambda client: byte_text(memory[client])
     if counts is not None:
         columns["Training samples"] = lambda client: str(counts[client].sum())
         columns["Absent classes"] = lambda client: str((counts[client] == 0).sum())

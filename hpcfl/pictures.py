@@ -7,12 +7,13 @@ import numpy as np
 
 from hpcfl import figures
 from hpcfl.inspect import byte_text
-from hpcfl.recording import Recording, mean_of
+from hpcfl.recording import BEFORE, Recording, mean_of
 
 NOTHING = "–"
 CLASSES_PICTURED = 20                                              # rows of the grid of synthetic images
 IMAGES_PICTURED = 4                                                # of a class and client
 CLIENTS_PICTURED = 3
+DILATION = "aggregate_dilation_accuracy"                           # measured at the server for each client: not a figure of training
 PHASES = ("train", "refine", "aggregate", "combine", "publish", "evaluate", "checkpoint")              # stacked in this order, waiting last
 
 
@@ -28,7 +29,7 @@ class Picture:
 
 def of_run(recording: Recording, prefix: str = "") -> list[Picture]:
     """The pictures of one run, those left out that it has no data for; file names start with `prefix`."""
-    made = (make(recording) for make in (_accuracy, _before_after, _recall, _losses, _traffic, _seconds, _partition, _samples))
+    made = (make(recording) for make in (_accuracy, _before_after, _recall, _losses, _server, _negatives, _traffic, _seconds, _partition, _samples))
     return [replace(picture, name=prefix + picture.name) for picture in made if picture is not None]
 
 
@@ -115,12 +116,39 @@ def _recall(recording: Recording) -> Picture | None:
 
 
 def _losses(recording: Recording) -> Picture | None:
-    series = {name: values for name, values in recording.part("train").items() if np.isfinite(values).any()}
+    series = {name: values for name, values in recording.part("train").items() if name != DILATION and np.isfinite(values).any()}
     ordered = {name: series[name] for name in sorted(series, key=lambda name: (name != "loss", name))}
     ends = [(name, mean_of(values[np.isfinite(values).any(1)], 1)) for name, values in ordered.items()]
     told = "; ".join(f"{name} from {number_text(mean[0], 3)} to {number_text(mean[-1], 3)}" for name, mean in ends)
     alt = f"Training per round, mean over clients: {told}."
     return Picture("training", "Training", alt, partial(figures.losses, series=ordered)) if ordered else None
+
+
+def _server(recording: Recording) -> Picture | None:
+    known = recording.notes()
+    compression = sorted((name for name in known if name.startswith("compression_accuracy ")), reverse=True)         # from wide to narrow
+    lines = {name.replace("_accuracy", ""): known[name] for name in ("aggregation_accuracy", *compression) if name in known}
+    dilated = recording.part("train").get(DILATION, np.full((recording.rounds, recording.clients), np.nan))
+    clients = mean_of(dilated, 1)
+    told = {**lines, **({"dilation, mean of clients": clients} if np.isfinite(clients).any() else {})}
+    ends = "; ".join(f"{name} {number_text(values[np.isfinite(values)][-1])} %" for name, values in told.items())
+    alt = f"Accuracy of the server's models on its public validation part over {counted(recording.rounds, 'round')}. At the end: {ends}."
+    return Picture("server", "The server's models on its public validation part", alt,
+                   partial(figures.server, notes=lines, dilated=dilated)) if told else None
+
+
+def _negatives(recording: Recording) -> Picture | None:
+    paths, sizes, values = recording.negatives()
+    measured = np.flatnonzero(np.isfinite(values).any((1, 2)))
+    if not len(measured):
+        return None
+    names = ["before compression" if size == BEFORE else size for size in sizes]
+    means = (f"{name} {number_text(mean)} %" for name, mean in zip(names, mean_of(values[measured[-1]], 0), strict=True))
+    title = "Share of negative weights" + ("" if len(paths) <= figures.PANELS_UP_TO else f", round {measured[-1] + 1}")
+    alt = f"Share of negative weights of {counted(len(paths), 'parameter')} before and after compression. Mean over parameters in round " \
+          f"{measured[-1] + 1}: {'; '.join(means)}."
+    short = [path.removesuffix(".weight") for path in paths]
+    return Picture("negatives", title, alt, partial(figures.negatives, paths=short, sizes=names, values=values))
 
 
 def _traffic(recording: Recording) -> Picture | None:

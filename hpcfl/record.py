@@ -42,6 +42,7 @@ class Record:
                 row[list(values)] = list(values.values())
         self.rows.append({"phase": phase, "round": round_, "wall_s": max(account["wall_s"] for account in accounts),
                           "up": by_client("up"), "down": by_client("down"), "metrics": metrics,
+                          "notes": {name: value for account in accounts for name, value in account["notes"].items()},
                           "transported": np.array([account["sent_bytes"] for account in accounts], np.int64),
                           "seconds": {kind: np.array([account["seconds"][kind] for account in accounts]) for kind in SECONDS}})
 
@@ -77,6 +78,7 @@ class Record:
             self.rows.append({"phase": phases[t], "round": int(get["rounds/round"][t]), "wall_s": float(get["rounds/wall_s"][t]),
                               "up": get["bytes/simulated_up"][t], "down": get["bytes/simulated_down"][t], "transported": self._fit(get["bytes/transported"][t]),
                               "metrics": {name[6:]: get[name][t] for name in get if name.startswith("train/") and not np.isnan(get[name][t]).all()},
+                              "notes": {name[7:]: float(get[name][t]) for name in get if name.startswith("server/") and not np.isnan(get[name][t])},
                               "seconds": {kind: self._fit(get[f"seconds/{kind}"][t]) for kind in SECONDS}})
         kinds = [name[11:] for name in get if name.startswith("evaluation/") and name.endswith("_correct") and name != GLOBAL]
         models = [name.decode() for name in get.get("evaluation/global_names", ())]
@@ -101,6 +103,8 @@ class Record:
             "bytes/simulated_up": _table(rows, "up", self.clients), "bytes/simulated_down": _table(rows, "down", self.clients),
             "bytes/transported": _table(rows, "transported", self.ranks)}
         columns |= {f"train/{name}": np.array([row["metrics"].get(name, missing) for row in rows]).reshape(-1, self.clients) for name in names}
+        notes = sorted({name for row in rows for name in row["notes"]})
+        columns |= {f"server/{name}": np.array([row["notes"].get(name, np.nan) for row in rows], np.float64) for name in notes}
         columns |= {f"seconds/{kind}": np.array([row["seconds"][kind] for row in rows], np.float64).reshape(-1, self.ranks) for kind in SECONDS}
         if self.evaluations:
             columns |= {"evaluation/at": np.array([entry["at"] for entry in self.evaluations], np.int64),

@@ -1,4 +1,5 @@
 """recording: a run's metrics.h5 read into memory, checked against the schema, with the accuracies that are asked of it."""
+import re
 import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,10 +14,12 @@ from hpcfl.inspect import foreign
 
 SCHEMA = 1
 SHAPES = {                                                         # of a dataset, or of all datasets of a group
-    "rounds": "R", "train": "RK", "bytes": "RK", "bytes/transported": "R.", "seconds": "R.",
+    "rounds": "R", "train": "RK", "bytes": "RK", "bytes/transported": "R.", "seconds": "R.", "server": "R",
     "evaluation": "EKC", "evaluation/at": "E", "evaluation/stage": "E", "evaluation/global_correct": "EGC", "evaluation/global_names": "G",
     "evaluation/generalization_count": "C", "evaluation/personal_count": "KC", "evaluation/validation_count": "KC", "partition": "KC", "clients": "K",
     "samples/synthetic": "SC....", "samples/has": "SC", "samples/real": "C....", "samples/client": "S"}
+NEGATIVE = "negative "                                             # begins the name of a share of negative weights: negative PATH SIZE
+BEFORE = "1"                                                       # its SIZE of the model that was not compressed; of others the architecture
 ROWS = "RE"                                                        # axes that grow: cut to the shortest, a write may have been interrupted
 
 
@@ -107,6 +110,27 @@ class Recording:
         """A bytes dataset summed over rounds, (K,); zeros where it was not recorded."""
         array = self.arrays.get(f"bytes/{path}")
         return np.zeros(self.clients, np.int64) if array is None else array.sum(0)
+
+    def negatives(self) -> tuple[list[str], list[str], np.ndarray]:
+        """Parameter paths, sizes (before compression first, then from wide to narrow) and the percent of negative weights, (R, paths, sizes)."""
+        named = {tuple(name.split(" ")[1:]): values for name, values in self.part("server").items() if re.fullmatch(NEGATIVE + r"\S+ \S+", name)}
+        paths = sorted({path for path, _ in named}, key=lambda path: [part.zfill(9) for part in re.split(r"(\d+)", path)])    # 2 before 10
+        sizes = sorted({size for _, size in named}, key=lambda size: (size == BEFORE, size), reverse=True)
+        missing = np.full(self.rounds, np.nan)
+        columns = [[named.get((path, size), missing) for size in sizes] for path in paths]
+        return paths, sizes, np.moveaxis(np.array(columns, float).reshape(len(paths), len(sizes), self.rounds), 2, 0)
+
+    def notes(self) -> dict[str, np.ndarray]:
+        """What else the server measured in a round, (R,) by name; names without any value are left out."""
+        return {name: values for name, values in self.part("server").items() if not name.startswith(NEGATIVE) and np.isfinite(values).any()}
+
+    def by_architecture(self) -> dict[str, np.ndarray]:
+        """The clients of each architecture, from many parameters to few; none where clients change theirs between rounds or it was not recorded."""
+        names, parameters = self.arrays.get("clients/architecture", ()), self.arrays.get("clients/parameters", np.zeros(self.clients))
+        if self.job.get("models", {}).get("size_schedule", "fixed") != "fixed":
+            return {}
+        found = {str(name): np.flatnonzero(np.asarray(names) == name) for name in names}
+        return dict(sorted(found.items(), key=lambda item: (-parameters[item[1][0]], item[0])))
 
     def _counted(self, kind: str, evaluations: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         correct, count = self.arrays.get(f"evaluation/{kind}_correct"), self.arrays.get(f"evaluation/{kind}_count")

@@ -23,6 +23,9 @@ def summary(run: str | Path | Recording, targets: Sequence[float] = TARGETS) -> 
     federation has models of its own, {mean, min, max, per_model} over these. `seconds` sums, over rounds, the
     slowest rank of each phase; waiting, which is no phase, is in `seconds_by_rank` and as `idle_share` of ranks x wall time.
     `bytes.until_accuracy` has the cumulative bytes at the first evaluation whose mean generalization accuracy reaches each target.
+    `by_architecture` is a list, empty where clients change architecture between rounds: seconds are means over clients and the rounds in which they
+    worked, simulated bytes over clients and finished rounds, accuracies over clients. `server` has the last value of each number that the server
+    measured itself, but for the shares of negative weights.
 
     Raises: as `read`.
     """
@@ -30,7 +33,8 @@ def summary(run: str | Path | Recording, targets: Sequence[float] = TARGETS) -> 
     data = recording.job.get("data", {}).get("name")
     return {"run": str(recording.folder), "name": recording.name, "algorithm": recording.algorithm, "seed": recording.seed, "data": data,
             "status": recording.status, "rounds": recording.rounds, "ranks": recording.ranks, "clients": recording.clients,
-            "classes": recording.classes, "accuracy": _accuracy(recording), "bytes": _bytes(recording, targets), **_seconds(recording)}
+            "classes": recording.classes, "accuracy": _accuracy(recording), "bytes": _bytes(recording, targets), **_seconds(recording),
+            "by_architecture": _by_architecture(recording), "server": {name: _last(values) for name, values in recording.notes().items()}}
 
 
 def table(runs: Sequence[str | Path]) -> str:
@@ -126,6 +130,27 @@ def _seconds(recording: Recording) -> dict[str, Any]:
     return {"wall_s": wall, "seconds": {name: float(array.max(1, initial=0).sum()) for name, array in by_rank.items() if name != "idle"},
             "seconds_by_rank": {name: _plain(array.sum(0)) for name, array in by_rank.items()},
             "idle_share": idle / (wall * recording.ranks) if idle is not None and wall > 0 else None}
+
+
+def _by_architecture(recording: Recording) -> list[dict[str, Any]]:
+    end, rows, nothing = recording.last("end"), [], np.full((recording.rounds, recording.clients), np.nan)
+    accuracies = {kind: np.full(recording.clients, np.nan) if end is None else recording.accuracy(kind, [end])[0]
+                  for kind in ("generalization", "personal")}
+    for name, members in recording.by_architecture().items():
+        described = {key: int(recording.arrays[f"clients/{key}"][members[0]]) if f"clients/{key}" in recording.arrays else None
+                     for key in ("parameters", "memory_bytes")}
+        seconds = {key: recording.arrays.get(f"train/{metric}", nothing)[:, members].ravel()
+                   for key, metric in (("train_s", "seconds"), ("refine_s", "refine_seconds"))}
+        sent = {f"{key}_bytes": recording.per_client(key)[members] / max(1, recording.rounds) for key in ("simulated_up", "simulated_down")}
+        right = {kind: values[members] for kind, values in accuracies.items()}
+        means = {key: mean_of(values, 0) for key, values in (seconds | sent | right).items()}
+        rows.append({"architecture": name, "clients": len(members), **described,
+                     **{key: float(value) if np.isfinite(value) else None for key, value in means.items()}})
+    return rows
+
+
+def _last(values: np.ndarray) -> float:
+    return float(values[np.isfinite(values)][-1])
 
 
 def _table_row(found: dict[str, Any]) -> tuple[str, ...]:

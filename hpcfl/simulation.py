@@ -185,6 +185,7 @@ def _fixed(world: World) -> Mapping[str, np.ndarray]:
     return tables | {
         "clients/architecture": np.array(problem.architectures, dtype=object), "clients/rank": np.array(world.home),
         "clients/parameters": np.array([parameters[name] for name in problem.architectures]),
+        "clients/memory_bytes": np.array([problem.sizes.memory(name) for name in problem.architectures]),
         "evaluation/generalization_count": np.bincount(world.corpus.test_labels, minlength=classes),
         "evaluation/personal_count": tables["partition/test"], "evaluation/validation_count": tables["partition/validation"]}
 

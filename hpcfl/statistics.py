@@ -45,7 +45,7 @@ class Contribution:
     clients: tuple[int, ...]
     values: Tree
     weights: Tree
-    weight_bytes: int = 0                                          # per client, on a real network
+    sent_bytes: int = 0                                            # per client, on a real network
 
     def packed(self) -> Tree:
         """Values and weights as one Tree, to travel unsummed."""
@@ -68,11 +68,12 @@ class Sums:
     contributions: tuple[Contribution, ...]
 
     @classmethod
-    def weighted(cls, clients: Sequence[int], values: Tree, weights: Tensor | Tree, weights_sent: bool = True) -> "Sums":
+    def weighted(cls, clients: Sequence[int], values: Tree, weights: Tensor | Tree, weights_sent: bool = True, sent_bytes: int | None = None) -> "Sums":
         """The clients' values with their weights.
 
         values: path -> (K, ...), floating; weights: (K,) for all paths, or path -> (K, ...) aligned with the value from the left, so that (K, C)
         weighs the rows of (K, C, p). `weights_sent`: each weight counts 8 bytes of simulated traffic; False where the server can work them out.
+        `sent_bytes`: what one client sends on a real network, where values and weights are not sent as they lie here.
         Raises: LayoutError for integer leaves, a client axis of another length, and weights that do not fit their value.
         """
         carried = values.keys() - floating(values).keys()
@@ -85,7 +86,9 @@ class Sums:
             _check_fit(path, tuple(value.shape), tuple(named[path].shape), len(clients))
         each = 8 if shared else sum(8 * _numel(weight.shape[1:]) for weight in named.values())
         detached = transform(values, Tensor.detach)
-        return cls((Contribution(tuple(int(client) for client in clients), detached, named, each if weights_sent else 0),))
+        if sent_bytes is None:
+            sent_bytes = nbytes(transform(detached, lambda leaf: leaf[:1])) + (each if weights_sent else 0)
+        return cls((Contribution(tuple(int(client) for client in clients), detached, named, sent_bytes),))
 
     def layout(self) -> SumLayout:
         """What the total will look like."""
@@ -118,11 +121,10 @@ class Sums:
             _add_ordered(out.counts[path].view(-1), [row for weight in weights for row in _flat(weight.cpu()).unbind()], order)
 
     def simulated_bytes(self) -> dict[int, int]:
-        """What each client would send on a real network, bytes: its values in their own type, and its weights where they are sent."""
+        """What each client would send on a real network, bytes; by default its values in their own type, and its weights where they are sent."""
         sent: dict[int, int] = {}
         for contribution in self.contributions:
-            each = contribution.weight_bytes + nbytes(transform(contribution.values, lambda leaf: leaf[:1]))
-            sent |= {client: sent.get(client, 0) + each for client in contribution.clients}
+            sent |= {client: sent.get(client, 0) + contribution.sent_bytes for client in contribution.clients}
         return sent
 
 

@@ -1,7 +1,7 @@
 """World: everything that follows from the job alone (data, partition, architectures, placement, plan), and this rank's share of it."""
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -15,8 +15,12 @@ from hpcfl.data.shards import Scale, Shard, load
 from hpcfl.errors import JobError
 from hpcfl.group import Group
 from hpcfl.job import Job
+from hpcfl.ledger import Ledger
 from hpcfl.models import zoo
+from hpcfl.models.sizes import Sizes
+from hpcfl.optimizers import STEP, Optimizer
 from hpcfl.placement import place
+from hpcfl.tree import Tree
 
 
 class World:
@@ -80,13 +84,14 @@ class World:
             for step in self._steps():
                 built |= {name: module.to(self.problem.device) for name, module in step.modules(architecture).items() if name not in built}
             return built
-        return {architecture: networks(architecture) for architecture in sorted({self.problem.architectures[client] for client in self.mine})}
+        fixed = self.job.models.size_schedule == "fixed"
+        return {architecture: networks(architecture) for architecture in (self.architectures(self.mine) if fixed else self.problem.sizes.every)}
 
-    def architectures(self, clients: Sequence[int]) -> Mapping[str, tuple[int, ...]]:
-        """Clients by architecture, both in order."""
+    def architectures(self, clients: Sequence[int], row: int = 0) -> Mapping[str, tuple[int, ...]]:
+        """Clients by their architecture of a round, both in order."""
         found: dict[str, list[int]] = {}
         for client in sorted(clients):
-            found.setdefault(self.problem.architectures[client], []).append(client)
+            found.setdefault(self.problem.architecture(client, row), []).append(client)
         return {architecture: tuple(found[architecture]) for architecture in sorted(found)}
 
     def cohort(self, phase: Phase, row: int) -> tuple[int, ...]:
@@ -100,23 +105,22 @@ class World:
         holdings, remembered = ({client: every[client] for client in group.clients} for every in (self.holdings, self._remembered))
         return ClientSite(self.problem, holdings, self.modules[group.architecture], phase.name, round_, remembered)
 
-    def server_site(self, phase: Phase, round_: int) -> ServerSite:
-        """What the server may see in a round."""
-        public, validation = self.public if self.comm.is_server else (None, None)
-        return ServerSite(self.problem, public, validation, self.comm.spread, phase.name, round_)
+    def server_site(self, phase: Phase, round_: int, ledger: Ledger) -> ServerSite:
+        """What the server may see in a round; the same on every rank, for all take a share of its work."""
+        return ServerSite(self.problem, *self.public, phase.name, round_, self.comm.spread, ledger.note, partial(ledger.measured, "aggregate"))
 
-    def found(self):
+    def found(self) -> Tree:
         """The server's state before the first round."""
-        server = {}
+        site, server = self.server_site(self.plan[0], 0, Ledger(self.problem.device)), {}
         for step in self._steps():
-            server |= step.found(self.server_site(self.plan[0], 0))
+            server |= step.found(site)
         return server
 
-    def join(self) -> list[Group]:
-        """This rank's clients before the first round, by architecture."""
+    def join(self, row: int = 0, clients: Sequence[int] | None = None) -> list[Group]:
+        """Clients as they begin, by their architecture of a round: this rank's, or some of these."""
         groups = []
-        for architecture, clients in self.architectures(self.mine).items():
-            group = Group(architecture, clients, {})
+        for architecture, members in self.architectures(self.mine if clients is None else clients, row).items():
+            group = Group(architecture, members, {})
             for step in self._steps():
                 group = step.join(group, self.client_site(group, self.plan[0], 0))
             groups.append(group.to(self.problem.device))
@@ -134,7 +138,12 @@ class World:
         names = self.job.models.names
         for name in names:
             zoo.entry(name)
-        return Problem(self.job, shape, self.corpus.classes, scale, tuple(names[client % len(names)] for client in range(self.clients)), device)
+        slots = sum(slot != STEP for slot in Optimizer.of(self.job.training).slots)
+
+        def memory(name: str) -> int:
+            models = self.job.models
+            return zoo.memory(name, shape, self.corpus.classes, models.features, models.norm, models.feature_relu, self.job.training.batch, slots)
+        return Problem(self.job, shape, self.corpus.classes, scale, Sizes(self.job.models, self.clients, self.job.run.seed, memory), device)
 
     def _costs(self) -> list[float]:
         problem, models = self.problem, self.job.models

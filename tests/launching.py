@@ -34,14 +34,22 @@ TINY: Tables = {
     "training": {"batch": 8},
     "evaluation": {"every": 2},
     "checkpoint": {"every": 100}}
+WIDTHS: Tables = {"models": {"names": ["cnn2_bn"], "sizes": [0, 1, 2]}}                # for methods with one global model
 QUICK: dict[str, Tables] = {                                       # what makes an algorithm quick whose own defaults are not
     "fedvtc": {"algorithm": {"finetune_epochs": 1, "per_class": 4, "dm_classes": 3, "dm_samples": 4, "common_size": 8}},
-    "gaussian": {"algorithm": {"common_size": 8}}}
+    "gaussian": {"algorithm": {"common_size": 8}},
+    "heterofl": WIDTHS,
+    "fedrolex": WIDTHS,
+    "fedconv": {**WIDTHS, "data": {"fraction": 0.3, "public_fraction": 0.4},
+                "algorithm": {"server_epochs": 3, "filter_epochs": 1, "first_epochs": 2, "server_finetune": 1, "aggregation_epochs": 1, "server_lr": 0.01, "filter_lr": 0.01}}}
 VARIANTS: dict[str, tuple[str, Tables]] = {                        # other ways through an algorithm: other phases, messages or client states
+    "fedrolex, clients change their size": ("fedrolex", {"models": {"size_schedule": "rotate"}}),
+    "fedconv, clients change their size": ("fedconv", {"models": {"size_schedule": "rotate"}, "algorithm": {"weights": "code", "server_finetune": 0}}),
     "fedvtc, common latent": ("fedvtc", {"algorithm": {"latent": "common", "vtc_sync": "none"}}),
     "fedvtc, sums": ("fedvtc", {"algorithm": {"statistics": "sums", "sigma_source": "learnable", "finetune": "every_round", "vtc_sync_every": 2}})}
 CASES: dict[str, tuple[str, Tables]] = {name: (name, {}) for name in PLANS} | VARIANTS
-OF_THE_MOMENT = ("seconds/", "rounds/wall_s", "bytes/transported", "clients/rank")         # metrics that differ between equal runs
+OF_THE_MOMENT = ("seconds/", "rounds/wall_s", "bytes/transported", "clients/rank", "train/seconds",
+                 "train/refine_seconds")                           # metrics that differ between equal runs
 
 
 def merged(*layers: Tables) -> dict[str, dict[str, object]]:

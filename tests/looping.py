@@ -19,11 +19,14 @@ SMALL = {"run": {"device": "cpu", "compile": "off"},
          "models": {"names": ["mlp2", "cnn1"], "features": 6},     # one without and one with running statistics
          "federation": {"clients": 3, "rounds": 3},
          "training": {"batch": 16}}
+WIDTHS = {"models": {"names": ["cnn2_bn"], "sizes": [0, 1], "features": 6}}        # for methods with one global model
+OWN = {"heterofl": WIDTHS, "fedrolex": WIDTHS, "fedconv": WIDTHS | {"data": {"public_fraction": 0.4, "validation": 0.2}}}
 
 
 def job(name: str, settings: Mapping[str, object] | None = None, **sections: Mapping[str, object]) -> Job:
     """The small job of an algorithm with some settings of its own, and other sections changed."""
-    tables = {section: dict(SMALL.get(section, {})) | dict(sections.get(section, {})) for section in SMALL.keys() | sections.keys()}
+    layers = [SMALL, OWN.get(name, {}), sections]
+    tables = {section: {key: value for layer in layers for key, value in layer.get(section, {}).items()} for layer in layers for section in layer}
     return resolve(tables | {"algorithm": {"name": name, **(settings or {})}}, CONFIGS)
 
 

@@ -34,6 +34,11 @@ def finished(tmp_path_factory) -> Path:
     return carry_out(tiny("standalone"), tmp_path_factory.mktemp("finished") / "run")
 
 
+@pytest.fixture(scope="module")
+def sliced(tmp_path_factory) -> Path:
+    return carry_out(tiny("heterofl", models={"names": ["cnn5"], "sizes": [0, 1]}, data={"fraction": 0.5}), tmp_path_factory.mktemp("sliced") / "run")
+
+
 def ending(*arguments: object) -> int:
     with pytest.raises(SystemExit) as end:
         cli.main([*map(str, arguments)])
@@ -61,6 +66,27 @@ def test_data_sets_are_listed_as_a_table(tmp_path, monkeypatch, capsys):
     assert next(line for line in lines if line.startswith("cifar10 ")).endswith("hpcfl data get cifar10")
     assert ending("data", "list", "--json") == 0
     assert {row["name"]: row["status"] for row in json.loads(capsys.readouterr().out)}["mnist"] == "absent"
+
+
+def test_information_in_a_runs_models_is_a_table_or_json(sliced, capsys):
+    assert ending("information", sliced, "--images", 120) == 0
+    head, headings, *rows = capsys.readouterr().out.splitlines()
+    assert "logits on 120 test images" in head and headings.split()[:2] == ["model", "architecture"]
+    assert [row.split()[0] for row in rows] == ["full", "pruned", "sliced"]
+    assert ending("information", sliced, "--images", 120, "--output", "features", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["output"] == "features" and found["images"] == 120 and len(found["models"]) == len(rows)
+
+
+def test_information_needs_a_global_model_and_a_checkpoint(finished, sliced, tmp_path, capsys):
+    one_model = carry_out(tiny("standalone", models={"names": ["cnn1"]}), tmp_path / "one_model")
+    (tmp_path / "begun").mkdir()
+    shutil.copy(sliced / "job.toml", tmp_path / "begun")
+    for folder, code, said in [(one_model, JobError.exit_code, "algorithm 'standalone' keeps no global model"), (finished, JobError.exit_code, "standalone"),
+                               (tmp_path / "begun", CheckpointError.exit_code, "has no checkpoint yet"), (tmp_path, JobError.exit_code, "has no job.toml")]:
+        assert ending("information", folder) == code
+        error = capsys.readouterr().err
+        assert error.startswith("hpcfl: ") and said in error and "Traceback" not in error
 
 
 @pytest.mark.parametrize(("cores", "threads"), [

@@ -2,6 +2,7 @@
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -84,8 +85,18 @@ def fail_stubbornly(item: Tree) -> Tree:
     raise Stubborn(1, 2)
 
 
-def items(count: int) -> list[Tree]:
-    return [{"x": torch.full((3,), index)} for index in range(count)]
+def items(count: int) -> dict[int, Tree]:
+    return {index: {"x": torch.full((3,), index)} for index in range(count)}
+
+
+def helping(function):
+    """How every rank helps: one function for each item, whatever the verb."""
+    return lambda verb, share: {key: function(item) for key, item in share.items()}
+
+
+def spread(comm: Communicator, function, wanted: dict[int, Tree], seen=lambda results: results):
+    """What `seen` makes of the results at the server."""
+    return comm.at_server(lambda: seen(comm.spread("work", wanted)), help_with=helping(function))
 
 
 REFERENCE = sum((contribution(client) for client in range(1, CLIENTS)), contribution(0)).total()
@@ -99,7 +110,7 @@ def test_one_process_is_a_rank_of_its_own():
     assert comm.combine(None) == comm.combine(Statistics()) == {}
     tree = {"x": torch.ones(2)}
     assert comm.from_server(lambda: tree) is tree and comm.at_server(lambda a, b: a - b, 5, 3) == 2
-    assert [int(result["x"][0]) for result in comm.at_server(comm.spread, doubled, items(4))] == [0, 2, 4, 6]
+    assert {key: int(result["x"][0]) for key, result in spread(comm, doubled, items(4)).items()} == {0: 0, 1: 2, 2: 4, 3: 6}
     assert comm.agree(True) and not comm.agree(False) and comm.gather("a") == ["a"] and comm.share("a") == "a"
     comm.barrier()
     assert comm.sent_bytes == 0
@@ -221,20 +232,34 @@ def test_sent_bytes_are_the_payload_that_left_the_rank():
 @pytest.mark.parametrize("count", [0, 1, 2, 9])
 def test_spread_work_comes_back_in_order_from_all_ranks(count):
     comm = connect()
-    results = comm.at_server(lambda: comm.spread(doubled, items(count)))
+    results = spread(comm, doubled, items(count))
     if not comm.is_server:
         return mpi_assert(comm, results is None)
-    processes = {int(result["process"]) for result in results}
-    mpi_assert(comm, [result["x"].tolist() for result in results] == [[2 * index] * 3 for index in range(count)]
+    processes = {int(result["process"]) for result in results.values()}
+    mpi_assert(comm, [(key, result["x"].tolist()) for key, result in results.items()] == [(index, [2 * index] * 3) for index in range(count)]
                and len(processes) == min(comm.size, count), f"{results}")
+
+
+@pytest.mark.mpi(min_size=1)
+def test_every_rank_helps_with_its_own_means_and_the_server_says_when_it_waits():
+    comm, waited = connect(), []
+
+    @contextmanager
+    def waiting():
+        waited.append(True)
+        yield
+    results = comm.at_server(lambda: comm.spread("name", items(2 * comm.size)), waiting=waiting,
+                             help_with=lambda verb, share: {key: {"rank": torch.tensor(comm.rank), verb: item["x"]} for key, item in share.items()})
+    mpi_assert(comm, not comm.is_server or ({int(result["rank"]) for result in results.values()} == set(range(comm.size))
+               and all(set(result) == {"rank", "name"} for result in results.values()) and len(waited) == (comm.size > 1)), f"{results} {waited}")
 
 
 @pytest.mark.mpi(min_size=1)
 @pytest.mark.parametrize("value", range(5))
 def test_an_error_in_spread_work_reaches_the_server_with_type_and_traceback(value):
     comm = connect()
-    said = comm.at_server(lambda: raised(NonFiniteError, comm.spread, partial(fail_at, value, NonFiniteError), items(5)))
-    again = comm.at_server(lambda: len(comm.spread(doubled, items(3))))
+    said = comm.at_server(lambda: raised(NonFiniteError, comm.spread, "work", items(5)), help_with=helping(partial(fail_at, value, NonFiniteError)))
+    again = spread(comm, doubled, items(3), len)
     mpi_assert(comm, not comm.is_server or (f"item {value} cannot be done" in said and again == 3 and
                (comm.size == 1 or "raised on rank " in said and "in fail_at" in said)), f"{said}")
 
@@ -242,24 +267,23 @@ def test_an_error_in_spread_work_reaches_the_server_with_type_and_traceback(valu
 @pytest.mark.mpi(min_size=2)
 def test_an_error_that_cannot_travel_is_told_as_text():
     comm = connect()
-    said = comm.at_server(lambda: raised(RuntimeError, comm.spread, fail_stubbornly, items(comm.size)))
+    said = comm.at_server(lambda: raised(RuntimeError, comm.spread, "work", items(comm.size)), help_with=helping(fail_stubbornly))
     mpi_assert(comm, not comm.is_server or "Stubborn: stubborn" in said and "in fail_stubbornly" in said, f"{said}")
 
 
-@pytest.mark.mpi(min_size=2)
-def test_spread_may_serve_a_publication_but_not_stand_alone():
+@pytest.mark.mpi(min_size=1)
+def test_work_cannot_be_spread_where_nobody_attends():
     comm = connect()
-    tree = comm.from_server(lambda: {"sum": sum(result["x"].sum() for result in comm.spread(doubled, items(5)))})
-    alone = raised(RuntimeError, comm.spread, doubled, items(2))
-    mpi_assert(comm, int(tree["sum"]) == 60 and "inside at_server" in alone, f"{tree} {alone}")
+    alone = raised(RuntimeError, comm.spread, "work", items(2))
+    unprepared = comm.at_server(lambda: raised(RuntimeError, comm.spread, "work", items(2)))
+    mpi_assert(comm, "inside at_server" in alone and (not comm.is_server or "inside at_server" in unprepared), f"{alone} {unprepared}")
 
 
 @pytest.mark.mpi(min_size=2)
 def test_the_other_ranks_go_on_where_the_server_failed_and_say_nothing():
     comm = connect()
     failed = raised(ZeroDivisionError, comm.at_server, lambda: 1 // 0)
-    lambdas = raised(Exception, comm.at_server, lambda: comm.spread(lambda item: item, items(3)))
-    mpi_assert(comm, bool(failed) == bool(lambdas) == comm.is_server, f"{failed} {lambdas}")
+    mpi_assert(comm, bool(failed) == comm.is_server and spread(comm, doubled, items(3), len) in (3, None), f"{failed}")
 
 
 @pytest.mark.mpi(min_size=2)

@@ -260,7 +260,7 @@ def test_f_k_is_as_before_and_trainable_after_an_exception_in_the_vtc_phase(monk
 
 def test_round_0_trains_no_vtc_and_aligns_with_nothing():
     found = baseline()
-    assert found.accounts[0]["metrics"].keys() == {"loss"}
+    assert found.accounts[0]["metrics"].keys() == {"loss", "seconds"}
     assert {"reconstruction", "kl", "dm", "vtc_loss", "alignment"} <= found.accounts[1]["metrics"].keys()
     for client in range(CLIENTS):
         assert not any(path.startswith("generator") for path in changed(found.state(client, 0), found.state(client, 1)))

@@ -18,7 +18,8 @@ CASES = {                                                          # kind: (fiel
     "flag": (kinds.flag(False), [True, False], [0, 1, "true", None]),
     "text": (kinds.text("run"), ["", "a b"], [1, None, ["a"]]),
     "words": (kinds.words("cnn1"), [["a"], ("a", "b")], [[], "a", ["a", 1], None]),
-    "integers": (kinds.integers(1, low=1), [[], [1, 2]], [[0], [1.0], [True], 1, "1"]),
+    "integers": (kinds.integers(1, low=1), [[3], [1, 2]], [[], [0], [1.0], [True], 1, "1"]),
+    "reals": (kinds.reals(), [[], [0.5, 2]], [[0.0], [-1.0], [True], [float("inf")], 1.0, ["1"]]),
 }
 
 

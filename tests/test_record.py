@@ -14,7 +14,7 @@ def account(rank: int, clients: list[int], **metrics: float) -> dict:
     """What a rank with these clients books in a round."""
     return {"wall_s": 1.0 + rank, "seconds": {kind: float(10 * rank + number) for number, kind in enumerate(SECONDS)}, "up": {client: 100 + client for client in clients},
             "down": {client: 10 + client for client in clients}, "metrics": {name: {client: value + client for client in clients} for name, value in metrics.items()},
-            "sent_bytes": 1000 + rank}
+            "sent_bytes": 1000 + rank, "notes": {f"share of rank {rank}": 0.25 + rank}}
 
 
 def empty(ranks: int = 2) -> Record:

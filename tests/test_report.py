@@ -62,6 +62,18 @@ def altered(folder: Path, change) -> Path:
     return folder
 
 
+def compressing(layers: int):
+    """What a server that compresses adds to a record: shares of negative weights of so many layers, accuracies, seconds and memory of its clients."""
+    def change(file):
+        for layer in range(1, layers + 1):
+            for size, share in (("1", 50.0), ("cnn1@0.5", 30.0), ("cnn1@0.75", 40.0)):
+                file[f"server/negative body.{layer}.weight {size}"] = [np.nan, share + layer]
+        file["server/aggregation_accuracy"], file["server/compression_accuracy cnn1@0.5"] = [60.0, np.nan], [10.0, 20.0]
+        file["train/aggregate_dilation_accuracy"] = [[np.nan, 30.0], [np.nan, 35.0]]
+        file["train/seconds"], file["clients/memory_bytes"] = [[2.0, np.nan], [4.0, 1.0]], [4_000_000, 7]
+    return change
+
+
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory) -> Path:
     """The folder of a report of three runs, two of which differ only in seed."""
@@ -122,6 +134,48 @@ def test_seconds_of_a_phase_are_those_of_its_slowest_rank(tmp_path):
     assert found["seconds"] == {"train": 5.0, "combine": 4.0} and found["wall_s"] == 10.0
     assert found["seconds_by_rank"] == {"train": [3.0, 4.0], "combine": [3.0, 2.0], "idle": [2.0, 1.0]}
     assert found["idle_share"] == pytest.approx(3.0 / 20.0)
+
+
+def test_architectures_are_means_over_their_clients_and_rounds(tmp_path):
+    mlp, cnn = report.summary(altered(tmp_path / "run", compressing(3)))["by_architecture"]
+    assert cnn == {"architecture": "cnn1", "clients": 1, "parameters": 1000, "memory_bytes": 4_000_000, "train_s": 3.0, "refine_s": None,
+                      "simulated_up_bytes": 100.0, "simulated_down_bytes": 10.0, "generalization": 50.0, "personal": 50.0}
+    assert (mlp["architecture"], mlp["train_s"], mlp["simulated_up_bytes"], mlp["personal"]) == ("mlp<b>", 1.0, 25.0, None)
+
+
+def test_clients_of_one_architecture_are_one_row(tmp_path):
+    def same(file):
+        del file["clients/architecture"]
+        file.create_dataset("clients/architecture", data=np.array(["cnn1", "cnn1"], object), dtype=TEXT)
+    row, = report.summary(altered(tmp_path / "run", same))["by_architecture"]
+    assert (row["clients"], row["simulated_up_bytes"], row["memory_bytes"], row["train_s"]) == (2, 62.5, None, None)
+
+
+def test_architectures_that_move_between_clients_are_not_summed_by_client(tmp_path):
+    def move(file):
+        file.attrs["job"] += '[models]\nsize_schedule = "rotate"\n'
+    assert report.summary(altered(tmp_path / "run", move))["by_architecture"] == []
+
+
+def test_server_has_its_last_values_without_negative_shares(tmp_path):
+    found = report.summary(altered(tmp_path / "run", compressing(3)))["server"]
+    assert found == {"aggregation_accuracy": 60.0, "compression_accuracy cnn1@0.5": 20.0}
+    assert report.summary(record(tmp_path / "without"))["server"] == {}
+
+
+def test_negative_shares_are_sorted_by_layer_and_from_wide_to_narrow(tmp_path):
+    paths, sizes, values = report.read(altered(tmp_path / "run", compressing(11))).negatives()
+    assert paths == [f"body.{layer}.weight" for layer in range(1, 12)] and sizes == ["1", "cnn1@0.75", "cnn1@0.5"]
+    assert values.shape == (2, 11, 3) and np.isnan(values[0]).all() and values[1, 9].tolist() == [60.0, 50.0, 40.0]
+
+
+@pytest.mark.parametrize(("layers", "title"), [(3, "Share of negative weights"), (11, "Share of negative weights, round 2")])
+def test_page_shows_what_the_server_measured(tmp_path, layers, title):
+    text = report.write([altered(tmp_path / "run", compressing(layers))], tmp_path / "out").read_text()
+    assert text.count("<figure>") == 8 + 2 and f"<figcaption>{title}</figcaption>" in text
+    assert f"before compression {50 + (layers + 1) / 2:.1f} %; cnn1@0.75 {40 + (layers + 1) / 2:.1f} %" in text
+    assert "aggregation 60.0 %; compression cnn1@0.5 20.0 %; dilation, mean of clients 35.0 %" in text
+    assert "dilation_accuracy" not in text and "<td>4 MB</td><td>3 s</td>" in text
 
 
 def test_summary_goes_into_strict_json(tmp_path):

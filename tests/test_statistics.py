@@ -86,6 +86,7 @@ def test_simulated_bytes_count_values_in_their_own_type_and_weights_only_if_sent
     assert shared.simulated_bytes() == {4: 3 * 4 + 5 * 8 + 8, 9: 3 * 4 + 5 * 8 + 8}
     assert Sums.weighted([4, 9], stacked, torch.ones(2), weights_sent=False).simulated_bytes() == {4: 52, 9: 52}
     assert Sums.weighted([4, 9], stacked, {"x": torch.ones(2, 3), "y": torch.ones(2)}).simulated_bytes() == {4: 52 + 32, 9: 52 + 32}
+    assert Sums.weighted([4, 9], stacked, {"x": torch.ones(2, 3), "y": torch.ones(2)}, sent_bytes=11).simulated_bytes() == {4: 11, 9: 11}
     whole = Statistics({"a": shared, "b": Uploads({4: {"z": torch.zeros(7, dtype=torch.int64)}})})
     assert whole.simulated_bytes() == {4: 60 + 56, 9: 60}
 

@@ -11,6 +11,7 @@ from hpcfl.algorithms.base import ClientSite, Holdings, Phase, Problem, ServerSi
 from hpcfl.data.shards import epochs
 from hpcfl.errors import JobError, NonFiniteError
 from hpcfl.fit import Turn
+from hpcfl.ledger import Ledger
 from hpcfl.losses import cross_entropy
 from hpcfl.optimizers import Optimizer
 from hpcfl.world import World, resolved
@@ -70,13 +71,20 @@ def test_a_dedicated_server_hosts_and_reads_nothing():
     assert observed.mine == () and observed.join() == [] and dict(observed.modules) == {} and indices == []
 
 
-def test_public_images_are_seen_by_the_server_alone():
+def test_every_rank_can_take_a_share_of_the_servers_work_and_no_client_sees_the_public_images():
     data = {"public_fraction": 0.2, "validation": 0.1}
-    server, other = (seen_from(rank, 2, data=data) for rank in (0, 1))
-    indices, phase = reading(other), Phase("rounds", 1, ())
-    site = server.server_site(phase, 0)
-    assert len(site.public) == len(server.split.public) > 0 and len(site.public_validation) == len(server.split.public_validation) > 0
-    assert other.server_site(phase, 0).public is None and indices == []
+    phase, sites = Phase("rounds", 1, ()), []
+    for rank in range(2):
+        observed = seen_from(rank, 2, data=data)
+        indices = reading(observed)
+        sites.append(observed.server_site(phase, 0, Ledger(observed.problem.device)))
+        split = observed.split
+        assert sorted(indices) == sorted([*split.public, *split.public_validation]) and not set(indices) & {index for part in split.train for index in part}
+        assert len(sites[-1].public) == len(split.public) > 0 and len(sites[-1].public_validation) == len(split.public_validation) > 0
+    assert all(torch.equal(getattr(sites[0], name).images, getattr(sites[1], name).images) for name in ("public", "public_validation"))
+    private = seen_from(0, 2, data={"public_fraction": 0.0})
+    indices = reading(private)
+    assert private.server_site(phase, 0, Ledger(private.problem.device)).public is None and indices == []
 
 
 def test_a_site_shows_the_groups_own_clients_and_no_others():
@@ -126,7 +134,7 @@ def test_the_server_trains_on_public_images_by_the_same_loop_as_a_client():
     observed = seen_from(0, 1, data={"public_fraction": 0.2})
     phase, public = Phase("rounds", 1, ()), observed.public[0]
     group, turn = observed.join()[0].select([1]), Turn(("model",), cross_entropy, Optimizer("sgd", 0.1))
-    server, modules = observed.server_site(phase, 0), observed.modules[group.architecture]
+    server, modules = observed.server_site(phase, 0, Ledger(observed.problem.device)), observed.modules[group.architecture]
     client = replace(observed.client_site(group, phase, 0), holdings={1: Holdings(public, public)})
     trained, metrics = server.fit(group, modules, [turn], lambda model: epochs(server.public, 16, 1, server.stream("batches")))
     same, _ = client.fit(group, [turn], lambda model: epochs(public, 16, 1, server.stream("batches")))

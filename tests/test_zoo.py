@@ -1,4 +1,6 @@
 """The zoo: parameter counts of the published tables, one common feature size, and errors that name the way out."""
+import re
+
 import pytest
 import torch
 from torch.func import functional_call, stack_module_state, vmap
@@ -6,6 +8,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from hpcfl.errors import JobError, LayoutError
 from hpcfl.models import zoo
 from hpcfl.models.norms import group_norm
+from hpcfl.models.split import scaled
 from hpcfl.streams import Stream
 
 GREY, COLOUR = (1, 32, 32), (3, 32, 32)
@@ -21,7 +24,8 @@ HEADERS = {                                  # GeFL, specification section 4: MN
     "cnn9": (109_790, 110_270, 111_050),
     "cnn10": (39_030, 39_330, 39_660),
 }
-SMALL = ("cnn1", "cnn8_bn", "fedconv", "mlp3", "resnet8")
+SMALL = ("cnn1", "cnn8_bn", "fedconv", "mlp3", "resnet8", "vit")
+WIDTHS = (0.75, 0.5625, 0.42, 0.25)
 
 
 def parameters(module):
@@ -154,7 +158,7 @@ def test_the_same_stream_builds_the_same_bits():
     assert all(torch.equal(one[path], other[path]) for path in one)
 
 
-@pytest.mark.parametrize("name", ["cnn8_bn", "w1", "fedconv", "resnet18", "mobilenet_v2", "googlenet", "mlp4"])
+@pytest.mark.parametrize("name", ["cnn8_bn", "w1", "fedconv", "resnet18", "mobilenet_v2", "googlenet", "mlp4", "vit"])
 def test_width_shrinks_hidden_layers_and_keeps_images_features_and_classes(name):
     with torch.device("meta"):
         full, half = zoo.build(name, COLOUR, 10, 48), zoo.build(name, COLOUR, 10, 48, width=0.5)
@@ -165,7 +169,53 @@ def test_width_shrinks_hidden_layers_and_keeps_images_features_and_classes(name)
 
 def test_width_rounds_down_as_fedconv_does():
     assert zoo.build("fedconv", GREY, 10, 0, width=0.75**2).body.conv1.out_channels == 9
-    assert zoo.build("fedconv", GREY, 10, 0, width=0.01).body.conv1.out_channels == 1
+    assert zoo.build("fedconv", GREY, 10, 0, width=1 / 16).body.conv1.out_channels == 1
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32)])
+@pytest.mark.parametrize("name", zoo.ENTRIES)
+def test_every_entry_can_be_built_at_every_width_of_the_paper(name, shape):
+    with torch.device("meta"):
+        built = [zoo.build(f"{name}@{width}", shape, 10, 0) for width in (1, *WIDTHS)]
+        assert all(model(torch.empty(2, *shape)).shape == (2, 10) for model in built)
+    sizes = [parameters(model) for model in built]
+    assert sizes == sorted(set(sizes), reverse=True)
+    assert all(model.state_dict().keys() == built[0].state_dict().keys() for model in built)
+
+
+@pytest.mark.parametrize("name", ["cnn3", "cnn8_bn", "cnn7_svhn"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_common_extractor_of_the_ten_is_never_shrunk(name, width):
+    full, small = zoo.build(name, COLOUR, 10), zoo.build(name, COLOUR, 10, width=width)
+    assert small.maps_shape == full.maps_shape
+    assert [leaf.shape for leaf in small.extractor.state_dict().values()] == [leaf.shape for leaf in full.extractor.state_dict().values()]
+    assert small.body.conv1.in_channels == full.body.conv1.in_channels and small.body.conv1.out_channels < full.body.conv1.out_channels
+
+
+def test_the_first_layer_of_an_mlp_is_shrunk_because_it_holds_most_weights():
+    assert zoo.build("mlp3@0.5", (1, 28, 28), 10).maps_shape == (98,)
+
+
+@pytest.mark.parametrize("name, channels, width, wanted", [("fedconv", 16, 0.01, "0.0625"), ("w1", 32, 0.03, "0.0313"), ("cnn4", 10, 0.09, "0.1"),
+                                                           ("googlenet", 16, 0.06, "0.0625"), ("mlp3", 196, 0.005, "0.0052"),
+                                                           ("vit", 16, 0.05, "0.0625")])
+def test_a_width_that_leaves_no_channel_is_refused_with_the_smallest_that_does(name, channels, width, wanted):
+    message = rf"'{name}@{width}': a hidden layer of {channels} channels has none left at width {width}; wanted a width of at least {wanted}: "
+    with pytest.raises(JobError, match=message + r".*models\.sizes"):
+        zoo.build(f"{name}@{width}", (1, 28, 28), 10)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 7, 16, 49, 196, 768, 3072, 20_000])
+def test_the_width_that_the_refusal_names_leaves_a_channel(channels):
+    with pytest.raises(JobError) as refusal:
+        scaled(channels, 0.9 / channels)
+    assert scaled(channels, float(re.search(r"at least ([\d.e-]+):", str(refusal.value)).group(1))) >= 1
+
+
+@pytest.mark.parametrize("architecture, wanted", [("cnn5", ("cnn5", 1.0)), ("fedconv@0.5625", ("fedconv", 0.5625)), ("vit@1", ("vit", 1.0))])
+def test_a_name_is_split_into_the_full_size_model_and_its_width(architecture, wanted):
+    assert zoo.split_name(architecture) == wanted
+    assert zoo.entry(architecture) == (zoo.ENTRIES[wanted[0]], wanted[1])
 
 
 @pytest.mark.parametrize("name", ["cnn5", "resnet8", "mlp3"])
@@ -182,11 +232,55 @@ def test_a_name_may_carry_its_width(name):
 def test_a_width_in_a_name_that_is_no_share_is_refused_with_an_example(width):
     with pytest.raises(JobError, match=rf"'cnn5@{width}' has width '{width}', wanted a number above 0 and at most 1, for example cnn5@0\.75"):
         zoo.entry(f"cnn5@{width}")
+    with pytest.raises(JobError, match="for example nothing@0.75"):
+        zoo.split_name(f"nothing@{width}")
 
 
 def test_cost_is_two_operations_per_multiply_add_of_the_published_table():
     extractor, header = 27 * 32 * 32, 27 * 16 * 16 * 16 + 10_240          # 27.6 k and 121 k multiply-adds
     assert zoo.cost("cnn1", GREY, 10, 0) == 2 * (extractor + header)
+
+
+def test_memory_of_two_linear_layers_is_that_counted_by_hand():
+    weights = (4 + 1) + (3 + 3)                                            # 4 pixels -> 1 -> 3 classes
+    images, hidden, scores, labels, mean = 4 * 5 * 4, 4 * 5 * 1, 4 * 5 * 3, 8 * 5, 4       # bytes of a batch of 5; the mean divides by a kept number
+    forward = images + hidden + scores + labels + mean                     # the ReLU's output is the head's input: one storage
+    assert zoo.memory("mlp2", (1, 2, 2), 3, 0, "batch", True, 5, 2) == 4 * weights * (2 + 2) + forward
+    assert zoo.memory("mlp2", (1, 2, 2), 3, 0, "batch", True, 5, 0) == 4 * weights * 2 + forward
+
+
+def test_memory_of_a_conv_with_a_norm_is_that_counted_by_hand():
+    weights = (9 * 3 + 3) + 2 * 3 + (9 * 3 * 16 + 16) + (16 * 3 + 3)       # extractor, its norm, body, head
+    buffers = 2 * 3 * 4 + 8                                                # running mean and variance, batches seen
+    image = 4 * (4 + 12 + 12 + 3 + 16 + 3) + 8 * 3 + 8                     # pixels, conv, ReLU, pool, body, scores; places of the maxima, label
+    batch = 4 * (3 + 3) + 4                                                # mean and deviation of the norm, the number of labels
+    assert zoo.memory("cnn1", (1, 2, 2), 3, 0, "batch", True, 7, 1) == 4 * weights * 3 + buffers + 7 * image + batch
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+@pytest.mark.parametrize("name", [*SMALL, "w1", "mobilenet_v2@0.25", "googlenet@0.25"])
+def test_what_is_kept_of_a_whole_batch_lies_on_the_line_through_two_and_three_images(name, norm):
+    model = zoo.build(name, (1, 16, 16), 10, 24, norm)
+    own = 2 * sum(leaf.nbytes for leaf in model.parameters()) + sum(leaf.nbytes for leaf in model.buffers())
+    assert zoo.memory(name, (1, 16, 16), 10, 24, norm, True, 9, 0) == own + zoo.kept(model, 9)
+
+
+@pytest.mark.parametrize("name", ["fedconv", "resnet8", "vit"])
+def test_memory_grows_with_the_batch_and_shrinks_with_the_width(name):
+    def bytes_of(name, batch):
+        return zoo.memory(name, GREY, 10, 64, "batch", True, batch, 2)
+    assert bytes_of(name, 1) < bytes_of(name, 2) < bytes_of(name, 32)
+    by_width = [bytes_of(f"{name}@{width}", 32) for width in (1, *WIDTHS)]
+    assert by_width == sorted(set(by_width), reverse=True)
+
+
+def test_measuring_memory_draws_nothing_and_needs_no_gradient_mode():
+    before = torch.get_rng_state()
+    with torch.no_grad():
+        without = zoo.memory.__wrapped__("cnn2", GREY, 10, 64, "batch", True, 4, 0)
+        assert not torch.is_grad_enabled()
+    assert without == zoo.memory.__wrapped__("cnn2", GREY, 10, 64, "batch", True, 4, 0)
+    assert torch.equal(before, torch.get_rng_state())
 
 
 def test_image_too_small_names_the_model_and_the_smallest_size():

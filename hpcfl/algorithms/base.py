@@ -1,4 +1,4 @@
-"""What an algorithm is: five verbs over Trees, what it may see at a client and at the server, and the plan that puts its steps in order."""
+"""What an algorithm is: a few verbs over Trees, what it may see at a client and at the server, and the plan that puts its steps in order."""
 from abc import ABC
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,6 +14,7 @@ from hpcfl.errors import JobError
 from hpcfl.group import Group
 from hpcfl.job import Job
 from hpcfl.models import zoo
+from hpcfl.models.sizes import Sizes
 from hpcfl.optimizers import Optimizer
 from hpcfl.statistics import Statistics, Uploads
 from hpcfl.streams import Stream
@@ -30,8 +31,17 @@ class Problem:
     shape: tuple[int, int, int]                                    # (C, H, W) as the models see it
     classes: int
     scale: Scale
-    architectures: tuple[str, ...]                                 # of client 0 .. K-1
+    sizes: Sizes                                                   # who has which architecture
     device: torch.device
+
+    @property
+    def architectures(self) -> tuple[str, ...]:
+        """Those of client 0 .. K-1 in the first round."""
+        return tuple(self.architecture(client, 0) for client in range(self.sizes.clients))
+
+    def architecture(self, client: int, row: int) -> str:
+        """What a client trains in a round, rows counted over all phases."""
+        return self.sizes.architecture(client, row)
 
     def model(self, architecture: str) -> nn.Module:
         """A newly initialised model of the zoo."""
@@ -48,12 +58,23 @@ class Problem:
 
     def fit(self, group: Group, modules: Mapping[str, nn.Module], turns: Sequence[fit.Turn], batches: Callable[[int], Iterable[Tree]], *,
             context: Tree | None = None, frozen_norm: bool = False, keep_optimizer: bool = False, steps: int = 0,
-            where: str = "fit") -> tuple[Group, dict[str, Tensor]]:
+            where: str = "fit", member: str = "client") -> tuple[Group, dict[str, Tensor]]:
         """Train a group by the one training loop, with the engine, precision and compilation of the job; `steps`: of one model in the whole run."""
         training, run = self.job.training, self.job.run
         return fit.fit(group, modules, turns, batches, context=context, frozen_norm=frozen_norm, keep_optimizer=keep_optimizer,
                        engine="sequential" if run.deterministic else training.engine, compile=run.compile, precision=training.precision,
-                       expected_steps=steps, where=where)
+                       expected_steps=steps, where=where, member=member)
+
+    def common_base(self) -> str:
+        """The one model of the zoo of which every client trains some width.
+
+        Raises: JobError where models.names are of several models.
+        """
+        bases = sorted({zoo.split_name(name)[0] for name in self.job.models.names})
+        if len(bases) > 1:
+            raise JobError(f"models.names = {list(self.job.models.names)} are of {len(bases)} models, but {self.job.algorithm_name} makes one global model "
+                           "for all widths; wanted one name, and size classes in models.sizes")
+        return bases[0]
 
     def common_feature_size(self) -> int:
         """The one p of all clients' features.
@@ -123,24 +144,35 @@ class ClientSite:
 
 @dataclass(frozen=True)
 class ServerSite:
-    """What server code may see: the problem, the public part of the data, and a way to spread independent work over all ranks."""
+    """What server code may see: the problem, the public part of the data, and a way to spread independent work over all ranks.
+
+    `spread(verb, items)` gives {key: Tree} for {key: Tree}: every rank calls the step's method of that name, `step.<verb>(its share, its own site)`, on a share
+    of the items; results come back to the server in host memory. `note` records one number of the round under a name, `measured` one per client:
+    measured((0, 2), {"dilation_accuracy": (2,)}).
+    """
 
     problem: Problem
     public: Shard | None
     public_validation: Shard | None
-    spread: Callable[[Callable[[Tree], Tree], Sequence[Tree]], list[Tree]]
     phase: str
     round: int
+    spread: Callable[[str, Mapping[int, Tree]], dict[int, Tree]]
+    note: Callable[[str, float], None]
+    measured: Callable[[Sequence[int], Mapping[str, Tensor]], None]
 
-    def stream(self, purpose: str) -> Stream:
-        """The server's random stream of one purpose in this round."""
-        return self.problem.stream(f"server/{self.phase}/{purpose}", round_=self.round)
+    def stream(self, purpose: str, client: int = -1) -> Stream:
+        """The server's random stream of one purpose in this round; `client`: whose model it works on."""
+        return self.problem.stream(f"server/{self.phase}/{purpose}", client, self.round)
 
     def fit(self, group: Group, modules: Mapping[str, nn.Module], turns: Sequence[fit.Turn], batches: Callable[[int], Iterable[Tree]], *,
-            context: Tree | None = None, frozen_norm: bool = False, keep_optimizer: bool = False, steps: int = 0) -> tuple[Group, dict[str, Tensor]]:
-        """Train models at the server as `Problem.fit`; the rows of the group are models here, numbered by whoever makes it."""
+            context: Tree | None = None, frozen_norm: bool = False, keep_optimizer: bool = False, steps: int = 0,
+            work: str = "training", member: str = "model") -> tuple[Group, dict[str, Tensor]]:
+        """Train models at the server as `Problem.fit`; the rows of the group are models here, numbered by whoever makes it.
+
+        In errors `work` says what they are trained for and `member` what a row is.
+        """
         return self.problem.fit(group, modules, turns, batches, context=context, frozen_norm=frozen_norm, keep_optimizer=keep_optimizer,
-                                steps=steps, where=f"server, phase {self.phase}, round {self.round}")
+                                steps=steps, where=f"server, phase {self.phase}, round {self.round}, {work}", member=member)
 
 
 @dataclass(frozen=True)
@@ -175,6 +207,10 @@ class Algorithm(ABC):
             with self.problem.stream("init", client).seeding():
                 return self.problem.model(group.architecture).state_dict()
         return group if group.part("model") else group.holding("model", tree.stack([initial(client) for client in group.clients]))
+
+    def prepare(self, server: Tree, site: ServerSite) -> Tree:
+        """The server's state as clients are to find it in this round: what it works out alone before it tells them anything."""
+        return server
 
     def publish(self, server: Tree) -> Tree:
         """What every client may read."""

@@ -132,7 +132,7 @@ def load(corpus: Corpus, parts: Sequence[np.ndarray], scale: Scale, device: torc
 
 
 def epochs(shard: Shard, batch: int, epochs: int, stream: Stream) -> Iterator[Tree]:
-    """Shuffled batches {"x": float (B, C, H, W), "y": int64 (B,)} of a shard, every image once per epoch.
+    """Shuffled batches {"x": float (B, C, H, W), "y": int64 (B,), "index": int64 (B,) in the shard} of a shard, every image once per epoch.
 
     The order follows from the stream alone, on any device. The last batch of an epoch may be smaller; one of a single image joins the batch
     before it, because BatchNorm has no variance of one value.
@@ -141,7 +141,7 @@ def epochs(shard: Shard, batch: int, epochs: int, stream: Stream) -> Iterator[Tr
     for _ in range(epochs):
         order = torch.randperm(len(shard), generator=generator).to(shard.labels.device)
         for chosen in order.split(batch_sizes(len(shard), batch)):
-            yield {"x": shard.pixels(chosen), "y": shard.labels.index_select(0, chosen)}
+            yield {"x": shard.pixels(chosen), "y": shard.labels.index_select(0, chosen), "index": chosen}
 
 
 def batch_sizes(total: int, batch: int) -> list[int]:

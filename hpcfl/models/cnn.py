@@ -22,7 +22,8 @@ class Cnn:
     """Extractor (conv-norm-ReLU per width, then one pool), conv-[norm]-ReLU-pool per body width, then perhaps a hidden linear layer.
 
     GeFL, specification section 4 (pages and code). Pools are 2x2 maximum and are left out once height or width is 1, so that 8x8 digits
-    pass through all ten nets (ours).
+    pass through all ten nets (ours). A width shrinks the body alone: the extractor's 3 or 10 channels are common to all clients by definition,
+    whatever their width, so that the maps of one client fit the header of any other.
     """
 
     widths: tuple[int, ...]                  # of the body's convs
@@ -38,7 +39,7 @@ class Cnn:
 
     def parts(self, shape: Shape, norm: str, width: float) -> Parts:
         """Extractor and body for images (C, H, W); the body gives its flattened maps or the hidden layer."""
-        extractor, maps = self._extractor(shape, norm, width)
+        extractor, maps = self._extractor(shape, norm)
         body, (channels, height, side) = self._body(maps, norm, width)
         body["flatten"] = nn.Flatten()
         size = channels * height * side
@@ -47,10 +48,9 @@ class Cnn:
             size = scaled(self.hidden, width)
         return Parts(nn.Sequential(extractor), maps, nn.Sequential(body), size)
 
-    def _extractor(self, shape: Shape, norm: str, width: float) -> tuple[Layers, Shape]:
+    def _extractor(self, shape: Shape, norm: str) -> tuple[Layers, Shape]:
         layers, (channels, height, side) = Layers(), shape
         for index, wanted in enumerate(EXTRACTORS[self.extractor](channels), 1):
-            wanted = scaled(wanted, width)
             layers |= {f"conv{index}": nn.Conv2d(channels, wanted, 3, padding=1), f"norm{index}": NORMS[norm](wanted), f"relu{index}": nn.ReLU()}
             channels = wanted
         if layers and min(height, side) > 1:

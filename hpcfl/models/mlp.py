@@ -15,6 +15,7 @@ class Mlp:
     """`depth` linear layers with ReLU, counting the common extractor and the head.
 
     GeFL's MLP-2..6 share a 784 -> 196 extractor; their hidden widths are not published, hence `hidden` (ours).
+    A width shrinks the extractor too, which holds most of the weights: it is common to the clients of one width only.
     """
 
     depth: int

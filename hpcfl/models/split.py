@@ -1,10 +1,11 @@
 """Model: a classifier cut where federated methods cut it: extractor -> maps -> body -> projection -> features -> head -> logits."""
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor, nn
 
-from hpcfl.errors import LayoutError
+from hpcfl.errors import JobError, LayoutError
 
 Shape = tuple[int, int, int]         # (channels, height, width)
 
@@ -26,7 +27,7 @@ class Family(Protocol):
         """The smallest height and width in pixels that the network can take."""
 
     def parts(self, shape: Shape, norm: str, width: float) -> Parts:
-        """Extractor and body for images of `shape`, every hidden width c being `scaled(c, width)`."""
+        """Extractor and body for images of `shape`, every hidden width c being `scaled(c, width)`; what is not shrunk is named there."""
 
 
 class Model(nn.Module):
@@ -72,5 +73,13 @@ class Model(nn.Module):
 
 
 def scaled(channels: int, width: float) -> int:
-    """A hidden width at a shrinkage ratio: int(c * width) as FedConv's published code rounds, and at least 1."""
-    return max(1, int(channels * width))
+    """A hidden width at a shrinkage ratio: int(c * width), as FedConv's published code rounds.
+
+    Raises: JobError where no channel is left, for a layer without channels computes nothing.
+    """
+    left = int(channels * width)
+    if left < 1:
+        least = math.ceil(10_000 / channels) / 10_000
+        raise JobError(f"a hidden layer of {channels} channels has none left at width {width:g}; wanted a width of at least {least:g}: choose a "
+                       "wider model, fewer size classes (models.sizes) or a shrinkage nearer to 1")
+    return left

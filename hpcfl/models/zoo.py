@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from hpcfl.errors import JobError
 from hpcfl.models.cnn import Cnn
@@ -14,6 +15,7 @@ from hpcfl.models.mlp import Mlp
 from hpcfl.models.norms import NORMS
 from hpcfl.models.resnet import ResNet
 from hpcfl.models.split import Family, Model, Shape
+from hpcfl.models.vit import Vit
 
 GEFL: dict[str, Cnn] = {                                       # GeFL, specification section 4
     "cnn1": Cnn((16,)),
@@ -40,6 +42,7 @@ ENTRIES: dict[str, Family] = {
     "resnet34": ResNet((3, 4, 6, 3)),
     "mobilenet_v2": MobileNetV2(),
     "googlenet": GoogLeNet(),
+    "vit": Vit(),
 }
 
 
@@ -49,7 +52,8 @@ def build(name: str, shape: Shape, classes: int, features: int = 64, norm: str =
     `shape` is that of one image (C, H, W); `features` the common feature size p, 0 for the model's own; `norm` "batch" or "group";
     `width` in (0, 1] shrinks every hidden width c to int(c * width), p, image and classes excepted (FedConv, HeteroFL); a name may carry its own,
     "cnn5@0.75", by which `width` is multiplied.
-    Raises: JobError as `entry`, for an unknown norm, sizes that are not positive, and images too small for the model.
+    Raises: JobError as `entry`, for an unknown norm, sizes that are not positive, images too small for the model, and a width that leaves some
+    hidden layer no channel.
     """
     family, own_width = entry(name)
     if norm not in NORMS:
@@ -62,29 +66,41 @@ def build(name: str, shape: Shape, classes: int, features: int = 64, norm: str =
     if min(shape[1:]) < family.smallest():
         raise JobError(f"models.names: '{name}' got images of {shape[1]}x{shape[2]} pixels, wanted at least {family.smallest()}x{family.smallest()}; "
                        "choose another model or enlarge the images by data.size")
-    return Model(family.parts(tuple(shape), norm, own_width * width), shape, classes, features, feature_relu)
+    try:
+        parts = family.parts(tuple(shape), norm, own_width * width)
+    except JobError as error:
+        raise JobError(f"models.names: '{name}': {error}") from error
+    return Model(parts, shape, classes, features, feature_relu)
 
 
 def entry(name: str) -> tuple[Family, float]:
     """The entry of that name and the width behind its @, 1 where there is none.
 
-    Raises: JobError with the nearest name for one that does not exist, and for a width that is no number above 0 and at most 1.
+    Raises: JobError as `split_name`, and with the nearest name for one that does not exist.
     """
-    family, at, text = name.partition("@")
-    if family not in ENTRIES:
-        close = difflib.get_close_matches(family, ENTRIES, n=1, cutoff=0.5)
-        raise JobError(f"models.names: '{name}' is not in the zoo{f'; did you mean {close[0] + at + text!r}?' if close else ''}; there are {', '.join(ENTRIES)}")
-    return ENTRIES[family], _width(name, text) if at else 1.0
+    base, width = split_name(name)
+    if base not in ENTRIES:
+        close = difflib.get_close_matches(base, ENTRIES, n=1, cutoff=0.5)
+        nearest = f"; did you mean {close[0] + name.removeprefix(base)!r}?" if close else ""
+        raise JobError(f"models.names: '{name}' is not in the zoo{nearest}; there are {', '.join(ENTRIES)}")
+    return ENTRIES[base], width
 
 
-def _width(name: str, text: str) -> float:
+def split_name(architecture: str) -> tuple[str, float]:
+    """The name of the full-size model and the width behind the @, 1 where there is none: "cnn5@0.75" is ("cnn5", 0.75).
+
+    Raises: JobError for a width that is no number above 0 and at most 1.
+    """
+    base, at, text = architecture.partition("@")
+    if not at:
+        return base, 1.0
     try:
         width = float(text)
     except ValueError:
         width = math.nan
     if not 0 < width <= 1:
-        raise JobError(f"models.names: '{name}' has width '{text}', wanted a number above 0 and at most 1, for example {name.partition('@')[0]}@0.75")
-    return width
+        raise JobError(f"models.names: '{architecture}' has width '{text}', wanted a number above 0 and at most 1, for example {base}@0.75")
+    return base, width
 
 
 @lru_cache(maxsize=None)
@@ -104,3 +120,34 @@ def cost(name: str, shape: Shape, classes: int, features: int = 64, norm: str = 
                 layer.register_forward_hook(count)
         model(torch.zeros(1, *shape))
     return sum(counted)
+
+
+@lru_cache(maxsize=None)
+def memory(name: str, shape: Shape, classes: int, features: int, norm: str, feature_relu: bool, batch: int, slots: int) -> int:
+    """Bytes that training one model takes: parameters, gradients, `slots` optimiser states of each parameter, buffers, and what is kept for backward.
+
+    Arguments and errors as of `build`; `batch` in images. What is kept is measured on the CPU in float32, on two and on three images (one alone is
+    refused by BatchNorm on 1x1 maps), and continued along the straight line through both: a kept tensor has a row for each image, or none.
+    Not counted: temporary memory inside a layer and gaps of the allocator.
+    """
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        model = build(name, shape, classes, features, norm, feature_relu)
+        two, three = (kept(model, images) for images in (2, 3))
+    parameters = sum(parameter.nbytes for parameter in model.parameters())
+    buffers = sum(buffer.nbytes for buffer in model.buffers())
+    return (2 + slots) * parameters + buffers + two + (three - two) * (batch - 2)
+
+
+def kept(model: Model, images: int) -> int:
+    """Bytes that a forward pass and its cross-entropy keep for the backward pass: each storage once, parameters and buffers not at all."""
+    owned = {leaf.untyped_storage().data_ptr() for leaf in model.state_dict().values()}
+    storages: dict[int, torch.UntypedStorage] = {}                 # held, lest a freed address be met again
+
+    def keep(leaf: Tensor) -> Tensor:
+        storage = leaf.untyped_storage()
+        if storage.data_ptr() not in owned:
+            storages[storage.data_ptr()] = storage
+        return leaf
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda leaf: leaf):
+        F.cross_entropy(model(torch.zeros(images, *model.shape)), torch.zeros(images, dtype=torch.int64))
+    return sum(storage.nbytes() for storage in storages.values())

@@ -1,0 +1,313 @@
+"""FedConv (Shen et al., arXiv 2502.20639, MobiSys 2024): learning on models. The server keeps one global model W; for every size class it compresses W by
+convolutions of its weights, clients train what they get as ordinary networks, and the server dilates what comes back by transposed convolutions, a set of
+filters for each client, and learns how to average the dilated models.
+
+One round: (1) train W on the public set; (2) tune the compression filters Q_s; (3) clients train W_s and send it back; (4) fine-tune each returned
+model on the public set; (5) tune each client's dilation filters R_k; (6) tune the aggregation weights a_k. Every choice of an epoch looks at the public
+validation part. What the paper leaves open is a setting here.
+"""
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hpcfl import tree
+from hpcfl.algorithms.base import Algorithm, ClientSite, Phase, Plan, Problem, ServerSite, Totals, Update
+from hpcfl.data.shards import epochs
+from hpcfl.errors import DataError, JobError, TrainingError
+from hpcfl.evaluate import bind, correct, in_batches
+from hpcfl.fit import Turn
+from hpcfl.group import OPTIMIZER, Group
+from hpcfl.kinds import choice, flag, integer, real
+from hpcfl.losses import cross_entropy
+from hpcfl.optimizers import Optimizer
+from hpcfl.resize.average import Averaged
+from hpcfl.resize.convolve import Filtered
+from hpcfl.statistics import Statistics, Uploads
+from hpcfl.tree import Tree
+
+
+@dataclass(frozen=True)
+class Config:
+    """The settings of FedConv; the authors' own are the defaults wherever they are known."""
+
+    server_epochs: int = integer(10, 0)                            # of W on the public set before each compression
+    server_lr: float = real(1e-4, 0.0, above=True)                 # Adam; also of server_finetune
+    filter_epochs: int = integer(10, 1)                            # of tuning Q_s and R_k in a round
+    first_epochs: int = integer(20, 1)                             # the same in the first rounds,
+    first_rounds: int = integer(5, 0)                              # of which there are so many
+    filter_lr: float = real(1e-3, 0.0, above=True)                 # Adam
+    lr_halving: int = integer(25, 0)                               # rounds after which filter_lr halves; 0: never
+    lr_floor: float = real(1e-4, 0.0)                              # where halving ends
+    public_batch: int = integer(32, 1)                             # of all training at the server
+    filter_init: str = choice("slice", "default")                  # ours: filters begin as leading channels; the published code: PyTorch's defaults
+    mlr_passes: int = integer(1, 0, 2)                             # of the activation after a filter; the published code applies it twice
+    server_finetune: int = integer(10, 0)                          # epochs on the public set for each returned model; 0: none, as the paper has it
+    dilation_floor: float = real(0.0, 0.0, 100.0)                  # percent of the public validation part that a dilated model must get right
+    dilation_tries: int = integer(3, 1)                            # with new filters, before a client below the floor ends the run
+    weights: str = choice("learned", "code", "mean")               # softmax of logits with CE + KL; N(0, 1) unnormalised with CE; the mean by n_k
+    granularity: str = choice("element", "channel", "layer")       # of a_k
+    aggregation_epochs: int = integer(20, 1)
+    aggregation_lr: float = real(1e-3, 0.0, above=True)            # Adam
+    lambda_kl: float = real(0.1, 0.0)                              # weight of KL(f(W_prev) || f(W')) in the aggregation loss
+
+
+class FedConv(Algorithm):
+    """One round at the server and at the clients.
+
+    The server's state: "global/..." is W, "small/<architecture>/..." each W_s of this round, "filters/<architecture>/..." Q_s and
+    "dilation/<client>/<architecture>/..." R_k.
+    """
+
+    config: Config
+
+    def __init__(self, config: Config, problem: Problem):
+        super().__init__(config, problem)
+        self.base = problem.common_base()
+
+    def found(self, site: ServerSite) -> Tree:
+        counts = torch.bincount(site.public.labels, minlength=self.problem.classes).tolist()
+        if 0 in counts:
+            raise DataError(f"the public set has {len(site.public)} images and none of class {counts.index(0)}; FedConv's server learns filters on it and "
+                            "needs every class: raise data.public_fraction or data.fraction")
+        with self.problem.stream("init").seeding():
+            server = tree.join(**{"global": self.problem.model(self.base).state_dict()})
+        for architecture in self.smaller:
+            filters = self.new_filters(self.filtered(self.base, architecture), f"filters/{architecture}")
+            server |= tree.join(**{f"filters/{architecture}": filters})
+        return server
+
+    def prepare(self, server: Tree, site: ServerSite) -> Tree:
+        """Steps 1 and 2 of a round."""
+        group = Group(self.base, (0,), tree.repeat(tree.join(model=tree.to(tree.part(server, "global"), self.problem.device)), 1))
+        if self.config.server_epochs:
+            group = self.train_public(site, group, self.structure(self.base), self.config.server_epochs, self.config.server_lr, "server training", member="the global model")
+        trained = tree.row(group.part("model"), 0)
+        items = {index: tree.join(model=trained, filters=tree.part(server, f"filters/{architecture}")) for index, architecture in enumerate(self.smaller)}
+        found = {self.smaller[index]: result for index, result in site.spread("compress", items).items()}
+        log_signs(site, trained, {architecture: tree.part(result, "model") for architecture, result in found.items()})
+        new = {path: leaf for path, leaf in server.items() if not path.startswith(("global/", "filters/"))} | tree.join(**{"global": trained})
+        for architecture, result in found.items():
+            new |= tree.join(**{f"small/{architecture}": tree.part(result, "model"), f"filters/{architecture}": tree.part(result, "filters")})
+        return new
+
+    def compress(self, items: Mapping[int, Tree], site: ServerSite) -> dict[int, Tree]:
+        """Step 2 for some size classes: min over Q_s of CE(f(compress(W; Q_s))), and the smaller models."""
+        count, lr = self.filter_schedule(site.round)
+        results = {}
+        for index, item in items.items():
+            architecture, item = self.smaller[index], tree.to(item, self.problem.device)
+            module = self.filtered(self.base, architecture)
+            state = tree.join(model=module.of(tree.part(item, "model")) | tree.part(item, "filters"))
+            group, accuracy = self.tune(site, Group(architecture, (index,), tree.repeat(state, 1)), module, count, lr, f"compression to {architecture}",
+                                        member="the filters of size class")
+            site.note(f"compression_accuracy {architecture}", float(accuracy))
+            results[index] = tree.join(model=made(module, group, 0), filters=filters_of(group, 0))
+        return results
+
+    def publish(self, server: Tree) -> Tree:
+        return {path: leaf for path, leaf in server.items() if path.startswith(("global/", "small/"))}
+
+    def global_models(self, message: Tree) -> Mapping[str, tuple[str, Tree]]:
+        return {self.base: (self.base, tree.part(message, "global"))}
+
+    def receive(self, message: Tree, architecture: str) -> Tree:
+        return tree.floating(tree.part(message, "global" if architecture == self.base else f"small/{architecture}"))
+
+    def train(self, group: Group, message: Tree, site: ClientSite) -> Update:
+        """Step 3; the client knows nothing of compression."""
+        received = tree.repeat(tree.to(message, self.problem.device), len(group.clients))
+        group, metrics = site.train_model(group.holding("model", group.part("model") | received), cross_entropy)
+        sizes, sent = site.sizes(group), tree.floating(group.part("model"))
+        return Update(group, Statistics({"models": Uploads({client: tree.join(model=tree.row(sent, index)) | {"samples": sizes[index]}
+                                                            for index, client in enumerate(group.clients)})}), metrics)
+
+    def aggregate(self, server: Tree, totals: Totals, site: ServerSite) -> Tree:
+        """Steps 4 to 6 of a round."""
+        uploads = totals["models"].trees
+        items = {client: tree.join(model=tree.part(upload, "model"), filters=tree.part(server, f"dilation/{client}/{self.architecture(client, site)}"))
+                 for client, upload in uploads.items()}
+        found = site.spread("restore", items)
+        previous = tree.part(server, "global")
+        merged = self.average(previous, found, [float(upload["samples"]) for upload in uploads.values()], site)
+        new = {path: leaf for path, leaf in server.items() if not path.startswith(("global/", "small/"))} | tree.join(**{"global": merged})
+        for client, result in found.items():
+            new |= tree.join(**{f"dilation/{client}/{self.architecture(client, site)}": tree.part(result, "filters")})
+        return new
+
+    def architecture(self, client: int, site: ServerSite) -> str:
+        """What a client trained in this round; rows are rounds, for the plan has one phase."""
+        return self.problem.architecture(client, site.round)
+
+    def restore(self, items: Mapping[int, Tree], site: ServerSite) -> dict[int, Tree]:
+        """Steps 4 and 5 for some clients: fine-tuned, dilated; the models of full size, their logits on the public set, and R_k."""
+        by_architecture: dict[str, dict[int, Tree]] = {}
+        for client, item in items.items():
+            by_architecture.setdefault(self.architecture(client, site), {})[client] = tree.to(item, self.problem.device)
+        results: dict[int, Tree] = {}
+        for architecture, members in by_architecture.items():
+            results |= self.restored(architecture, members, site)
+        return {client: results[client] for client in items}
+
+    def restored(self, architecture: str, items: Mapping[int, Tree], site: ServerSite) -> dict[int, Tree]:
+        """The same for clients of one architecture, as one Group."""
+        module = self.structure(architecture)
+        counters = {path: leaf for path, leaf in module.state_dict().items() if not leaf.is_floating_point()}
+        group = Group.of(architecture, {client: tree.join(model=tree.part(item, "model") | counters) for client, item in items.items()})
+        if self.config.server_finetune:
+            group = self.train_public(site, group, module, self.config.server_finetune, self.config.server_lr, "fine-tuning of returned models", member="client")
+        models, filters = {client: tree.part(own, "model") for client, own in group.states().items()}, {}
+        if architecture != self.base:
+            models, filters = self.dilated(architecture, models, {client: tree.part(item, "filters") for client, item in items.items()}, site)
+        structure = self.structure(self.base)
+        return {client: tree.join(model=models[client], filters=filters.get(client, {})) | {"logits": in_batches(bind(structure, models[client]), site.public)}
+                for client in items}
+
+    def dilated(self, architecture: str, models: Mapping[int, Tree], filters: Mapping[int, Tree], site: ServerSite) -> tuple[dict[int, Tree], dict[int, Tree]]:
+        """Step 5: min over R_k of CE(f(dilate(w_k; R_k))), for each client; below the floor again from new filters.
+
+        Raises: TrainingError naming the client that stays below the floor.
+        """
+        config, module = self.config, self.filtered(architecture, self.base)
+        count, lr = self.filter_schedule(site.round)
+        left, found, grown, reached = sorted(models), {}, {}, {}
+        for attempt in range(config.dilation_tries):
+            own = {client: module.of(models[client]) | (filters[client] if filters[client] and not attempt else
+                                                        self.new_filters(module, f"dilation/{architecture}/{attempt}", client))
+                   for client in left}
+            group = Group.of(architecture, {client: tree.join(model=state) for client, state in own.items()})
+            group, accuracy = self.tune(site, group, module, count, lr, f"dilation of {architecture}", member="client")
+            for row, client in enumerate(group.clients):
+                grown[client], found[client], reached[client] = made(module, group, row), filters_of(group, row), float(accuracy[row])
+            left = [client for client in left if reached[client] < config.dilation_floor]
+            if not left:
+                break
+        else:
+            raise TrainingError(f"server, phase {site.phase}, round {site.round}: the dilated model of client {left[0]} ({architecture}) got {reached[left[0]]:.1f} % of the "
+                                f"public validation part right after {config.dilation_tries} tries with new filters, wanted algorithm.dilation_floor = "
+                                f"{config.dilation_floor:g} %; raise models.shrinkage, algorithm.first_epochs or data.public_fraction, or lower the floor")
+        site.measured(tuple(reached), {"dilation_accuracy": torch.tensor(list(reached.values()))})
+        return grown, found
+
+    def average(self, previous: Tree, found: Mapping[int, Tree], samples: list[float], site: ServerSite) -> Tree:
+        """Step 6: W' = sum_k (n_k / n) a_k (*) W_k, a tuned by CE(f(W')) + lambda KL(f(W_prev) || f(W')) on the public set."""
+        config, device = self.config, self.problem.device
+        structure = self.structure(self.base)
+        module = Averaged(structure, len(found), config.granularity, normalised=config.weights != "code").to(device)
+        state = module.of([tree.to(tree.part(result, "model"), device) for result in found.values()], samples)
+        teacher = in_batches(bind(structure, tree.to(previous, device)), site.public).log_softmax(1)   # (n, C)
+        state["logits"] = self.first_logits(module, teacher, [result["logits"].to(device) for result in found.values()], site)
+        group = Group(self.base, (0,), tree.repeat(tree.join(model=state), 1))
+        if config.weights != "mean":
+            strength = torch.tensor(config.lambda_kl if config.weights == "learned" else 0.0, device=device)
+            group, accuracy = self.tune(site, group, module, config.aggregation_epochs, config.aggregation_lr, "aggregation", aggregation_loss,
+                                        {"teacher": teacher, "strength": strength}, "the weights of the global model")
+            site.note("aggregation_accuracy", float(accuracy))
+        return made(module, group, 0)
+
+    def first_logits(self, module: Averaged, teacher: Tensor, logits: list[Tensor], site: ServerSite) -> Tensor:
+        """l_k = -KL(f(W_prev) || f(W_k)), the mean over the public set; N(0, 1) for `code`, zeros for `mean`."""
+        if self.config.weights == "code":
+            return torch.randn(module.logits.shape, generator=site.stream("aggregation weights").torch()).to(teacher.device)
+        if self.config.weights == "mean":
+            return torch.zeros_like(module.logits)
+        return -torch.stack([divergence(teacher, each.log_softmax(1)) for each in logits])[:, None].expand(module.logits.shape).clone()
+
+    @cached_property
+    def smaller(self) -> tuple[str, ...]:
+        """Every architecture that W is compressed to."""
+        return tuple(name for name in self.problem.sizes.every if name != self.base)
+
+    def structure(self, architecture: str) -> nn.Module:
+        """A model of the zoo on the device; its weights do not matter."""
+        with self.problem.stream("structure").seeding():
+            return self.problem.model(architecture).to(self.problem.device)
+
+    def filtered(self, source: str, target: str) -> Filtered:
+        """The module that resizes one architecture to another."""
+        with self.problem.stream("structure").seeding():
+            return Filtered(self.structure(source), self.structure(target), self.config.mlr_passes).to(self.problem.device)
+
+    def new_filters(self, module: Filtered, purpose: str, client: int = -1) -> Tree:
+        """Untrained filters from the stream of their purpose."""
+        with self.problem.stream(purpose, client).seeding():
+            module.reset_parameters(self.config.filter_init)
+        return tree.clone({path: parameter.data for path, parameter in module.named_parameters()})
+
+    def filter_schedule(self, round_: int) -> tuple[int, float]:
+        """Epochs and learning rate of Q_s and R_k in a round."""
+        config = self.config
+        halvings = round_ // config.lr_halving if config.lr_halving else 0
+        return (config.first_epochs if round_ < config.first_rounds else config.filter_epochs), max(config.lr_floor, config.filter_lr / 2 ** halvings)
+
+    def train_public(self, site: ServerSite, group: Group, module: nn.Module, count: int, lr: float, purpose: str,
+                     loss: Callable = cross_entropy, context: Tree | None = None, member: str = "model") -> Group:
+        """`count` epochs of Adam on the public set for each model of the group."""
+        def batches(key: int):
+            return epochs(site.public, self.config.public_batch, count, site.stream(purpose, key))
+        steps = count * -(-len(site.public) // self.config.public_batch)
+        return site.fit(group, {"model": module}, [Turn(("model",), loss, Optimizer("adam", lr))], batches, context=context, keep_optimizer=True,
+                        steps=steps * self.problem.job.federation.rounds, work=purpose, member=member)[0]
+
+    def tune(self, site: ServerSite, group: Group, module: nn.Module, count: int, lr: float, purpose: str,
+             loss: Callable = cross_entropy, context: Tree | None = None, member: str = "model") -> tuple[Group, Tensor]:
+        """The best of `count` epochs for each model by the public validation part, the later one of equals; and its accuracy there in percent, (K,)."""
+        best, top = group, torch.full((len(group.clients),), -1.0)
+        for epoch in range(count):
+            group = self.train_public(site, group, module, 1, lr, f"{purpose} {epoch}", loss, context, member)
+            accuracy = torch.stack([self.validate(site, module, own) for own in group.states().values()])
+            better = accuracy >= top
+            choose = {device: better.to(device) for device in {leaf.device for leaf in group.state.values()}}
+            state = {path: torch.where(choose[leaf.device].view(-1, *[1] * (leaf.dim() - 1)), leaf, best.state.get(path, leaf))
+                     for path, leaf in group.state.items() if not path.startswith(f"{OPTIMIZER}/")}
+            best, top = Group(group.architecture, group.clients, state), torch.where(better, accuracy, top)
+        return best, top
+
+    def validate(self, site: ServerSite, module: nn.Module, own: Tree) -> Tensor:
+        """Accuracy of a model on the public validation part in percent, ()."""
+        right = correct(bind(module, tree.part(own, "model")), site.public_validation, self.problem.classes)
+        return 100 * right.sum() / len(site.public_validation)
+
+
+def aggregation_loss(modules, batch: Tree, context: Tree) -> Tensor:
+    """CE(f(W'), y) + lambda KL(softmax f(W_prev) || softmax f(W')), means over the batch."""
+    student = modules.model(batch["x"]).log_softmax(1)
+    return F.nll_loss(student, batch["y"]) + context["strength"] * divergence(context["teacher"][batch["index"]], student)
+
+
+def divergence(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p || q) of log-probabilities (n, C), mean over the rows; spelled out, because torch's own has no rule for vmap."""
+    return (p.exp() * (p - q)).sum(1).mean()
+
+
+def made(module: nn.Module, group: Group, row: int) -> Tree:
+    """The classifier that one row of a group of Made modules stands for, as a state_dict."""
+    return tree.clone(bind(module, tree.part(tree.row(group.state, row), "model"), "weights")())
+
+
+def filters_of(group: Group, row: int) -> Tree:
+    """The filters of one row of a group of Filtered modules."""
+    return {path: leaf for path, leaf in tree.part(tree.row(group.state, row), "model").items() if path.startswith("filters.")}
+
+
+def log_signs(site: ServerSite, whole: Tree, small: Mapping[str, Tree]) -> None:
+    """Note the share of negative weights of each parameter, in percent, before compression and after it in each size class."""
+    for size, model in {"1": whole, **small}.items():
+        for path, leaf in model.items():
+            if path.endswith("weight"):
+                site.note(f"negative {path} {size}", 100 * float((leaf < 0).float().mean()))
+
+
+def plan(config: Config, problem: Problem) -> Plan:
+    """One phase of rounds: the server compresses; clients train, the server dilates and averages.
+
+    Raises: JobError without a public set, or without a part of it to select by.
+    """
+    data = problem.job.data
+    if data.public_fraction == 0 or data.validation == 0:
+        raise JobError(f"fedconv needs a public set at the server and a validation part of it to select by; got data.public_fraction = {data.public_fraction:g} and "
+                       f"data.validation = {data.validation:g}, wanted both above 0, for example 0.05 and 0.1")
+    return (Phase("rounds", problem.job.federation.rounds, (FedConv(config, problem),)),)

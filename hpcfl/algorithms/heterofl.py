@@ -1,0 +1,16 @@
+"""HeteroFL (Diao, Ding and Tarokh, ICLR 2021, arXiv 2010.01264): a client trains the leading channels of every layer, as many as its width allows."""
+from hpcfl.algorithms.base import Phase, Plan, Problem
+from hpcfl.algorithms.submodel import Config as Config
+from hpcfl.algorithms.submodel import SubModel
+
+
+class HeteroFL(SubModel):
+    """Slices that never move, so that narrow ones lie inside wide ones; the channels that only wide clients have learn from these alone."""
+
+    def shift(self, round_: int) -> int:
+        return 0
+
+
+def plan(config: Config, problem: Problem) -> Plan:
+    """One phase of federation.rounds rounds."""
+    return (Phase("rounds", problem.job.federation.rounds, (HeteroFL(config, problem),)),)

@@ -1,0 +1,70 @@
+"""Made: a classifier whose weights are computed from other weights, so that training it is learning on models (FedConv, arXiv 2502.20639)."""
+import copy
+from abc import abstractmethod
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from hpcfl.tree import Tree
+
+BUFFER = "buffer"                                                  # prefix of the classifier's own buffers among those of a Made
+
+
+class Made(nn.Module):
+    """A classifier f(x; w(parameters)): what computes the weights are its parameters, what they are computed from are its buffers.
+
+    An optimiser sees the parameters only, any loss of logits will do, and the weights computed from stay what they are. In train mode norm layers use and
+    update the classifier's running statistics as usual. The forward pass is a functional call: no module is ever patched.
+    """
+
+    def __init__(self, structure: nn.Module) -> None:
+        """`structure`: the classifier, of which only the shapes count."""
+        super().__init__()
+        self.structure = (copy.deepcopy(structure),)               # in a tuple: its parameters are computed, none of them is one of this module
+        for layer in self.structure[0].modules():
+            if hasattr(layer, "reset_running_stats"):
+                layer.reset_running_stats()
+        for path, buffer in self.structure[0].named_buffers():
+            self.register_buffer(f"{BUFFER}:{key(path)}", buffer.detach().clone())
+
+    @abstractmethod
+    def parameters_made(self) -> Tree:
+        """The classifier's parameters by their paths in its state_dict, differentiable."""
+
+    def weights(self) -> Tree:
+        """The classifier's state_dict: parameters made, and buffers as they are."""
+        return self.parameters_made() | {path: self.get_buffer(f"{BUFFER}:{key(path)}") for path, _ in self.structure[0].named_buffers()}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of images: (B, C, H, W) -> (B, classes)."""
+        structure = self.structure[0]
+        if structure.training != self.training:
+            structure.train(self.training)
+        return functional_call(structure, self.weights(), (x,))
+
+    def buffers_of(self, source: Tree) -> Tree:
+        """The classifier's buffers for a state_dict of another size: floating ones keep the leading part; what grows begins as in a new layer, counters at 0."""
+        own = {}
+        for path, buffer in self.structure[0].named_buffers():
+            given = source.get(path)
+            shrinks = given is not None and given.is_floating_point() and all(few <= many for few, many in zip(buffer.shape, given.shape, strict=True))
+            own[f"{BUFFER}:{key(path)}"] = given[tuple(map(slice, buffer.shape))].clone() if shrinks else torch.zeros_like(buffer) + buffer
+        return own
+
+
+def key(path: str) -> str:
+    """A path of a state_dict as a name that a module may give to a part of itself."""
+    return path.replace(".", ":")
+
+
+def to_channels_last(weight: Tensor) -> Tensor:
+    """A conv weight (m, m', kx, ky) with its kernel positions before its input channels, (m, kx, ky, m'); anything else as it is."""
+    return weight.permute(0, 2, 3, 1) if weight.dim() == 4 else weight
+
+
+def from_channels_last(flat: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """What `to_channels_last` made of a parameter of this shape, with any axes, undone; the conv weight lies in memory channels last, as the fast kernels want it."""
+    if len(shape) != 4:
+        return flat.reshape(shape)
+    return flat.contiguous().view(shape[0], *shape[2:], shape[1]).permute(0, 3, 1, 2)

@@ -239,4 +239,4 @@ def _own_memory(stacked: Tensor, channels_last: bool) -> Tensor:
 
 
 def _channels_last(leaf: Tensor) -> Tensor:
-    return leaf.contiguous(memory_format=torch.channels_last) if leaf.dim() == 4 else leaf
+    return leaf.to(memory_format=torch.channels_last) if leaf.dim() == 4 else leaf     # not `contiguous`, which leaves what has one channel as it is

@@ -159,17 +159,17 @@ class Communicator:
         self.sent_bytes += tree.nbytes(message) * (self.size - 1)
         return message
 
-    def spread(self, verb: str, items: Mapping[int, Tree]) -> dict[int, Tree]:
+    def spread(self, verb: str, items: Mapping[int, Tree], costs: Mapping[int, float] | None = None) -> dict[int, Tree]:
         """{key: result} for {key: item}, carried out by all ranks, each by its `help_with(verb, share)`; for rank 0 inside `at_server`.
 
-        Larger items count as more work. Other ranks get host tensors and give host tensors back.
+        `costs`: expected work of each item in any one unit; without it larger items count as more work. Other ranks get host tensors and give host tensors back.
         Raises: what a rank raised, with its traceback as a note; RuntimeError outside of an `at_server` that says how to help.
         """
         if self._help_with is None:
             raise RuntimeError(f"rank {self.rank}: spread('{verb}') was called where the other ranks do not attend; call it at rank 0, inside at_server(..., help_with=...)")
         if self.size == 1 or len(items) < 2:
             return self._help_with(verb, dict(items))
-        shares = _shares({key: tree.nbytes(item) for key, item in items.items()}, self.size)
+        shares = _shares(costs or {key: tree.nbytes(item) for key, item in items.items()}, self.size)
         self._engine.bcast(verb)
         for rank in range(1, self.size):
             self._send({key: items[key] for key in shares[rank]}, rank)
@@ -313,15 +313,15 @@ def _ordered(uploads: Sequence[Uploads]) -> Uploads:
     return Uploads({client: tree.transform(merged[client], lambda leaf: leaf.detach().cpu()) for client in sorted(merged)})
 
 
-def _shares(sizes: Mapping[int, int], ranks: int) -> list[list[int]]:
-    """Keys to ranks, largest first, each to the least loaded rank; rank 0, which also sends and collects, comes last among equals."""
-    loads = [(0, -rank) for rank in range(ranks)]
+def _shares(costs: Mapping[int, float], ranks: int) -> list[list[int]]:
+    """Keys to ranks, costliest first, each to the least loaded rank; rank 0, which also sends and collects, comes last among equals."""
+    loads = [(0.0, -rank) for rank in range(ranks)]
     heapq.heapify(loads)
     shares: list[list[int]] = [[] for _ in range(ranks)]
-    for key in sorted(sizes, key=lambda key: (-sizes[key], key)):
+    for key in sorted(costs, key=lambda key: (-costs[key], key)):
         load, rank = loads[0]
         shares[-rank].append(key)
-        heapq.heapreplace(loads, (load + max(sizes[key], 1), rank))
+        heapq.heapreplace(loads, (load + max(costs[key], 1), rank))
     return shares
 
 

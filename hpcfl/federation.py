@@ -106,7 +106,7 @@ class Exchange:
     def serve(self, verb: Callable[..., Tree], step: Algorithm, state: State, place: Place, *what: Totals) -> State:
         """The server's next state under one verb; ranks that take no share of its work wait, and so does the server for those that do."""
         world, comm = self.world, self.world.comm
-        site = world.server_site(place.phase, place.round, self.ledger)
+        site = world.server_site(place.phase, place.round, self.ledger, place.row)
 
         def help_with(shared: str, items: dict[int, Tree]) -> dict[int, Tree]:
             with self.ledger("aggregate"):

@@ -48,7 +48,7 @@ class Turn:
     """What a batch does first, second, ...: a loss, the modules it trains, and their optimiser.
 
     `scope(path)` picks the parameters that are trained ("model/head.weight"); the others get neither update nor gradient, and layers that
-    hold only such parameters are in eval mode, so that their running statistics stay as they are.
+    hold only such parameters are in eval mode, so that their running statistics stay as they are. A parameter that requires no gradient is never trained.
     """
 
     trains: tuple[str, ...]
@@ -105,7 +105,8 @@ def _plan(group: Group, modules: Mapping[str, nn.Module], turns: Sequence[Turn],
         raise LayoutError(f"{where}: modules {', '.join(modules)}: two names share one parameter or buffer; give each use a tensor of its own")
     own = {f"{name}/{path}": f"{name}.{path}" for name in modules for path in _held(group, name, modules[name], where)}
     all_buffers = {name for name, _ in wrapped.named_buffers()}
-    parameters = [path for path, name in own.items() if name not in all_buffers]
+    fixed = {name for name, tensor in everything.items() if not tensor.requires_grad}
+    parameters = [path for path, name in own.items() if name not in all_buffers and name not in fixed]
     trained = tuple(_trained(group, turn, parameters, where) for turn in turns)
     slots = tuple({slot: [_slot_path(OPTIMIZER if keep_optimizer else f"turn {number}", slot, path) for path in trained[number]]
                    for slot in turn.optimizer.slots} for number, turn in enumerate(turns))

@@ -139,20 +139,14 @@ def contenders(server: Tree, problem: Problem) -> dict[str, tuple[str, Tree]]:
                        "heterofl or fedrolex")
     base = problem.common_base()
     made: dict[str, tuple[str, Tree]] = {"full": (base, whole)}
-    full = structure(problem, base)
+    full = problem.structure(base)
     for architecture in (name for name in problem.sizes.every if name != base):
-        small, convolved = structure(problem, architecture), tree.part(server, f"small/{architecture}")
+        small, convolved = problem.structure(architecture), tree.part(server, f"small/{architecture}")
         if convolved:
             made[f"convolved {architecture}"] = architecture, convolved
         made[f"pruned to {architecture}"] = base, prune(whole, full, small)
         made[f"sliced {architecture}"] = architecture, slices.take(whole, slices.axes(full, small))
     return made
-
-
-def structure(problem: Problem, architecture: str) -> nn.Module:
-    """A model of the zoo to be filled with somebody's weights, on the problem's device."""
-    with torch.random.fork_rng(devices=[]):
-        return problem.model(architecture).to(problem.device)
 
 
 def opened(world: World, state: State) -> State:
@@ -186,7 +180,7 @@ def analyse(run: str | Path, images: int = 2000, output: str = "logits") -> dict
     shard = Shard(test.images[chosen], test.labels[chosen], test.scale)
     models = contenders(tree.to(opened(world, state).server, problem.device), problem)
     return {"run": str(folder), "rounds": state.rows, "images": len(shard), "output": output, "label_bits": entropy(shard.labels),
-            "ceiling_bits": ceiling(len(shard)), "models": compare(models, lambda architecture: structure(problem, architecture), shard, output)}
+            "ceiling_bits": ceiling(len(shard)), "models": compare(models, problem.structure, shard, output)}
 
 
 def render(found: Mapping[str, Any]) -> str:

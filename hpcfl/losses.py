@@ -18,3 +18,8 @@ def prototype_distance(z: Tensor, y: Tensor, prototypes: Tensor, has: Tensor, we
     """
     spread = weight[y] if weight.dim() == 2 else weight                                     # (B, p) or (p,)
     return (has[y].unsqueeze(1) * spread * (z - prototypes[y]).square()).mean()
+
+
+def divergence(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p || q) of log-probabilities (n, C), mean over the rows; spelled out, because torch's own has no rule for vmap."""
+    return (p.exp() * (p - q)).sum(1).mean()

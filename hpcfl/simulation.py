@@ -121,8 +121,7 @@ class Simulation:
         found = {}
         with self.ledger("evaluate"):
             for name, (architecture, model) in models.items():
-                with world.problem.stream("structure").seeding():
-                    module = world.problem.model(architecture).to(world.problem.device)
+                module = world.problem.structure(architecture)
                 if odd := model.keys() ^ module.state_dict().keys():
                     raise LayoutError(f"global model '{name}': '{min(odd)}' is in only one of it and {architecture}; wanted the state_dict of {architecture}")
                 predict = bind(module, tree.to(model, world.problem.device))

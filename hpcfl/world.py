@@ -105,9 +105,9 @@ class World:
         holdings, remembered = ({client: every[client] for client in group.clients} for every in (self.holdings, self._remembered))
         return ClientSite(self.problem, holdings, self.modules[group.architecture], phase.name, round_, remembered)
 
-    def server_site(self, phase: Phase, round_: int, ledger: Ledger) -> ServerSite:
+    def server_site(self, phase: Phase, round_: int, ledger: Ledger, row: int = 0) -> ServerSite:
         """What the server may see in a round; the same on every rank, for all take a share of its work."""
-        return ServerSite(self.problem, *self.public, phase.name, round_, self.comm.spread, ledger.note, partial(ledger.measured, "aggregate"))
+        return ServerSite(self.problem, *self.public, phase.name, round_, row, self.comm.spread, ledger.note, partial(ledger.measured, "aggregate"))
 
     def found(self) -> Tree:
         """The server's state before the first round."""

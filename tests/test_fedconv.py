@@ -80,7 +80,7 @@ def test_the_best_epoch_by_the_public_validation_part_is_kept_for_each_model_by_
         epochs.append(bits(own))
         return torch.tensor(next(scores))
     monkeypatch.setattr(fedconv, "validate", validate)
-    module = fedconv.structure("fedconv")
+    module = fedconv.problem.structure("fedconv")
     group = Group("fedconv", (3, 8), tree.repeat(tree.join(model=module.state_dict()), 2))
     best, accuracy = fedconv.tune(site, group, module, 4, 1e-3, "test")
     assert accuracy.tolist() == [30.0, 50.0]
@@ -95,7 +95,7 @@ def test_nothing_is_selected_by_client_data_or_by_the_part_that_is_tuned_on():
     site = found.server_site(found.plan[0], 0, Ledger(found.problem.device))
     seen = []
     wrong = replace(site.public_validation, labels=(site.public_validation.labels + 1) % 10)
-    module = fedconv.structure("fedconv").eval()
+    module = fedconv.problem.structure("fedconv").eval()
     own = tree.join(model=module.state_dict())
     for validation in (site.public_validation, wrong):
         seen.append(float(fedconv.validate(replace(site, public=None, public_validation=validation), module, own)))
@@ -141,6 +141,10 @@ def test_the_learning_rate_of_the_filters_halves_down_to_its_floor():
         [(20, 1e-3), (20, 1e-3), (10, 1e-3), (10, 5e-4), (10, 2.5e-4), (10, 1.25e-4), (10, 1e-4)]
 
 
+def test_a_floor_above_the_rate_does_not_raise_it():
+    assert step(world(described({"filter_lr": 2e-5})), FedConv).filter_schedule(0)[1] == 2e-5
+
+
 def test_signs_are_noted_before_and_after_compression():
     found = went()
     notes = found.accounts[-1]["notes"]
@@ -157,6 +161,11 @@ def test_a_public_set_that_lacks_a_class_is_refused():
                            observed.split.public[labels[observed.split.public] != 4], observed.split.public_validation)
     with pytest.raises(DataError, match=r"none of class 4.*raise data\.public_fraction"):
         observed.found()
+
+
+def test_a_public_set_without_an_image_to_select_by_is_refused():
+    with pytest.raises(DataError, match="none to select by; raise data.validation"):
+        world(described(data={"validation": 0.001})).found()
 
 
 @pytest.mark.parametrize("data", [{"public_fraction": 0.0}, {"validation": 0.0}])
@@ -188,7 +197,7 @@ def test_dilation_below_the_floor_ends_after_bounded_tries_and_names_the_client(
     assert tries == [1, 1]
 
 
-@pytest.mark.parametrize(("settings", "said"), [({"filter_lr": 1e30}, r"compression to fedconv@0.\d+ \d+: training of the filters of size class \d"),
+@pytest.mark.parametrize(("settings", "said"), [({"filter_lr": 1e30}, r"compression to fedconv@0.\d+ \d+: training of the filters \d"),
                                                 ({"server_lr": 1e30}, "server training: training of the global model")])
 def test_filters_that_are_not_finite_end_the_run(settings, said):
     with pytest.raises(NonFiniteError, match=rf"server, phase rounds, round \d, {said}.*NaN or infinity"):

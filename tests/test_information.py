@@ -184,9 +184,9 @@ def images(count=80):
 
 
 def problem(*sizes, name="cnn5"):
-    """What `contenders` reads of a Problem: clients of these size classes, models, a device."""
+    """What `contenders` reads of a Problem: clients of these size classes, and models."""
     models = Models(names=(name,), sizes=sizes)
-    return SimpleNamespace(sizes=Sizes(models, len(sizes), 0, lambda architecture: 0), model=built, device=torch.device("cpu"),
+    return SimpleNamespace(sizes=Sizes(models, len(sizes), 0, lambda architecture: 0), structure=built,
                            common_base=lambda: name, job=SimpleNamespace(algorithm_name="fedavg"))
 
 
@@ -328,7 +328,7 @@ def test_the_models_compared_are_those_that_the_next_round_begins_with(convolvin
     filtered = compress.filtered("cnn5", "cnn5@0.75")
     made = evaluate.bind(filtered, filtered.of(whole) | tree.part(opened.server, "filters/cnn5@0.75"), "weights")()
     assert made.keys() == small.keys()
-    assert all(torch.equal(made[path], small[path]) for path, _ in compress.structure("cnn5@0.75").named_parameters())
+    assert all(torch.equal(made[path], small[path]) for path, _ in compress.problem.structure("cnn5@0.75").named_parameters())
     assert not tree.equal(whole, tree.part(state.server, "global")) and opened.rows == state.rows
 
 

@@ -48,6 +48,11 @@ class Problem:
         models = self.job.models
         return zoo.build(architecture, self.shape, self.classes, models.features, models.norm, models.feature_relu)
 
+    def structure(self, architecture: str) -> nn.Module:
+        """A model of the zoo on the device whose weights do not matter, to be filled with somebody's state."""
+        with self.stream("structure").seeding():
+            return self.model(architecture).to(self.device)
+
     def stream(self, purpose: str, client: int = -1, round_: int = -1) -> Stream:
         """The random stream of one purpose."""
         return Stream(self.job.run.seed, purpose, client, round_)
@@ -146,8 +151,8 @@ class ClientSite:
 class ServerSite:
     """What server code may see: the problem, the public part of the data, and a way to spread independent work over all ranks.
 
-    `spread(verb, items)` gives {key: Tree} for {key: Tree}: every rank calls the step's method of that name, `step.<verb>(its share, its own site)`, on a share
-    of the items; results come back to the server in host memory. `note` records one number of the round under a name, `measured` one per client:
+    `spread(verb, items, costs)` gives {key: Tree} for {key: Tree}: every rank calls the step's method of that name, `step.<verb>(its share, its own site)`, on a
+    share of the items, of about equal cost; results come back to the server in host memory. `note` records one number of the round under a name, `measured` one per client:
     measured((0, 2), {"dilation_accuracy": (2,)}).
     """
 
@@ -156,7 +161,8 @@ class ServerSite:
     public_validation: Shard | None
     phase: str
     round: int
-    spread: Callable[[str, Mapping[int, Tree]], dict[int, Tree]]
+    row: int                                                       # the round, counted over all phases
+    spread: Callable[..., dict[int, Tree]]
     note: Callable[[str, float], None]
     measured: Callable[[Sequence[int], Mapping[str, Tensor]], None]
 

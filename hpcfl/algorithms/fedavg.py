@@ -20,7 +20,7 @@ class FedAvg(Algorithm):
 
     def found(self, site: ServerSite) -> Tree:
         models = {}
-        for architecture in sorted(set(self.problem.architectures)):
+        for architecture in self.problem.sizes.every:
             with self.problem.stream(f"init/{architecture}").seeding():
                 models[architecture] = self.problem.model(architecture).state_dict()
         return tree.join(**models)
@@ -29,7 +29,7 @@ class FedAvg(Algorithm):
         return server
 
     def global_models(self, message: Tree) -> Mapping[str, tuple[str, Tree]]:
-        return {architecture: (architecture, tree.part(message, architecture)) for architecture in sorted(set(self.problem.architectures))}
+        return {architecture: (architecture, tree.part(message, architecture)) for architecture in self.problem.sizes.every}
 
     def receive(self, message: Tree, architecture: str) -> Tree:
         return tree.part(message, architecture)

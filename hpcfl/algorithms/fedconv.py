@@ -22,12 +22,16 @@ from hpcfl.evaluate import bind, correct, in_batches
 from hpcfl.fit import Turn
 from hpcfl.group import OPTIMIZER, Group
 from hpcfl.kinds import choice, flag, integer, real
-from hpcfl.losses import cross_entropy
+from hpcfl.losses import cross_entropy, divergence
 from hpcfl.optimizers import Optimizer
 from hpcfl.resize.average import Averaged
 from hpcfl.resize.convolve import Filtered
+from hpcfl.resize.made import Made
 from hpcfl.statistics import Statistics, Uploads
 from hpcfl.tree import Tree
+
+
+LITTLE = 0.01                                                      # the coverage of weights that a client's model has none of
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class Config:
     dilation_floor: float = real(0.0, 0.0, 100.0)                  # percent of the public validation part that a dilated model must get right
     dilation_tries: int = integer(3, 1)                            # with new filters, before a client below the floor ends the run
     weights: str = choice("learned", "code", "mean")               # softmax of logits with CE + KL; N(0, 1) unnormalised with CE; the mean by n_k
+    first_weights: str = choice("similarity", "coverage")          # of `learned`: -KL_k; or ours, -KL_k where the client's channels lie and little elsewhere
     granularity: str = choice("element", "channel", "layer")       # of a_k
     aggregation_epochs: int = integer(20, 1)
     aggregation_lr: float = real(1e-3, 0.0, above=True)            # Adam
@@ -69,6 +74,8 @@ class FedConv(Algorithm):
         self.base = problem.common_base()
 
     def found(self, site: ServerSite) -> Tree:
+        if not len(site.public_validation):
+            raise DataError(f"the public set has {len(site.public)} images to learn on and none to select by; raise data.validation or data.public_fraction")
         counts = torch.bincount(site.public.labels, minlength=self.problem.classes).tolist()
         if 0 in counts:
             raise DataError(f"the public set has {len(site.public)} images and none of class {counts.index(0)}; FedConv's server learns filters on it and "
@@ -82,9 +89,9 @@ class FedConv(Algorithm):
 
     def prepare(self, server: Tree, site: ServerSite) -> Tree:
         """Steps 1 and 2 of a round."""
-        group = Group(self.base, (0,), tree.repeat(tree.join(model=tree.to(tree.part(server, "global"), self.problem.device)), 1))
+        group = single(self.base, 0, tree.to(tree.part(server, "global"), self.problem.device))
         if self.config.server_epochs:
-            group = self.train_public(site, group, self.structure(self.base), self.config.server_epochs, self.config.server_lr, "server training", member="the global model")
+            group = self.train_public(site, group, self.problem.structure(self.base), self.config.server_epochs, self.config.server_lr, "server training", member="the global model")
         trained = tree.row(group.part("model"), 0)
         items = {index: tree.join(model=trained, filters=tree.part(server, f"filters/{architecture}")) for index, architecture in enumerate(self.smaller)}
         found = {self.smaller[index]: result for index, result in site.spread("compress", items).items()}
@@ -101,9 +108,9 @@ class FedConv(Algorithm):
         for index, item in items.items():
             architecture, item = self.smaller[index], tree.to(item, self.problem.device)
             module = self.filtered(self.base, architecture)
-            state = tree.join(model=module.of(tree.part(item, "model")) | tree.part(item, "filters"))
-            group, accuracy = self.tune(site, Group(architecture, (index,), tree.repeat(state, 1)), module, count, lr, f"compression to {architecture}",
-                                        member="the filters of size class")
+            state = module.of(tree.part(item, "model")) | tree.part(item, "filters")
+            group, accuracy = self.tune(site, single(architecture, index, state), module, count, lr, f"compression to {architecture}",
+                                        member="the filters")
             site.note(f"compression_accuracy {architecture}", float(accuracy))
             results[index] = tree.join(model=made(module, group, 0), filters=filters_of(group, 0))
         return results
@@ -130,7 +137,9 @@ class FedConv(Algorithm):
         uploads = totals["models"].trees
         items = {client: tree.join(model=tree.part(upload, "model"), filters=tree.part(server, f"dilation/{client}/{self.architecture(client, site)}"))
                  for client, upload in uploads.items()}
-        found = site.spread("restore", items)
+        dilation = 2 * self.filter_schedule(site.round)[0]         # epochs, each of about twice the work: the full model, and the filters
+        costs = {client: self.config.server_finetune + (dilation if self.architecture(client, site) != self.base else 0) for client in items}
+        found = site.spread("restore", items, costs)
         previous = tree.part(server, "global")
         merged = self.average(previous, found, [float(upload["samples"]) for upload in uploads.values()], site)
         new = {path: leaf for path, leaf in server.items() if not path.startswith(("global/", "small/"))} | tree.join(**{"global": merged})
@@ -139,11 +148,11 @@ class FedConv(Algorithm):
         return new
 
     def architecture(self, client: int, site: ServerSite) -> str:
-        """What a client trained in this round; rows are rounds, for the plan has one phase."""
-        return self.problem.architecture(client, site.round)
+        """What a client trained in this round."""
+        return self.problem.architecture(client, site.row)
 
     def restore(self, items: Mapping[int, Tree], site: ServerSite) -> dict[int, Tree]:
-        """Steps 4 and 5 for some clients: fine-tuned, dilated; the models of full size, their logits on the public set, and R_k."""
+        """Steps 4 and 5 for some clients: fine-tuned, dilated; the models of full size, R_k, and for learned weights the logits on the public set."""
         by_architecture: dict[str, dict[int, Tree]] = {}
         for client, item in items.items():
             by_architecture.setdefault(self.architecture(client, site), {})[client] = tree.to(item, self.problem.device)
@@ -154,7 +163,7 @@ class FedConv(Algorithm):
 
     def restored(self, architecture: str, items: Mapping[int, Tree], site: ServerSite) -> dict[int, Tree]:
         """The same for clients of one architecture, as one Group."""
-        module = self.structure(architecture)
+        module = self.problem.structure(architecture)
         counters = {path: leaf for path, leaf in module.state_dict().items() if not leaf.is_floating_point()}
         group = Group.of(architecture, {client: tree.join(model=tree.part(item, "model") | counters) for client, item in items.items()})
         if self.config.server_finetune:
@@ -162,9 +171,11 @@ class FedConv(Algorithm):
         models, filters = {client: tree.part(own, "model") for client, own in group.states().items()}, {}
         if architecture != self.base:
             models, filters = self.dilated(architecture, models, {client: tree.part(item, "filters") for client, item in items.items()}, site)
-        structure = self.structure(self.base)
-        return {client: tree.join(model=models[client], filters=filters.get(client, {})) | {"logits": in_batches(bind(structure, models[client]), site.public)}
-                for client in items}
+        structure = self.problem.structure(self.base)
+
+        def logits(client: int) -> Tree:
+            return {"logits": in_batches(bind(structure, models[client]), site.public)} if self.config.weights == "learned" else {}
+        return {client: tree.join(model=models[client], filters=filters.get(client, {})) | logits(client) for client in items}
 
     def dilated(self, architecture: str, models: Mapping[int, Tree], filters: Mapping[int, Tree], site: ServerSite) -> tuple[dict[int, Tree], dict[int, Tree]]:
         """Step 5: min over R_k of CE(f(dilate(w_k; R_k))), for each client; below the floor again from new filters.
@@ -195,60 +206,67 @@ class FedConv(Algorithm):
     def average(self, previous: Tree, found: Mapping[int, Tree], samples: list[float], site: ServerSite) -> Tree:
         """Step 6: W' = sum_k (n_k / n) a_k (*) W_k, a tuned by CE(f(W')) + lambda KL(f(W_prev) || f(W')) on the public set."""
         config, device = self.config, self.problem.device
-        structure = self.structure(self.base)
+        structure = self.problem.structure(self.base)
         module = Averaged(structure, len(found), config.granularity, normalised=config.weights != "code").to(device)
         state = module.of([tree.to(tree.part(result, "model"), device) for result in found.values()], samples)
-        teacher = in_batches(bind(structure, tree.to(previous, device)), site.public).log_softmax(1)   # (n, C)
-        state["logits"] = self.first_logits(module, teacher, [result["logits"].to(device) for result in found.values()], site)
-        group = Group(self.base, (0,), tree.repeat(tree.join(model=state), 1))
+        loss, context = cross_entropy, {}
+        if config.weights == "learned":
+            loss = aggregation_loss
+            context = {"teacher": in_batches(bind(structure, tree.to(previous, device)), site.public).log_softmax(1),        # (n, C)
+                       "strength": torch.tensor(config.lambda_kl, device=device)}
+        state["logits"] = self.first_logits(module, context, found, site)
+        group = single(self.base, 0, state)
         if config.weights != "mean":
-            strength = torch.tensor(config.lambda_kl if config.weights == "learned" else 0.0, device=device)
-            group, accuracy = self.tune(site, group, module, config.aggregation_epochs, config.aggregation_lr, "aggregation", aggregation_loss,
-                                        {"teacher": teacher, "strength": strength}, "the weights of the global model")
+            group, accuracy = self.tune(site, group, module, config.aggregation_epochs, config.aggregation_lr, "aggregation", loss, context,
+                                        "the weights of the global model")
             site.note("aggregation_accuracy", float(accuracy))
         return made(module, group, 0)
 
-    def first_logits(self, module: Averaged, teacher: Tensor, logits: list[Tensor], site: ServerSite) -> Tensor:
-        """l_k = -KL(f(W_prev) || f(W_k)), the mean over the public set; N(0, 1) for `code`, zeros for `mean`."""
+    def first_logits(self, module: Averaged, context: Tree, found: Mapping[int, Tree], site: ServerSite) -> Tensor:
+        """l_k = -KL(f(W_prev) || f(W_k)), the mean over the public set; N(0, 1) for `code`, zeros for `mean`.
+
+        `coverage` (ours) adds the log of how much of a weight lies among the leading channels, where `slice` filters put the client's own: what only
+        larger clients have is then not averaged with zeros.
+        """
         if self.config.weights == "code":
-            return torch.randn(module.logits.shape, generator=site.stream("aggregation weights").torch()).to(teacher.device)
+            return torch.randn(module.logits.shape, generator=site.stream("aggregation weights").torch()).to(self.problem.device)
         if self.config.weights == "mean":
             return torch.zeros_like(module.logits)
-        return -torch.stack([divergence(teacher, each.log_softmax(1)) for each in logits])[:, None].expand(module.logits.shape).clone()
+        logits = [result["logits"].to(self.problem.device).log_softmax(1) for result in found.values()]
+        first = -torch.stack([divergence(context["teacher"], each) for each in logits])[:, None].expand(module.logits.shape).clone()
+        if self.config.first_weights == "coverage":
+            shapes = [{path: parameter.shape for path, parameter in self.problem.structure(self.architecture(client, site)).named_parameters()} for client in found]
+            first += torch.stack([module.coverage(each, LITTLE) for each in shapes]).to(first.device).log()
+        return first
 
     @cached_property
     def smaller(self) -> tuple[str, ...]:
         """Every architecture that W is compressed to."""
         return tuple(name for name in self.problem.sizes.every if name != self.base)
 
-    def structure(self, architecture: str) -> nn.Module:
-        """A model of the zoo on the device; its weights do not matter."""
-        with self.problem.stream("structure").seeding():
-            return self.problem.model(architecture).to(self.problem.device)
-
     def filtered(self, source: str, target: str) -> Filtered:
         """The module that resizes one architecture to another."""
         with self.problem.stream("structure").seeding():
-            return Filtered(self.structure(source), self.structure(target), self.config.mlr_passes).to(self.problem.device)
+            return Filtered(self.problem.structure(source), self.problem.structure(target), self.config.mlr_passes).to(self.problem.device)
 
     def new_filters(self, module: Filtered, purpose: str, client: int = -1) -> Tree:
         """Untrained filters from the stream of their purpose."""
         with self.problem.stream(purpose, client).seeding():
             module.reset_parameters(self.config.filter_init)
-        return tree.clone({path: parameter.data for path, parameter in module.named_parameters()})
+        return tree.clone({path: parameter.data for path, parameter in module.named_parameters() if parameter.requires_grad})
 
     def filter_schedule(self, round_: int) -> tuple[int, float]:
         """Epochs and learning rate of Q_s and R_k in a round."""
         config = self.config
         halvings = round_ // config.lr_halving if config.lr_halving else 0
-        return (config.first_epochs if round_ < config.first_rounds else config.filter_epochs), max(config.lr_floor, config.filter_lr / 2 ** halvings)
+        return (config.first_epochs if round_ < config.first_rounds else config.filter_epochs), max(min(config.lr_floor, config.filter_lr), config.filter_lr / 2 ** halvings)
 
     def train_public(self, site: ServerSite, group: Group, module: nn.Module, count: int, lr: float, purpose: str,
-                     loss: Callable = cross_entropy, context: Tree | None = None, member: str = "model") -> Group:
-        """`count` epochs of Adam on the public set for each model of the group."""
+                     loss: Callable = cross_entropy, context: Tree | None = None, member: str = "model", of: int = 0) -> Group:
+        """`count` epochs of Adam on the public set for each model of the group, of the `of` that it gets in a round if these are more."""
         def batches(key: int):
             return epochs(site.public, self.config.public_batch, count, site.stream(purpose, key))
-        steps = count * -(-len(site.public) // self.config.public_batch)
+        steps = max(count, of) * -(-len(site.public) // self.config.public_batch)
         return site.fit(group, {"model": module}, [Turn(("model",), loss, Optimizer("adam", lr))], batches, context=context, keep_optimizer=True,
                         steps=steps * self.problem.job.federation.rounds, work=purpose, member=member)[0]
 
@@ -257,18 +275,20 @@ class FedConv(Algorithm):
         """The best of `count` epochs for each model by the public validation part, the later one of equals; and its accuracy there in percent, (K,)."""
         best, top = group, torch.full((len(group.clients),), -1.0)
         for epoch in range(count):
-            group = self.train_public(site, group, module, 1, lr, f"{purpose} {epoch}", loss, context, member)
+            group = self.train_public(site, group, module, 1, lr, f"{purpose} {epoch}", loss, context, member, count)
             accuracy = torch.stack([self.validate(site, module, own) for own in group.states().values()])
             better = accuracy >= top
-            choose = {device: better.to(device) for device in {leaf.device for leaf in group.state.values()}}
-            state = {path: torch.where(choose[leaf.device].view(-1, *[1] * (leaf.dim() - 1)), leaf, best.state.get(path, leaf))
+            chosen = better.to(group.device)
+            state = {path: leaf if leaf is best.state[path] else torch.where(chosen.view(-1, *[1] * (leaf.dim() - 1)), leaf, best.state[path])
                      for path, leaf in group.state.items() if not path.startswith(f"{OPTIMIZER}/")}
             best, top = Group(group.architecture, group.clients, state), torch.where(better, accuracy, top)
         return best, top
 
     def validate(self, site: ServerSite, module: nn.Module, own: Tree) -> Tensor:
         """Accuracy of a model on the public validation part in percent, ()."""
-        right = correct(bind(module, tree.part(own, "model")), site.public_validation, self.problem.classes)
+        state = tree.part(own, "model")
+        predict = bind(module.structure[0], bind(module, state, "weights")()) if isinstance(module, Made) else bind(module, state)   # weights are made once
+        right = correct(predict, site.public_validation, self.problem.classes)
         return 100 * right.sum() / len(site.public_validation)
 
 
@@ -278,12 +298,12 @@ def aggregation_loss(modules, batch: Tree, context: Tree) -> Tensor:
     return F.nll_loss(student, batch["y"]) + context["strength"] * divergence(context["teacher"][batch["index"]], student)
 
 
-def divergence(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p || q) of log-probabilities (n, C), mean over the rows; spelled out, because torch's own has no rule for vmap."""
-    return (p.exp() * (p - q)).sum(1).mean()
+def single(architecture: str, key: int, model: Tree) -> Group:
+    """A group of one model."""
+    return Group(architecture, (key,), tree.transform(tree.join(model=model), lambda leaf: leaf.unsqueeze(0)))
 
 
-def made(module: nn.Module, group: Group, row: int) -> Tree:
+def made(module: Made, group: Group, row: int) -> Tree:
     """The classifier that one row of a group of Made modules stands for, as a state_dict."""
     return tree.clone(bind(module, tree.part(tree.row(group.state, row), "model"), "weights")())
 

@@ -13,7 +13,6 @@ from hpcfl.algorithms.base import Algorithm, ClientSite, Problem, ServerSite, To
 from hpcfl.group import Group
 from hpcfl.kinds import choice, flag
 from hpcfl.models import zoo
-from hpcfl.models.split import Model
 from hpcfl.resize import slices
 from hpcfl.statistics import Statistics, Sums
 from hpcfl.tree import Tree
@@ -73,7 +72,7 @@ class SubModel(Algorithm):
     def __init__(self, config: Config, problem: Problem):
         super().__init__(config, problem)
         self.base = problem.common_base()
-        self.structure = lru_cache(maxsize=None)(self._structure)
+        self.structure = lru_cache(maxsize=None)(problem.structure)
         self.kept = lru_cache(maxsize=64)(self._kept)              # of a few rounds: a window moves on
 
     @cached_property
@@ -152,10 +151,6 @@ class SubModel(Algorithm):
         """The group with its slice of the global model; integer buffers stay its own."""
         received = tree.repeat(tree.to(message, self.problem.device), len(group.clients))
         return group.holding("model", group.part("model") | received)
-
-    def _structure(self, architecture: str) -> Model:
-        with torch.random.fork_rng(devices=[]):
-            return self.problem.model(architecture)
 
     def _kept(self, architecture: str, round_: int) -> slices.Axes:
         return slices.axes(self.structure(self.base), self.structure(architecture), self.shift(round_))

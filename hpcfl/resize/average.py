@@ -1,5 +1,5 @@
 """Learned averaging: a classifier whose weights are a weighted sum of several models, every weight of it trainable (FedConv, arXiv 2502.20639)."""
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 
 import torch
@@ -28,16 +28,29 @@ class Averaged(Made):
         owner = torch.arange(sum(groups)).repeat_interleave(
             torch.cat([torch.full((count,), size // count) for count, size in zip(groups, sizes, strict=True)]))
         self.logits = nn.Parameter(torch.zeros(models, sum(groups)))                                   # l (K, G)
-        self.register_buffer("shares", torch.zeros(models, sum(sizes)))                                # (n_k / n) W_k, (K, P)
-        self.register_buffer("owner", owner)                                                           # (P,), the group of each element
+        self.shares = nn.Parameter(torch.zeros(models, sum(sizes)), requires_grad=False)               # (n_k / n) W_k, (K, P)
+        self.register_buffer("owner", None if self.elementwise else owner, persistent=False)           # (P,), the group of each element
 
     def of(self, models: Sequence[Tree], samples: Sequence[float]) -> Tree:
-        """The buffers for state_dicts of the full size and their n_k; running statistics are averaged by n_k, counters begin at 0."""
+        """All of this module's state but the logits, for state_dicts of the full size and their n_k; running statistics are averaged by n_k, counters begin at 0."""
         weights = [count / sum(samples) for count in samples]
         rows = torch.stack([weight * torch.cat([to_channels_last(model[path]).flatten() for path in self.shapes]) for weight, model in zip(weights, models, strict=True)])
-        floats = [tree.floating(model) for model in models]
-        mean = {path: sum(weight * model[path] for weight, model in zip(weights, floats, strict=True)) for path in floats[0]}
-        return self.buffers_of(mean) | {"shares": rows, "owner": self.owner.to(rows.device)}
+        statistics = [path for path, leaf in tree.floating(models[0]).items() if path not in self.shapes]
+        mean = {path: sum(weight * model[path] for weight, model in zip(weights, models, strict=True)) for path in statistics}
+        return self.buffers_of(mean) | {"shares": rows}
+
+    def coverage(self, shapes: Mapping[str, torch.Size], little: float) -> Tensor:
+        """How much of each group of elements lies within the leading part of these shapes, (G,) in [little, 1]."""
+        inside = []
+        for path, shape in self.shapes.items():
+            marks = torch.zeros(shape)
+            marks[tuple(map(slice, shapes[path]))] = 1
+            inside.append(to_channels_last(marks).flatten())
+        marks = torch.cat(inside)                                                                      # (P,)
+        if not self.elementwise:
+            owner, zeros = self.owner.cpu(), torch.zeros(self.logits.shape[1])
+            marks = zeros.index_add(0, owner, marks) / zeros.index_add(0, owner, torch.ones_like(marks))
+        return marks.clamp(min=little)
 
     def parameters_made(self) -> Tree:
         """W', differentiable with respect to the logits."""

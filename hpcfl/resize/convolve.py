@@ -13,7 +13,7 @@ from hpcfl.errors import LayoutError
 from hpcfl.resize.made import Made, from_channels_last, key
 from hpcfl.tree import Tree
 
-SOURCE = "source"                                                  # prefix of the weights that are convolved among the buffers of a Filtered
+SOURCE = "source"                                                  # prefix of the weights that are convolved among the parameters of a Filtered
 NEGATIVE, POSITIVE = 0.001, 0.85                                   # slopes of the MLR
 NOISE = 0.1                                                        # norm of what `slice` adds to a kernel of norm 1
 
@@ -89,7 +89,7 @@ class WeightFilter(nn.Module):
 
 
 class Filtered(Made):
-    """A classifier f(x; filters(W)): the filters are its parameters, the source model's weights W its buffers. Layers are recognised by their type."""
+    """A classifier f(x; filters(W)): the filters are what it learns, the source model's weights W are fixed. Layers are recognised by their type."""
 
     def __init__(self, source: nn.Module, target: nn.Module, mlr_passes: int = 1) -> None:
         """`source`, `target`: one architecture at two widths, of which only the shapes count."""
@@ -100,7 +100,7 @@ class Filtered(Made):
         self.filters = nn.ModuleDict({key(path): WeightFilter(parameter.shape, shapes[path], path in convolutions, mlr_passes)
                                       for path, parameter in source.named_parameters()})
         for path, parameter in source.named_parameters():
-            self.register_buffer(f"{SOURCE}:{key(path)}", torch.zeros_like(parameter.data))
+            self.register_parameter(f"{SOURCE}:{key(path)}", nn.Parameter(torch.zeros_like(parameter), requires_grad=False))
 
     def reset_parameters(self, init: str = "slice") -> None:
         """New filters by the way of INITS."""
@@ -108,12 +108,12 @@ class Filtered(Made):
             each.reset_parameters(init)
 
     def of(self, source: Tree) -> Tree:
-        """The buffers for a source model's state_dict: all of this module's state but the filters."""
+        """All of this module's state but the filters, for a source model's state_dict."""
         return self.buffers_of(source) | {f"{SOURCE}:{key(path)}": source[path] for path in self.paths}
 
     def parameters_made(self) -> Tree:
         """The resized parameters, differentiable with respect to the filters."""
-        return {path: self.filters[key(path)](self.get_buffer(f"{SOURCE}:{key(path)}")) for path in self.paths}
+        return {path: self.filters[key(path)](getattr(self, f"{SOURCE}:{key(path)}")) for path in self.paths}
 
 
 INITS = {"slice": WeightFilter.become_slice, "default": WeightFilter.become_default}

@@ -12,9 +12,9 @@ BUFFER = "buffer"                                                  # prefix of t
 
 
 class Made(nn.Module):
-    """A classifier f(x; w(parameters)): what computes the weights are its parameters, what they are computed from are its buffers.
+    """A classifier f(x; w(parameters)): what computes the weights is learned, what they are computed from are parameters that require no gradient.
 
-    An optimiser sees the parameters only, any loss of logits will do, and the weights computed from stay what they are. In train mode norm layers use and
+    Any loss of logits will do, and the weights computed from stay what they are. In train mode norm layers use and
     update the classifier's running statistics as usual. The forward pass is a functional call: no module is ever patched.
     """
 
@@ -49,7 +49,7 @@ class Made(nn.Module):
         for path, buffer in self.structure[0].named_buffers():
             given = source.get(path)
             shrinks = given is not None and given.is_floating_point() and all(few <= many for few, many in zip(buffer.shape, given.shape, strict=True))
-            own[f"{BUFFER}:{key(path)}"] = given[tuple(map(slice, buffer.shape))].clone() if shrinks else torch.zeros_like(buffer) + buffer
+            own[f"{BUFFER}:{key(path)}"] = (given[tuple(map(slice, buffer.shape))] if shrinks else buffer).clone()
         return own
 
 

@@ -38,6 +38,11 @@ WIDTHS: Tables = {"models": {"names": ["cnn2_bn"], "sizes": [0, 1, 2]}}         
 QUICK: dict[str, Tables] = {                                       # what makes an algorithm quick whose own defaults are not
     "fedvtc": {"algorithm": {"finetune_epochs": 1, "per_class": 4, "dm_classes": 3, "dm_samples": 4, "common_size": 8}},
     "gaussian": {"algorithm": {"common_size": 8}},
+    "lg_fedavg": {"models": {"names": ["cnn2_bn", "cnn1"]}},         # with one common extractor
+    "feddf": {"algorithm": {"steps": 4, "stage": 2}},
+    "fedtgp": {"algorithm": {"server_epochs": 3}},
+    "fedgen": {"algorithm": {"server_steps": 3, "per_batch": 4, "hidden": 8}},
+    "ccvr": {"algorithm": {"per_class": 4, "epochs": 2}},
     "heterofl": WIDTHS,
     "fedrolex": WIDTHS,
     "fedconv": {**WIDTHS, "data": {"fraction": 0.3, "public_fraction": 0.4},
@@ -45,6 +50,9 @@ QUICK: dict[str, Tables] = {                                       # what makes 
 VARIANTS: dict[str, tuple[str, Tables]] = {                        # other ways through an algorithm: other phases, messages or client states
     "fedrolex, clients change their size": ("fedrolex", {"models": {"size_schedule": "rotate"}}),
     "fedconv, clients change their size": ("fedconv", {"models": {"size_schedule": "rotate"}, "algorithm": {"weights": "code", "server_finetune": 0}}),
+    "ccvr, each architecture": ("ccvr", {"algorithm": {"scope": "architecture", "covariance": "class_diag"}}),
+    "lg_fedavg, the head": ("lg_fedavg", {"algorithm": {"shared": "head", "rest": "personal"}, "models": {"names": ["mlp2", "cnn1"]}}),
+    "feddf, taught by averages": ("feddf", {"algorithm": {"teachers": "architectures", "ensemble": "probabilities"}}),
     "fedvtc, common latent": ("fedvtc", {"algorithm": {"latent": "common", "vtc_sync": "none"}}),
     "fedvtc, sums": ("fedvtc", {"algorithm": {"statistics": "sums", "sigma_source": "learnable", "finetune": "every_round", "vtc_sync_every": 2}})}
 CASES: dict[str, tuple[str, Tables]] = {name: (name, {}) for name in PLANS} | VARIANTS

@@ -20,7 +20,9 @@ SMALL = {"run": {"device": "cpu", "compile": "off"},
          "federation": {"clients": 3, "rounds": 3},
          "training": {"batch": 16}}
 WIDTHS = {"models": {"names": ["cnn2_bn"], "sizes": [0, 1], "features": 6}}        # for methods with one global model
-OWN = {"heterofl": WIDTHS, "fedrolex": WIDTHS, "fedconv": WIDTHS | {"data": {"public_fraction": 0.4, "validation": 0.2}}}
+OWN = {"lg_fedavg": {"models": {"names": ["cnn2_bn", "cnn1"]}},                     # with one common extractor
+       "feddf": {"data": {"public_fraction": 0.3, "validation": 0.2}},
+       "heterofl": WIDTHS, "fedrolex": WIDTHS, "fedconv": WIDTHS | {"data": {"public_fraction": 0.4, "validation": 0.2}}}
 
 
 def job(name: str, settings: Mapping[str, object] | None = None, **sections: Mapping[str, object]) -> Job:

@@ -1,0 +1,130 @@
+"""CCVR (Luo et al., NeurIPS 2021, arXiv 2106.05001): after federated averaging the classifier is trained again, on virtual features.
+
+First FedAvg within each architecture, for all rounds; then once: clients send count, mean and covariance of the features of each class, the server
+merges them, draws virtual features from one Gaussian a class, calibrates the head on them, and sends it. Between architectures (ours, scope = "all"):
+the head is averaged over all clients in all rounds, which is what gives features of different extractors one meaning, and one head is calibrated on
+the statistics of all. With scope = "architecture" every architecture is a CCVR of its own, the paper's.
+"""
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hpcfl import gaussian, moments, tree
+from hpcfl.algorithms import lg_fedavg
+from hpcfl.algorithms.base import Algorithm, ClientSite, Phase, Plan, Problem, ServerSite, Totals, Update
+from hpcfl.algorithms.fedavg import FedAvg
+from hpcfl.algorithms.lg_fedavg import COMMON, LgFedAvg
+from hpcfl.algorithms.shared_head import HEAD, SharedHead, head_of, train_head
+from hpcfl.evaluate import features
+from hpcfl.group import Group
+from hpcfl.kinds import choice, integer, real
+from hpcfl.moments import GlobalMoments
+from hpcfl.optimizers import Optimizer
+from hpcfl.statistics import Statistics, Uploads
+from hpcfl.synthesise import synthetic_epochs
+from hpcfl.tree import Tree
+
+
+@dataclass(frozen=True)
+class Config:
+    scope: str = choice("all", "architecture")                     # whose features share a head
+    covariance: str = choice("class_full", "class_diag")           # full: the paper's; diag: for less traffic
+    min_count: int = integer(1, 1)                                 # a class with fewer images is not sent: the mean of one image is that image
+    floor: float = real(1e-4, 0.0, above=True)                     # added to variances: few samples leave directions without any (ours)
+    per_class: int = integer(200, 1)                               # M_c, virtual features of a class; this and what follows are ours
+    batch: int = integer(64, 1)
+    epochs: int = integer(10, 1)                                   # over one and the same virtual set
+    lr: float = real(0.01, 0.0, above=True)                        # SGD
+
+
+class Calibrate(Algorithm):
+    """Clients describe their features, and the server calibrates the head on virtual ones:
+
+    Sigma_c = [sum_k (N_ck - 1) Sigma_ck + N_ck (mu_ck - mu_c)(mu_ck - mu_c)^T] / (N_c - 1), z ~ N(mu_c, Sigma_c), head <- argmin CE(head(z), c).
+    Features are those of the averaged models; clients get nothing but the new head, by the next step.
+    """
+
+    config: Config
+
+    def __init__(self, config: Config, problem: Problem, average: FedAvg):
+        super().__init__(config, problem)
+        self.average = average                                     # the step that made the models
+
+    def publish(self, server: Tree) -> Tree:
+        return self.average.publish(server)
+
+    def global_models(self, message: Tree) -> Mapping[str, tuple[str, Tree]]:
+        return self.average.global_models(message)
+
+    def receive(self, message: Tree, architecture: str) -> Tree:
+        return self.average.receive(message, architecture)
+
+    def train(self, group: Group, message: Tree, site: ClientSite) -> Update:
+        group, full, messages = self.average.adopt(group, message), moments.needs_full(self.config.covariance), {}
+        for client in group.clients:
+            shard = site.holdings[client].train
+            measured = moments.measure(features(group, site.modules, client, shard), shard.labels, self.problem.classes, full)
+            messages[client] = moments.to_message(measured, self.config.covariance, self.config.min_count)
+        return Update(group, Statistics({scope(self.config, group.architecture): Uploads(messages)}))
+
+    def aggregate(self, server: Tree, totals: Totals, site: ServerSite) -> Tree:
+        for where, uploads in sorted(totals.items()):
+            known = moments.aggregate([upload for _, upload in sorted(uploads.trees.items())], self.config.covariance)
+            if bool(known.has.any()):
+                server = server | tree.join(**{where: self.calibrated(head_of(tree.part(server, where)), known, where, site)})
+        return server
+
+    def calibrated(self, head: Tree, known: GlobalMoments, where: str, site: ServerSite) -> Tree:
+        """The head, trained on from where it was, on virtual features."""
+        config, device = self.config, self.problem.device
+        mean, factor, classes = known.mean.to(device), factors(known, config).to(device), known.has.nonzero().flatten().to(device)
+
+        def draw(labels: Tensor, generator: torch.Generator) -> Tensor:
+            eps = torch.randn(len(labels), mean.shape[1], generator=generator, device=device)
+            return gaussian.draw(mean, factor, labels, eps)
+        stream = site.stream(f"virtual/{where}")
+        virtual = synthetic_epochs(draw, classes, config.per_class, config.batch, config.epochs, stream, resample=False)
+        return train_head(head, virtual, Optimizer("sgd", config.lr), site, f"calibration of {where}")
+
+
+class TakeHead(SharedHead):
+    """The end: every client takes the calibrated head."""
+
+    def found(self, site: ServerSite) -> Tree:
+        """Nothing: the heads are those of the models."""
+        return {}
+
+    def publish(self, server: Tree) -> Tree:
+        return {path: leaf for path, leaf in server.items() if path.partition("/")[2] in HEAD}
+
+    def receive(self, message: Tree, architecture: str) -> Tree:
+        return tree.part(message, scope(self.config, architecture))
+
+
+def scope(config: Config, architecture: str) -> str:
+    """Where in the server's state the head lies that clients of an architecture use."""
+    return COMMON if config.scope == "all" else architecture
+
+
+def factors(known: GlobalMoments, config: Config) -> Tensor:
+    """What noise is multiplied with, (C, p, p) or (C, p): roots of the unbiased covariances, floored; of single samples the floor alone."""
+    unbiased = (known.count / (known.count - 1).clamp(min=1)).view(-1, *[1] * (known.spread.dim() - 1)) * known.spread
+    if known.spread.dim() == 2:
+        return (unbiased + config.floor).sqrt()
+    return gaussian.cholesky(gaussian.floor(unbiased, config.floor))
+
+
+def plan(config: Config, problem: Problem) -> Plan:
+    """federation.rounds rounds of averaging, then one of calibration with all clients.
+
+    Raises: JobError for scope = "all" where features have no common size.
+    """
+    if config.scope == "all":
+        problem.common_feature_size()
+        average = LgFedAvg(lg_fedavg.Config(shared="head", rest="architecture"), problem)
+    else:
+        average = FedAvg(config, problem)
+    return (Phase("rounds", problem.job.federation.rounds, (average,)),
+            Phase("calibrate", 1, (Calibrate(config, problem, average), TakeHead(config, problem)), everyone=True))

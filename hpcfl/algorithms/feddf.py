@@ -1,0 +1,144 @@
+"""FedDF (Lin et al., NeurIPS 2020, arXiv 2006.07242): FedAvg within each architecture, then the ensemble of all models is distilled into each average.
+
+The server distils on its public images (data.public_fraction); their labels are never looked at, not even to end training, which is judged by the same
+divergence from the ensemble on what is held out of them (ours; the authors stop by validation accuracy). Lin et al. and GeFL take the images from
+another data set, here they come from the federation's own.
+"""
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from hpcfl import tree
+from hpcfl.algorithms.base import ClientSite, Phase, Plan, Problem, ServerSite, Totals, Update
+from hpcfl.algorithms.fedavg import FedAvg
+from hpcfl.data.shards import epochs
+from hpcfl.errors import JobError
+from hpcfl.evaluate import bind, in_batches
+from hpcfl.fit import Turn
+from hpcfl.group import Group
+from hpcfl.kinds import choice, integer, real
+from hpcfl.losses import divergence
+from hpcfl.optimizers import Optimizer
+from hpcfl.statistics import Statistics, Sums, Uploads
+from hpcfl.tree import Tree
+
+
+@dataclass(frozen=True)
+class Config:
+    teachers: str = choice("clients", "architectures")             # all returned models (the paper), or their averages (specification of GeFL, 6)
+    ensemble: str = choice("logits", "probabilities")              # what is averaged; the paper takes logits
+    steps: int = integer(1000, 1)                                  # at most, for each architecture in a round; the paper 10,000
+    batch: int = integer(128, 1)                                   # the paper
+    lr: float = real(1e-3, 0.0, above=True)                        # Adam, along half a cosine to 0; the paper
+    stage: int = integer(100, 1)                                   # steps of one rate, after which what is held out is looked at; the authors' code
+    patience: int = integer(300, 0)                                # steps without a lower divergence that end training, 0: none; the paper 1,000
+
+
+ENSEMBLES: dict[str, Callable[[Tensor], Tensor]] = {               # logits of K models (K, n, C) to log-probabilities (n, C)
+    "logits": lambda logits: logits.mean(0).log_softmax(1),
+    "probabilities": lambda logits: logits.log_softmax(2).logsumexp(0) - math.log(len(logits))}
+
+
+def distillation(modules, batch: Tree, context: Tree) -> Tensor:
+    """KL(ensemble || student), mean over the batch."""
+    return divergence(batch["teacher"], modules.model(batch["x"]).log_softmax(1))
+
+
+class FedDF(FedAvg):
+    """theta_m <- mean over the clients of m, then argmin of KL(softmax(mean_k f_k(x)) || softmax(f_m(x))) over public x (the paper's Algorithm 3)."""
+
+    config: Config
+
+    def train(self, group: Group, message: Tree, site: ClientSite) -> Update:
+        update = super().train(group, message, site)
+        if self.config.teachers == "architectures":
+            return update
+        sizes, models = site.sizes(group), tree.floating(update.group.part("model"))
+        uploads = {client: tree.join(model=tree.row(models, index)) | {"samples": sizes[index]} for index, client in enumerate(group.clients)}
+        return Update(update.group, Statistics({"models": Uploads(uploads)}), update.metrics)
+
+    def aggregate(self, server: Tree, totals: Totals, site: ServerSite) -> Tree:
+        every = self.problem.sizes.every
+        if self.config.teachers == "architectures":
+            averages = super().aggregate(server, totals, site)
+            teachers = {every.index(name): (name, tree.part(averages, name)) for name in totals}
+        else:
+            uploads = totals["models"].trees
+            owned = {client: self.problem.architecture(client, site.row) for client in uploads}
+            averages = super().aggregate(server, sums(uploads, owned), site)
+            teachers = {client: (owned[client], tree.part(upload, "model")) for client, upload in uploads.items()}
+        answers = site.spread("answer", {key: tree.join(model=model) | {"architecture": torch.tensor(every.index(name))}
+                                         for key, (name, model) in teachers.items()})
+        logits = tree.stack([tree.to(answer, self.problem.device) for answer in answers.values()])                           # (K, n, C)
+        ensemble = tree.transform(logits, ENSEMBLES[self.config.ensemble])
+        students = site.spread("distil", {index: tree.join(model=tree.part(averages, name), teacher=ensemble) for index, name in enumerate(every)})
+        return tree.join(**{every[index]: model for index, model in students.items()})
+
+    def answer(self, items: Mapping[int, Tree], site: ServerSite) -> dict[int, Tree]:
+        """Logits of some models on the public images and on those held out of them, (n, C)."""
+        shards = {"public": site.public, "held_out": site.public_validation}
+        found = {}
+        for key, item in items.items():
+            structure = self.problem.structure(self.problem.sizes.every[int(item["architecture"])])
+            predict = bind(structure, tree.to(tree.part(item, "model"), self.problem.device))
+            found[key] = {name: in_batches(predict, shard) for name, shard in shards.items() if len(shard)}
+        return found
+
+    def distil(self, items: Mapping[int, Tree], site: ServerSite) -> dict[int, Tree]:
+        """Some averages taught by the ensemble, as they were when closest to it on what is held out, or without that at the end."""
+        return {index: self.taught(index, tree.to(item, self.problem.device), site) for index, item in items.items()}
+
+    def taught(self, index: int, item: Tree, site: ServerSite) -> Tree:
+        """One of them, at best what it was before; training ends early when `patience` steps have brought nothing."""
+        config, architecture, teacher = self.config, self.problem.sizes.every[index], tree.part(item, "teacher")
+        group = Group(architecture, (index,), tree.repeat(tree.join(model=tree.part(item, "model")), 1))
+        best, reached, lowest = group, 0, self.distance(group, teacher, site)
+        for done in range(0, config.steps, config.stage):
+            count = min(config.stage, config.steps - done)
+            group = self.stage(group, done, count, teacher["public"], site)
+            distance = self.distance(group, teacher, site)
+            if distance < lowest or "held_out" not in teacher:
+                best, reached, lowest = group, done + count, distance
+            if config.patience and done + count - reached >= config.patience:
+                break
+        site.note(f"distillation_steps {architecture}", reached)
+        site.note(f"distillation_divergence {architecture}", lowest)
+        return tree.row(best.part("model"), 0)
+
+    def stage(self, group: Group, done: int, count: int, teacher: Tensor, site: ServerSite) -> Group:
+        """`count` steps of Adam on public images, its moments going on from the stage before."""
+        def batches(index: int) -> Iterator[Tree]:
+            passes = epochs(site.public, self.config.batch, count, site.stream(f"distillation {done}", index))
+            for batch in islice(passes, count):
+                yield {"x": batch["x"], "teacher": teacher[batch["index"]]}
+        lr = self.config.lr * (1 + math.cos(math.pi * done / self.config.steps)) / 2
+        modules = {"model": self.problem.structure(group.architecture)}
+        return site.fit(group, modules, [Turn(("model",), distillation, Optimizer("adam", lr))], batches, keep_optimizer=True,
+                        steps=self.config.steps * self.problem.job.federation.rounds, work="distillation", member="the average of architecture")[0]
+
+    def distance(self, group: Group, teacher: Tree, site: ServerSite) -> float:
+        """KL(ensemble || student) on what is held out of the public images, where there is any, else on the others."""
+        part, shard = ("held_out", site.public_validation) if "held_out" in teacher else ("public", site.public)
+        predict = bind(self.problem.structure(group.architecture), tree.row(group.part("model"), 0))
+        return float(divergence(teacher[part], in_batches(predict, shard).log_softmax(1)))
+
+
+def sums(uploads: Mapping[int, Tree], owned: Mapping[int, str]) -> Totals:
+    """The sums that FedAvg averages by, of whole uploads; owned: client -> its architecture."""
+    members = {name: [client for client in uploads if owned[client] == name] for name in sorted(set(owned.values()))}
+    return {name: Sums.weighted(clients, tree.stack([tree.part(uploads[client], "model") for client in clients]),
+                                torch.stack([uploads[client]["samples"] for client in clients])).total() for name, clients in members.items()}
+
+
+def plan(config: Config, problem: Problem) -> Plan:
+    """One phase of federation.rounds rounds.
+
+    Raises: JobError without a public set.
+    """
+    if problem.job.data.public_fraction == 0:
+        raise JobError("feddf distils on public images at the server; got data.public_fraction = 0, wanted it above 0, for example 0.05")
+    return (Phase("rounds", problem.job.federation.rounds, (FedDF(config, problem),)),)

@@ -1,0 +1,45 @@
+"""FedProx (Li et al., MLSys 2020, arXiv 1812.06127) within each architecture: FedAvg whose clients are held near the model that they received."""
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hpcfl import tree
+from hpcfl.algorithms.base import ClientSite, Phase, Plan, Problem, Update
+from hpcfl.algorithms.fedavg import FedAvg
+from hpcfl.group import Group
+from hpcfl.kinds import choice, real
+from hpcfl.statistics import Statistics, Sums
+from hpcfl.tree import Tree
+
+
+@dataclass(frozen=True)
+class Config:
+    mu: float = real(0.01, 0.0)                                    # GeFL, specification section 6; Li et al. try 0.001 to 1
+    norm: str = choice("squared", "code")                          # as Li et al., or as the published code of GeFL has it
+
+
+NORMS = {"squared": lambda apart: sum(each.square().sum() for each in apart),                   # ||w - w^t||^2
+         "code": lambda apart: sum(torch.linalg.vector_norm(each) for each in apart)}          # sum over tensors i of ||w_i - w_i^t||
+
+
+class FedProx(FedAvg):
+    """h(w; w^t) = CE(w) + mu / 2 * ||w - w^t||^2 (the paper's equation 2) over all parameters, w^t what the client received this round."""
+
+    config: Config
+
+    def train(self, group: Group, message: Tree, site: ClientSite) -> Update:
+        group, metrics = site.train_model(self.adopt(group, message), self.loss, tree.to(message, self.problem.device))
+        model = tree.floating(group.part("model"))
+        return Update(group, Statistics({group.architecture: Sums.weighted(group.clients, model, site.sizes(group))}), metrics)
+
+    def loss(self, modules, batch: Tree, context: Tree) -> tuple[Tensor, Tree]:
+        """The objective h of one client; `context` is w^t, by parameter."""
+        proximal = NORMS[self.config.norm]([parameter - context[path] for path, parameter in modules.model.named_parameters()])
+        return F.cross_entropy(modules.model(batch["x"]), batch["y"]) + self.config.mu / 2 * proximal, {"proximal": proximal}
+
+
+def plan(config: Config, problem: Problem) -> Plan:
+    """One phase of federation.rounds rounds."""
+    return (Phase("rounds", problem.job.federation.rounds, (FedProx(config, problem),)),)

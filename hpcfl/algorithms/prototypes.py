@@ -1,0 +1,26 @@
+"""Prototypes of each client: the mean features of the classes it has, sent apart where a server learns from them instead of averaging them."""
+import torch
+from torch import Tensor
+
+from hpcfl.algorithms.base import ClientSite, Totals
+from hpcfl.evaluate import features
+from hpcfl.group import Group
+from hpcfl.moments import measure
+from hpcfl.statistics import Statistics, Uploads
+
+
+def describe(group: Group, site: ClientSite) -> Statistics:
+    """What each client sends of its training images: {"means": (c, p) float32, "classes": (c,) int32}, a row for each class it has."""
+    messages = {}
+    for client in group.clients:
+        shard = site.holdings[client].train
+        measured = measure(features(group, site.modules, client, shard), shard.labels, site.problem.classes, full=False)
+        held = measured.count > 0
+        messages[client] = {"means": measured.mean[held].float(), "classes": held.nonzero().flatten().to(torch.int32)}
+    return Statistics({"prototypes": Uploads(messages)})
+
+
+def gathered(totals: Totals, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The prototypes of all clients, (n, p), and their classes, (n,) int64, client after client."""
+    uploads = [upload for _, upload in sorted(totals["prototypes"].trees.items())]
+    return torch.cat([upload["means"] for upload in uploads]).to(device), torch.cat([upload["classes"] for upload in uploads]).long().to(device)

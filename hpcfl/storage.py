@@ -26,9 +26,9 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, path)
-        _sync(path.parent)
+        sync(path.parent)
     except (OSError, RuntimeError) as error:                       # h5py reports a full disk as OSError or RuntimeError
         raise CheckpointError(f"{path}: could not be written: {_reason(error)}; what was there before is untouched. "
                               "Free space or choose another folder with --out, then run again: the run resumes from its last checkpoint") from error
@@ -95,6 +95,15 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def _leaves(group: h5py.Group, path: Path, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
     for name in group:
         if not isinstance(group.get(name, getlink=True), h5py.HardLink):
@@ -104,14 +113,6 @@ def _leaves(group: h5py.Group, path: Path, prefix: str = "") -> Iterator[tuple[s
             yield from _leaves(item, path, f"{prefix}{name}/")
         else:
             yield f"{prefix}{name}", torch.from_numpy(item[()]) if item.shape else torch.tensor(item[()])
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _reason(error: BaseException) -> str:

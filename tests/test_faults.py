@@ -31,14 +31,14 @@ checkpoint.save = save_and_wait
 """
 STICKS_WHILE_WRITING = RANK + """
 from hpcfl import storage
-sync = storage._sync
+sync = storage.sync
 
 def sync_or_stick(path):
     if "round-000003" in str(path):
         Path(f"writing-{rank}").touch()
         time.sleep(1000)
     sync(path)
-storage._sync = sync_or_stick
+storage.sync = sync_or_stick
 """
 RAISES_ON_RANK_1 = RANK + """
 from hpcfl.algorithms.standalone import Standalone

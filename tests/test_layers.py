@@ -11,11 +11,11 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 FILES = sorted((REPOSITORY / "hpcfl").rglob("*.py"))
 LAYERS = (                                                         # a file imports only from its own layer and from those above it here
     {"errors", "tree", "streams", "kinds", "job"},
-    {"comm", "statistics", "moments", "gaussian", "known"},
+    {"comm", "statistics", "storage", "moments", "gaussian", "known"},
     {"data", "models", "generators", "maps", "resize"},
     {"losses", "matching", "group", "optimizers", "engines", "fit", "synthesise", "evaluate", "latent"},
     {"algorithms"},
-    {"placement", "world", "federation", "simulation", "storage", "checkpoint", "ledger", "record", "recording", "console", "figures",
+    {"placement", "world", "federation", "simulation", "checkpoint", "ledger", "record", "recording", "console", "figures",
      "pictures", "page", "report", "inspect", "information", "launch", "bench", "bench_fedconv", "cli", "__main__"},
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}

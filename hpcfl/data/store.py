@@ -21,6 +21,7 @@ from hpcfl.data import archive, sources
 from hpcfl.data.embedded import EMBEDDED
 from hpcfl.data.sources import PUBLISHED, Labelled
 from hpcfl.errors import DataError
+from hpcfl.storage import sync
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)          # a file system without locks: two conversions then do the same work twice
 
@@ -166,10 +167,10 @@ def _install(target: Path, data: Labelled, source: str, licence: str) -> None:
     temporary = target.with_name(f".{target.stem}.{os.uname().nodename}-{os.getpid()}.part")
     try:
         archive.write(temporary, target.stem, data, source, licence)
-        _flush(temporary)
+        sync(temporary)
         archive.verify(temporary)
         os.replace(temporary, target)
-        _flush(target.parent)
+        sync(target.parent)
     except (OSError, RuntimeError) as error:                       # h5py reports a full disk as either
         raise _unwritable(error) from error
     finally:
@@ -179,14 +180,6 @@ def _install(target: Path, data: Labelled, source: str, licence: str) -> None:
 def _unwritable(error: Exception) -> DataError:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return DataError(f"the cache {folder()} cannot be written ({reason}); free space there, or name another folder: export HPCFL_DATA=FOLDER")
-
-
-def _flush(place: Path) -> None:
-    descriptor = os.open(place, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _stamp(target: Path) -> str:

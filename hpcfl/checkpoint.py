@@ -15,7 +15,7 @@ from hpcfl.job import differences
 from hpcfl.record import Record
 from hpcfl.world import World
 
-FORMAT = 1
+FORMAT = 2
 FREE_TO_DIFFER = ("checkpoint.every", "checkpoint.keep", "evaluation.batch", "run.name")   # settings that no result depends on
 
 
@@ -29,7 +29,7 @@ def save(folder: Path, world: World, state: State, record: Record, score: float 
     comm, target = world.comm, folder / "checkpoints" / f"round-{state.rows:06d}"
     written, failure = {}, None
     try:
-        clients = {f"{client:06d}": {**tree.row(group.state, position), "received": torch.tensor(state.received[client])}
+        clients = {f"{client:06d}": tree.row(group.state, position) | tree.join(received={name: torch.tensor(version) for name, version in state.received[client].items()})
                    for group in state.groups for position, client in enumerate(group.clients)}
         name = f"rank-{comm.rank:04d}.h5"
         written[name] = {"sha256": storage.write_trees(target / name, clients), "clients": list(world.mine)}
@@ -69,11 +69,12 @@ def load(folder: Path, world: World, may_differ: Sequence[str] = ()) -> State | 
     missing = set(world.mine) - trees.keys()
     if missing:
         raise CheckpointError(f"{checkpoint}: holds no state of client {min(missing)}")
-    received = {client: int(state.pop("received")) for client, state in trees.items()}
+    received = {client: {name: int(version) for name, version in tree.part(state, "received").items()} for client, state in trees.items()}
+    trees = {client: {path: leaf for path, leaf in state.items() if not path.startswith("received/")} for client, state in trees.items()}
     groups = [Group.of(architecture, {client: trees[client] for client in clients}).to(world.problem.device)
               for architecture, clients in world.architectures(world.mine, manifest["rows"] - 1).items()]
     server = _read(checkpoint / "server.h5", manifest["files"]["server.h5"]["sha256"])["server"] if comm.is_server else None
-    return State(server, tuple(groups), received, manifest["rows"], manifest["version"])
+    return State(server, tuple(groups), received, manifest["rows"], manifest["version"], manifest["versions"])
 
 
 def exists(folder: Path) -> bool:
@@ -84,7 +85,7 @@ def exists(folder: Path) -> bool:
 def _seal(folder: Path, target: Path, world: World, state: State, score: float | None, files: dict) -> str | None:
     try:
         storage.write_json(target / "manifest.json", {
-            "format": FORMAT, "hpcfl": hpcfl.__version__, "rows": state.rows, "version": state.version, "ranks": world.comm.size,
+            "format": FORMAT, "hpcfl": hpcfl.__version__, "rows": state.rows, "version": state.version, "versions": state.versions, "ranks": world.comm.size,
             "validation_accuracy": score, "data_sha256": world.corpus.sha256, "files": files, "job": world.job.tables()})
         storage.write_text(folder / "LATEST", f"{target.name}\n")
     except CheckpointError as error:

@@ -1,4 +1,4 @@
-"""The command line: run, report, inspect, information, data, bench."""
+"""The command line: run, report, inspect, information, audit, data, bench."""
 import argparse
 import json
 import sys
@@ -71,6 +71,13 @@ def _information(arguments: argparse.Namespace) -> int:
     from hpcfl import information
     found = information.analyse(arguments.run, arguments.images, arguments.output)
     print(json.dumps(found, indent=1) if arguments.json else information.render(found))
+    return 0
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    from hpcfl import audit
+    found = audit.analyse(arguments.run, arguments.client, arguments.samples, arguments.out)
+    print(json.dumps(found, indent=1) if arguments.json else audit.render(found))
     return 0
 
 
@@ -158,6 +165,14 @@ def _parser() -> argparse.ArgumentParser:
     information.add_argument("--output", choices=["logits", "features"], default="logits", help="what of the models is looked at")
     information.add_argument("--json", action="store_true")
     information.set_defaults(command=_speaking(_information))
+
+    audit = commands.add_parser("audit", help="what a run's models and generator give away of their training images, and how real its samples look")
+    audit.add_argument("run", type=Path, metavar="RUN", help="a run folder with a checkpoint, of any method")
+    audit.add_argument("--client", type=int, metavar="K", help="audit this client alone, against its own training images")
+    audit.add_argument("--samples", type=int, default=60, metavar="N", help="drawn of each class from the generator (default: 60)")
+    audit.add_argument("--out", type=Path, metavar="DIR", help="where audit.json and audit-pairs.png go (default: the run's folder figures)")
+    audit.add_argument("--json", action="store_true")
+    audit.set_defaults(command=_speaking(_audit))
 
     data = commands.add_parser("data", help="data sets: list, get, import").add_subparsers(required=True, metavar="ACTION")
     listing = data.add_parser("list", help="data sets that are there or can be had")

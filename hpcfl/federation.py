@@ -1,32 +1,39 @@
 """THE loop: phases of rounds of steps; arrows only downward, no rank in sight."""
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import add
 
-from hpcfl import tree
+from torch import Tensor
+
 from hpcfl.algorithms.base import Algorithm, Phase, Totals, Update
+from hpcfl.flops import counting
 from hpcfl.group import Group
 from hpcfl.ledger import Ledger
 from hpcfl.statistics import Statistics
 from hpcfl.tree import Tree
 from hpcfl.world import World
 
+Versions = dict[str, int]                                          # part -> version
+DERIVED = "*"                                                      # the part of leaves that are in no message as they are: as new as the newest
+
 
 @dataclass(frozen=True)
 class State:
     """All that a run is between two rounds: what a checkpoint holds.
 
-    `version` counts the changes of the server's state; `received` is the version that each of this rank's clients downloaded last, so that what a
-    device already has is not counted as traffic again.
+    `version` counts the changes of the server's state, `versions` has for each of its parts the one with which it came; `received` says of which versions
+    each of this rank's clients downloaded the parts, so that what a device already has is not counted as traffic again. A part is what comes before
+    the first slash of a path.
     """
 
     server: Tree | None                                            # on the server's rank only
     groups: tuple[Group, ...]                                      # this rank's clients, by architecture
-    received: dict[int, int]
+    received: dict[int, Versions]
     rows: int = 0                                                  # rounds finished, over all phases
     version: int = 0
+    versions: Versions = field(default_factory=dict)               # of parts that have changed since the beginning
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,7 @@ def schedule(world: World) -> list[Place]:
 
 def begin(world: World) -> State:
     """The state before the first round."""
-    return State(world.comm.at_server(world.found), tuple(world.join()), dict.fromkeys(world.mine, -1))
+    return State(world.comm.at_server(world.found), tuple(world.join()), {client: {} for client in world.mine})
 
 
 def rounds(exchange: "Exchange", state: State) -> Iterator[tuple[State, Place]]:
@@ -69,7 +76,34 @@ def regrouped(world: World, state: State, row: int) -> State:
     kept = {client: own for group in state.groups for client, own in group.states().items() if client in wanted.get(group.architecture, ())}
     begun = {client: own for group in world.join(row, [client for client in world.mine if client not in kept]) for client, own in group.states().items()}
     groups = tuple(Group.of(architecture, {client: (kept | begun)[client] for client in clients}) for architecture, clients in wanted.items())
-    return replace(state, groups=groups, received=state.received | dict.fromkeys(begun, -1))
+    return replace(state, groups=groups, received=state.received | {client: {} for client in begun})
+
+
+@dataclass(frozen=True)
+class Message:
+    """What a step published: its leaves, and the version of each of its parts."""
+
+    leaves: Tree
+    versions: Versions
+    version: int                                                   # of the server's state from which it was made
+
+    def downloaded(self, leaves: Iterable[Tensor]) -> dict[str, int]:
+        """Bytes of some of the leaves, as a client receives them, by part."""
+        owner, sizes = {id(leaf): part(path) for path, leaf in self.leaves.items()}, dict[str, int]()
+        for leaf in leaves:
+            name = owner.get(id(leaf), DERIVED)
+            sizes[name] = sizes.get(name, 0) + leaf.nbytes
+        return sizes
+
+
+def part(path: str) -> str:
+    """The part of a Tree that a path belongs to."""
+    return path.partition("/")[0]
+
+
+def changed(one: Tree, other: Tree) -> set[str]:
+    """The parts in which two Trees do not hold the very same tensors."""
+    return {part(path) for path in one.keys() | other.keys() if one.get(path) is not other.get(path)}
 
 
 @dataclass
@@ -82,7 +116,7 @@ class Exchange:
     world: World
     ledger: Ledger
     before_refine: Callable[[State, Place], None]
-    published: tuple[Algorithm, int, Tree] | None = field(default=None, init=False)
+    published: dict[Algorithm, Message] = field(default_factory=dict, init=False)
 
     def __call__(self, step: Algorithm, state: State, place: Place) -> State:
         cohort = self.world.cohort(place.phase, place.row)
@@ -113,23 +147,36 @@ class Exchange:
                 return getattr(step, shared)(items, site)
         with self.ledger("aggregate" if comm.is_server else "idle"):
             server = comm.at_server(verb, state.server, *what, site, help_with=help_with, waiting=lambda: self.ledger("idle"))
-        if not comm.agree(server is not state.server):             # a step that gives back what it got has nothing new to say
+        news = comm.share(changed(state.server, server) if comm.is_server else None)
+        if not news:                                               # a step that gives back what it got has nothing new to say
             return state
-        return replace(state, server=server, version=state.version + 1)
+        return replace(state, server=server, version=state.version + 1, versions=state.versions | dict.fromkeys(news, state.version + 1))
 
     def wait(self) -> None:
         """Wait for all ranks: what the slowest costs the others is booked as idle, not as the work that follows."""
         with self.ledger("idle"):
             self.world.comm.barrier()
 
-    def publish(self, step: Algorithm, state: State) -> Tree:
-        """What every client may read now; moved only when the server's state has changed since."""
-        if self.published is None or self.published[:2] != (step, state.version):
+    def publish(self, step: Algorithm, state: State) -> Message:
+        """What every client may read now; of what a step published before, only the parts are moved that have changed since."""
+        before = self.published.get(step)
+        if before is None or before.version != state.version:
             with self.ledger("publish"):
-                self.published = step, state.version, self.world.comm.from_server(step.publish, state.server)
-        return self.published[2]
+                self.published[step] = self.moved(step, state, before or Message({}, {}, -1))
+        return self.published[step]
 
-    def work(self, verb: Callable[..., Update], step: Algorithm, message: Tree, state: State, place: Place, cohort: tuple[int, ...],
+    def moved(self, step: Algorithm, state: State, before: Message) -> Message:
+        """The message of a step at every rank."""
+        comm = self.world.comm
+        whole = step.publish(state.server) if comm.is_server else {}
+        own = dict.fromkeys(map(part, state.server), 0) | state.versions if comm.is_server else {}
+        versions = comm.share({part(path): own.get(part(path), state.version) for path in whole})        # a part that is not the server's own is derived
+        news = {name for name, version in versions.items() if before.versions.get(name) != version}
+        moved = comm.from_server(lambda: {path: leaf for path, leaf in whole.items() if part(path) in news})
+        kept = {path: leaf for path, leaf in before.leaves.items() if part(path) in versions.keys() - news}
+        return Message(whole or kept | moved, versions, state.version)
+
+    def work(self, verb: Callable[..., Update], step: Algorithm, message: Message, state: State, place: Place, cohort: tuple[int, ...],
              name: str) -> tuple[State, Statistics]:
         """This rank's share of the cohort under one verb, group by group; what goes down and up is counted per client."""
         world, groups, received, statistics = self.world, list(state.groups), dict(state.received), []
@@ -138,16 +185,22 @@ class Exchange:
             if not present:
                 continue
             group = whole.select(present)
-            download = step.receive(message, group.architecture)
-            for client in group.clients if download else ():       # an empty message tells nothing of this version
-                if received[client] != state.version:
-                    self.ledger.downloaded(client, tree.nbytes(download))
-                received[client] = state.version
-            site, start = world.client_site(group, place.phase, place.round), time.perf_counter()
-            with self.ledger(name):
-                update = verb(group, download, site)
-            seconds = (time.perf_counter() - start) * site.sizes(group) / site.sizes(group).sum()      # a client's part of its group's, by images
-            self.ledger.measured(name, group.clients, {**update.metrics, "seconds": seconds})
+            download = step.receive(message.leaves, group.architecture)
+            sizes = message.downloaded(download.values())
+            versions = {name: message.versions.get(name, message.version) for name in sizes}
+            for client in group.clients:
+                known = received[client]
+                self.ledger.downloaded(client, sum(sizes[name] for name in sizes if known.get(name) != versions[name]))
+                received[client] = known | versions
+            site = world.client_site(group, place.phase, place.round)
+            with counting(world.job.evaluation.flops and place.round == 0) as counter:
+                start = time.perf_counter()
+                with self.ledger(name):
+                    update = verb(group, download, site)
+                costs = {"seconds": time.perf_counter() - start} | ({"flops": counter.flops} if counter else {})
+            share = site.sizes(group) / site.sizes(group).sum()    # a client's part of its group's, by images
+            self.ledger.measured(name, group.clients, update.metrics)
+            self.ledger.spent(name, group.clients, {cost: spent * share for cost, spent in costs.items()})
             statistics.append(update.statistics)
             groups[position] = whole.updated(update.group)
         total = reduce(add, statistics, Statistics())

@@ -91,7 +91,7 @@ class Group:
     def updated(self, other: Group) -> Group:
         """This Group with the rows of `other`, a Group of some of its clients, written in; nothing else changes.
 
-        Optimiser state that only `other` has begins at zero for the rest, which is where it begins anyway.
+        Optimiser state that only one of both has is zero for the clients that have none, which is where it begins anyway: it goes when nobody has it.
         Raises: LayoutError where `other` has another architecture, foreign clients, or lacks or adds a path outside the optimiser state.
         """
         if other.architecture != self.architecture or not set(other.clients) <= set(self.clients):
@@ -100,12 +100,14 @@ class Group:
             if not path.startswith(f"{OPTIMIZER}/"):
                 raise LayoutError(f"group {self.architecture}: '{path}' is in only one of the Groups of clients {self.clients} and {other.clients}")
         if other.clients == self.clients:
-            return replace(self, state={**self.state, **other.state})
+            return other
         rows = torch.tensor([self.clients.index(client) for client in other.clients])
         state = dict(self.state)
         for path, leaf in other.state.items():
             old = state[path].to(leaf.device) if path in state else leaf.new_zeros(len(self.clients), *leaf.shape[1:])
             state[path] = old.index_copy(0, rows.to(leaf.device), leaf)
+        for path in self.state.keys() - other.state.keys():
+            state[path] = state[path].index_fill(0, rows.to(state[path].device), 0)
         return replace(self, state=state)
 
 

@@ -8,15 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hpcfl import checkpoint, evaluate, launch, tree
-from hpcfl.algorithms import CONFIGS
+from hpcfl import evaluate, launch, tree
 from hpcfl.algorithms.base import Problem
-from hpcfl.comm import Alone, Communicator
 from hpcfl.data.shards import Shard
-from hpcfl.errors import CheckpointError, JobError, NonFiniteError
+from hpcfl.errors import JobError, NonFiniteError
 from hpcfl.federation import Exchange, State, schedule
 from hpcfl.inspect import printable
-from hpcfl.job import load
 from hpcfl.ledger import Ledger
 from hpcfl.report import aligned
 from hpcfl.resize import slices
@@ -164,22 +161,16 @@ def analyse(run: str | Path, images: int = 2000, output: str = "logits") -> dict
     The models are those that the next round would begin with, see `opened`; the run itself is left as it is.
     {run, rounds, images, output, label_bits: H(Y), ceiling_bits, models: rows of `compare`}, with nothing in it that JSON cannot carry. Memory grows with the
     square of the images: 2000 take some 300 MB.
-    Raises: CheckpointError where there is no checkpoint or a damaged one; JobError as `contenders` and `compare`.
+    Raises: as `launch.revisit`; JobError as `contenders` and `compare`.
     """
-    folder = Path(run)
     if images < 1:
         raise JobError(f"information: got {images} images, wanted at least 1, and some {100 * NEIGHBOURS} for figures that mean something")
-    if not (folder / "job.toml").is_file():
-        raise JobError(f"{folder}: has no job.toml; wanted the folder of a run")
-    world = World(load(folder / "job.toml", CONFIGS), Communicator(Alone()), launch.choose_device("auto", 0))
-    state = checkpoint.load(folder, world)
-    if state is None:
-        raise CheckpointError(f"{folder}: has no checkpoint yet; run the job for at least checkpoint.every rounds")
+    world, state = launch.revisit(run)
     problem, test = world.problem, world.test
     chosen = torch.from_numpy(problem.stream("information").numpy().permutation(len(test))[:images]).to(test.labels.device)
     shard = Shard(test.images[chosen], test.labels[chosen], test.scale)
     models = contenders(tree.to(opened(world, state).server, problem.device), problem)
-    return {"run": str(folder), "rounds": state.rows, "images": len(shard), "output": output, "label_bits": entropy(shard.labels),
+    return {"run": str(Path(run)), "rounds": state.rows, "images": len(shard), "output": output, "label_bits": entropy(shard.labels),
             "ceiling_bits": ceiling(len(shard)), "models": compare(models, problem.structure, shard, output)}
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hpcfl.errors import JobError
-from hpcfl.kinds import choice, flag, integer, integers, real, reals, text, words
+from hpcfl.kinds import choice, flag, integer, integers, real, reals, selection, text, words
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class Data:
 
 @dataclass(frozen=True)
 class Models:
-    names: tuple[str, ...] = words("cnn1")                         # client k has entry k mod m
+    names: tuple[str, ...] = words("cnn1")                         # which entry a client has: see assignment
+    assignment: str = choice("cyclic", "blocks")                   # client k has entry k mod m; or equally many clients in a row have each, the last the rest
     sizes: tuple[int, ...] = integers(0)                           # size class e of client k mod m: hidden widths times shrinkage^e
     shrinkage: float = real(0.75, 0.0, 1.0, above=True)
     size_schedule: str = choice("fixed", "rotate", "random")       # whether size classes (or budgets) move on by a client, or are drawn, each round
@@ -63,6 +64,8 @@ class Federation:
 class Training:
     epochs: int = integer(1, 1)                                    # local epochs per round
     batch: int = integer(32, 1)
+    augment: tuple[str, ...] = selection("crop_flip", "augmix", "autoaugment", last=("mixup", "cutmix"))        # of real images, in this order
+    mix_alpha: float = real(1.0, 0.0, above=True)                  # mixup, cutmix: the share of each image is drawn from Beta(alpha, alpha)
     optimizer: str = choice("sgd", "adam")
     lr: float = real(0.05, 0.0, above=True)
     momentum: float = real(0.0, 0.0, 1.0)                          # sgd
@@ -77,6 +80,7 @@ class Evaluation:
     every: int = integer(1, 1)                                     # rounds; the last round of a phase is always evaluated
     personal: bool = flag(True)
     batch: int = integer(250, 1)                                   # images per forward pass; the results do not depend on it
+    flops: bool = flag(False)                                      # count the clients' operations in the first round of each phase: up to 2.5 times as long
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,14 @@
 """Kinds of settings: a dataclass field that knows what a job file may put there, and says so when it may not."""
+import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from hpcfl.errors import JobError
+
+
+class Hint(ValueError):
+    """A refusal that has something to add to what is allowed."""
 
 
 @dataclass(frozen=True)
@@ -20,8 +25,9 @@ class Kind:
         """
         try:
             return self.parse(value)
-        except (ValueError, TypeError):
-            raise JobError(f"{key} = {value!r} is not allowed; wanted {self.allowed}") from None
+        except (ValueError, TypeError) as error:
+            hint = f"; {error}" if isinstance(error, Hint) else ""
+            raise JobError(f"{key} = {value!r} is not allowed; wanted {self.allowed}{hint}") from None
 
 
 def _setting(default: Any, allowed: str, parse: Callable[[Any], Any]) -> Any:
@@ -85,6 +91,24 @@ def words(*default: str) -> Any:
             raise ValueError
         return tuple(value)
     return _setting(tuple(default), "a list of at least one name", parse)
+
+
+def selection(*options: str, last: tuple[str, ...] = ()) -> Any:
+    """A list of some of a few words, each once, with at most one of those in `last`, at the end; empty by default."""
+    known = (*options, *last)
+
+    def parse(value: Any) -> tuple[str, ...]:
+        if not isinstance(value, (list, tuple)) or not all(isinstance(word, str) for word in value):
+            raise ValueError
+        for word in value:
+            if word not in known:
+                close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+                raise Hint(f"'{word}' is none of them" + (f", did you mean '{close[0]}'?" if close else ""))
+        if len(set(value)) < len(value) or any(word in last for word in value[:-1]):
+            raise ValueError
+        return tuple(value)
+    quoted, final = (", ".join(repr(word) for word in words) for words in (known, last))
+    return _setting((), f"a list of some of {quoted}, each once" + (f", and of {final} at most one, at the end" if last else ""), parse)
 
 
 def integers(*default: int, low: int = 0) -> Any:

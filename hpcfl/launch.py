@@ -17,11 +17,13 @@ import torch
 
 import hpcfl
 from hpcfl import checkpoint, storage
-from hpcfl.comm import Communicator
+from hpcfl.algorithms import CONFIGS
+from hpcfl.comm import Alone, Communicator
 from hpcfl.console import Console, keep_log
 from hpcfl.data.store import NO_LOCKS
-from hpcfl.errors import EnvironmentFault, HpcflError, JobError, Stopped
-from hpcfl.job import Job
+from hpcfl.errors import CheckpointError, EnvironmentFault, HpcflError, JobError, Stopped
+from hpcfl.federation import State
+from hpcfl.job import Job, load
 from hpcfl.simulation import Simulation
 from hpcfl.world import World, resolved
 
@@ -69,6 +71,21 @@ def run(job: Job, comm: Communicator, out: Path | None, resume: str, may_differ:
         if comm.is_server:
             _write_status(folder, "done")
     return folder
+
+
+def revisit(run: str | Path) -> tuple[World, State]:
+    """The world of a run folder and its state at the last checkpoint, in one process; the run itself is left as it is.
+
+    Raises: JobError where the folder is no run; CheckpointError where there is no checkpoint or a damaged one.
+    """
+    folder = Path(run)
+    if not (folder / "job.toml").is_file():
+        raise JobError(f"{folder}: has no job.toml; wanted the folder of a run")
+    world = World(load(folder / "job.toml", CONFIGS), Communicator(Alone()), choose_device("auto", 0))
+    state = checkpoint.load(folder, world)
+    if state is None:
+        raise CheckpointError(f"{folder}: has no checkpoint yet; run the job for at least checkpoint.every rounds")
+    return world, state
 
 
 def guarded(body: Callable[[], int], comm: Communicator) -> int:

@@ -65,8 +65,13 @@ class Ledger:
     def measured(self, verb: str, clients: Sequence[int], metrics: Mapping[str, Tensor]) -> None:
         """Book one number per client for each metric; those of other verbs are kept apart from those of train by their prefix."""
         for name, values in metrics.items():
-            name = name if verb == "train" else f"{verb}_{name}"
-            self._metrics[name].update(zip(clients, values.tolist(), strict=True))
+            self._metrics[_named(verb, name)].update(zip(clients, values.tolist(), strict=True))
+
+    def spent(self, verb: str, clients: Sequence[int], costs: Mapping[str, Tensor]) -> None:
+        """Book one cost per client under each name, as `measured`; those of all steps of a round under one verb add up."""
+        for name, values in costs.items():
+            booked = self._metrics[_named(verb, name)]
+            booked.update((client, booked.get(client, 0.0) + value) for client, value in zip(clients, values.tolist(), strict=True))
 
     def note(self, name: str, value: float) -> None:
         """Book one number of the round that belongs to no client."""
@@ -78,3 +83,7 @@ class Ledger:
                    "metrics": {name: dict(values) for name, values in self._metrics.items()}, "notes": self._notes}
         self._clear()
         return account
+
+
+def _named(verb: str, name: str) -> str:
+    return name if verb == "train" else f"{verb}_{name}"

@@ -9,17 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.ticker import EngFormatter
 
 from hpcfl import figures, pictures
 from hpcfl.inspect import byte_text
 from hpcfl.job import differences
 from hpcfl.pictures import NOTHING, Picture, counted, number_text, seconds_text
 from hpcfl.recording import Recording
-from hpcfl.report import same_but_seed, summary
+from hpcfl.report import WAYS, same_but_seed, summary
 
 EXPLANATION = ("Accuracies in percent. Generalization: each client on the whole test set, the mean over clients and below it the lowest and the "
                "highest client. Global: the federation's own models on the whole test set. Personal: each client on held-out samples of its own "
-               "distribution. Absent classes: only test samples of classes that the client has no training sample of.")
+               "distribution. Absent classes: only test samples of classes that the client has no training sample of. Over architectures: the mean over "
+               "architectures of the mean accuracy of their clients on the whole test set, and below it the same with each architecture at the "
+               "evaluation that the validation parts of its clients select.")
 STYLE = """
 :root { color-scheme: light dark; --surface: #fff; --page: #f4f6f8; --ink: #1c2430; --muted: #5b6675; --line: #dfe4ea; }
 @media (prefers-color-scheme: dark) {
@@ -71,11 +74,19 @@ def write(recordings: Sequence[Recording], out: Path) -> Path:
     for index, recording in enumerate(recordings):
         title, found = titles[recording.folder], facts[recording.folder]
         prefix = f"{index + 1:02d}-{_slug(title)}-" if several else ""
-        sizes = [(entry,) for entry in found["by_architecture"]]
-        body += [_headline(recording, found, title, index), _table("Architectures: time and bytes per client and round", ARCHITECTURE_COLUMNS, sizes)
-                 if sizes else "", _gallery(pictures.of_run(recording, prefix), out / "figures"), *_folded(recording, found)]
+        body += [_headline(recording, found, title, index), *_architectures(found), _gallery(pictures.of_run(recording, prefix), out / "figures"),
+                 *_folded(recording, found)]
     page = FRAME.format(title=escape("hpcfl report: " + ", ".join(groups)), style=STYLE, body="\n".join(body))
-    return _keep(out / "report.html", page.encode())
+    return keep(out / "report.html", page.encode())
+
+
+def keep(path: Path, content: bytes) -> Path:
+    """Replace a file whole; returns its path. Raises: OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.part")
+    unfinished.write_bytes(content)
+    os.replace(unfinished, path)
+    return path
 
 
 def _labelled(recordings: Sequence[Recording]) -> dict[str, list[Recording]]:
@@ -97,6 +108,24 @@ def _name_and_settings(group: Sequence[Recording], keys: Sequence[str]) -> str:
     values = ((key.split("."), group[0].job) for key in keys)
     settings = ", ".join(f"{name} {job[section][name]}" for (section, name), job in values if name in job.get(section, {}))
     return f"{_name(group)} ({settings[:60]})" if settings else _name(group)
+
+
+def _architectures(found: dict[str, Any]) -> list[str]:
+    over = found["accuracy"]["over_architectures"] or {"per_architecture": {}}
+    accuracies = [*over["per_architecture"].items(), ("mean", over)] if over["per_architecture"] else []
+    flops = [(phase, name, counted) for phase, entries in found["flops"].items() for name, counted in entries.items()]
+    tables = (("Architectures: size, time and bytes per client and round", ARCHITECTURE_COLUMNS, [(entry,) for entry in found["by_architecture"]]),
+              ("Architectures: mean accuracy of their clients, three ways", ACCURACY_COLUMNS, accuracies),
+              ("Architectures: floating-point operations per client and round, two for each multiply-add", FLOPS_COLUMNS, flops))
+    return [_table(*described, rows) for *described, rows in tables if rows]
+
+
+def _over(found: dict[str, Any]) -> dict[str, float | None]:
+    return found["accuracy"]["over_architectures"] or dict.fromkeys(WAYS)
+
+
+def _flops(count: float | None) -> str:
+    return NOTHING if count is None else EngFormatter("FLOP", 2)(count)
 
 
 def _duration(seconds: float | None) -> str:
@@ -129,6 +158,7 @@ RUN_COLUMNS: dict[str, Callable[[dict[str, Any], str], str]] = {
     "Global (%)": lambda found, _: _spread(found["accuracy"].get("global")),
     "Personal (%)": lambda found, _: _spread(found["accuracy"]["personal"]),
     "Absent classes (%)": lambda found, _: _spread(found["accuracy"]["absent_classes"]),
+    "Over architectures (%)": lambda found, _: f"{number_text(_over(found)['final'])}<small>selected {number_text(_over(found)['selected'])}</small>",
     "Bytes per client": lambda found, _: f"{_per_client(found, 'up')} up<small>{_per_client(found, 'down')} down</small>",
     "Time": lambda found, _: seconds_text(found["wall_s"])}
 SEED_COLUMNS: dict[str, Callable[[list[dict[str, Any]], str], str]] = {
@@ -139,6 +169,8 @@ SEED_COLUMNS: dict[str, Callable[[list[dict[str, Any]], str], str]] = {
     "Lowest client (%)": lambda group, _: _mean_sd([found["accuracy"]["generalization"]["min"] for found in group]),
     "Personal (%)": lambda group, _: _mean_sd([found["accuracy"]["personal"]["mean"] for found in group]),
     "Absent classes (%)": lambda group, _: _mean_sd([found["accuracy"]["absent_classes"]["mean"] for found in group]),
+    **{f"Over architectures: {told.lower()} (%)": partial(lambda way, group, _: _mean_sd([_over(found)[way] for found in group]), way)
+       for way, told in WAYS.items()},
     "Time (s)": lambda group, _: _mean_sd([found["wall_s"] for found in group])}
 TARGET_COLUMNS: dict[str, Callable[[str, dict[str, int]], str]] = {
     "Mean generalization of at least (%)": lambda target, _: target,
@@ -149,6 +181,7 @@ ARCHITECTURE_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "Architecture": lambda entry: escape(entry["architecture"]),
     "Clients": lambda entry: str(entry["clients"]),
     "Parameters": lambda entry: NOTHING if entry["parameters"] is None else f"{entry['parameters']:,}",
+    "Forward pass of an image": lambda entry: _flops(entry["forward_flops"]),
     "Memory to train": lambda entry: NOTHING if entry["memory_bytes"] is None else byte_text(entry["memory_bytes"]),
     "Training": lambda entry: _duration(entry["train_s"]),
     "Refining": lambda entry: _duration(entry["refine_s"]),
@@ -156,6 +189,15 @@ ARCHITECTURE_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "Simulated down": lambda entry: byte_text(entry["simulated_down_bytes"]),
     "Generalization (%)": lambda entry: number_text(entry["generalization"]),
     "Personal (%)": lambda entry: number_text(entry["personal"])}
+ACCURACY_COLUMNS: dict[str, Callable[[str, dict[str, Any]], str]] = {
+    "Architecture": lambda name, _: escape(name),
+    **{f"{told} (%)": partial(lambda way, _, entry: number_text(entry[way]), way) for way, told in WAYS.items()},
+    "Rounds until the selected": lambda _, entry: str(entry.get("selected_rounds") or NOTHING)}
+FLOPS_COLUMNS: dict[str, Callable[[str, str, dict[str, float | None]], str]] = {
+    "Phase": lambda phase, *_: escape(phase),
+    "Architecture": lambda _, name, __: escape(name),
+    "Training": lambda _, __, counted: _flops(counted["training_flops_per_round"]),
+    "Refining": lambda _, __, counted: _flops(counted["refining_flops_per_round"])}
 WORDS = ("Algorithm", "Status", "Seeds", "Architecture")
 
 
@@ -188,10 +230,12 @@ def _clients(recording: Recording, found: dict[str, Any]) -> str:
     counts, accuracy = recording.arrays.get("partition/train"), found["accuracy"]
     described = recording.part("clients")
     columns = {"Client": lambda client: str(client)}
-    memory = described.pop("memory_bytes", None)
+    memory, forward = described.pop("memory_bytes", None), described.pop("forward_flops", None)
     columns |= {name.capitalize(): partial(lambda values, client: escape(str(values[client])), values) for name, values in sorted(described.items())}
     if memory is not None:
         columns["Memory to train"] = lambda client: byte_text(memory[client])
+    if forward is not None:
+        columns["Forward pass of an image"] = lambda client: _flops(forward[client])
     if counts is not None:
         columns["Training samples"] = lambda client: str(counts[client].sum())
         columns["Absent classes"] = lambda client: str((counts[client] == 0).sum())
@@ -221,19 +265,11 @@ def _gallery(pictures: Iterable[Picture], folder: Path) -> str:
 
 def _figure(picture: Picture, folder: Path) -> str:
     light, dark = figures.png(picture.draw, figures.LIGHT), figures.png(picture.draw, figures.DARK)
-    _keep(folder / f"{picture.name}.png", light)
+    keep(folder / f"{picture.name}.png", light)
     width, height = (int.from_bytes(light[start:start + 4], "big") for start in (16, 20))              # of the PNG header: no jump while loading
     sources = [f"data:image/png;base64,{base64.b64encode(image).decode()}" for image in (light, dark)]
     return f'<figure><figcaption>{escape(picture.title)}</figcaption><picture><source media="(prefers-color-scheme: dark)" srcset="{sources[1]}">' \
            f'<img src="{sources[0]}" width={width} height={height} alt="{escape(picture.alt)}"></picture></figure>'
-
-
-def _keep(path: Path, content: bytes) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.part")
-    unfinished.write_bytes(content)
-    os.replace(unfinished, path)
-    return path
 
 
 def _mean_sd(values: Sequence[float | None]) -> str:

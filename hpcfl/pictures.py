@@ -13,7 +13,8 @@ NOTHING = "–"
 CLASSES_PICTURED = 20                                              # rows of the grid of synthetic images
 IMAGES_PICTURED = 4                                                # of a class and client
 CLIENTS_PICTURED = 3
-DILATION = "aggregate_dilation_accuracy"                           # measured at the server for each client: not a figure of training
+DILATION = "aggregate_dilation_accuracy"                           # measured at the server for each client
+NOT_TRAINING = (DILATION, "flops", "refine_flops")                 # metrics of clients that are no curves of their training
 PHASES = ("train", "refine", "aggregate", "combine", "publish", "evaluate", "checkpoint")              # stacked in this order, waiting last
 
 
@@ -116,7 +117,7 @@ def _recall(recording: Recording) -> Picture | None:
 
 
 def _losses(recording: Recording) -> Picture | None:
-    series = {name: values for name, values in recording.part("train").items() if name != DILATION and np.isfinite(values).any()}
+    series = {name: values for name, values in recording.part("train").items() if name not in NOT_TRAINING and np.isfinite(values).any()}
     ordered = {name: series[name] for name in sorted(series, key=lambda name: (name != "loss", name))}
     ends = [(name, mean_of(values[np.isfinite(values).any(1)], 1)) for name, values in ordered.items()]
     told = "; ".join(f"{name} from {number_text(mean[0], 3)} to {number_text(mean[-1], 3)}" for name, mean in ends)

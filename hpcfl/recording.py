@@ -76,6 +76,11 @@ class Recording:
         correct, count = self._counted(kind, evaluations)
         return percent(correct.sum(-1), count.sum(-1))
 
+    def pooled_accuracy(self, kind: str, evaluations: Sequence[int], clients: Sequence[int]) -> np.ndarray:
+        """Accuracy in percent over the samples of some clients taken together, (len(evaluations),); `kind` as in `accuracy`."""
+        correct, count = (part[:, clients].sum((1, 2)) for part in self._counted(kind, evaluations))
+        return percent(correct, count)
+
     def global_accuracy(self, evaluation: int | None) -> dict[str, float]:
         """Accuracy in percent over the official test set of each of the federation's own models that was evaluated then, by name."""
         correct, names = self.arrays.get("evaluation/global_correct"), self.arrays.get("evaluation/global_names", ())

@@ -13,6 +13,9 @@ from hpcfl.recording import Recording, mean_of, read
 TARGETS = (10, 20, 30, 40, 50, 60, 70, 80, 90)                     # percent; `bytes.until_accuracy` says what each cost
 TABLE = ("run", "algorithm", "status", "seed", "rounds", "before fine-tuning", "generalization", "global", "personal", "absent classes",
          "up/client", "down/client", "seconds")
+WAYS = {                                                           # of reading one accuracy for each architecture out of a run, and what people read
+    "final": "Final", "selected": "Selected by validation", "best_on_test": "Best on test, as published; selects by test data"}
+FLOPS = {"training": "flops", "refining": "refine_flops"}          # of which metric a client's operations are
 WORDS = 3                                                          # columns of words, aligned on the left
 
 
@@ -20,12 +23,14 @@ def summary(run: str | Path | Recording, targets: Sequence[float] = TARGETS) -> 
     """A run in figures that JSON can carry: accuracies in percent, bytes, seconds; None for what was not measured.
 
     `accuracy.*` hold {mean, min, max, sd, per_client} of the last evaluation, sd over clients (population); `accuracy.global`, where the
-    federation has models of its own, {mean, min, max, per_model} over these. `seconds` sums, over rounds, the
-    slowest rank of each phase; waiting, which is no phase, is in `seconds_by_rank` and as `idle_share` of ranks x wall time.
+    federation has models of its own, {mean, min, max, per_model} over these; `accuracy.over_architectures` is as of the function of that name.
+    `seconds` sums, over rounds, the slowest rank of each phase; waiting, which is no phase, is in `seconds_by_rank` and as `idle_share` of ranks x
+    wall time.
     `bytes.until_accuracy` has the cumulative bytes at the first evaluation whose mean generalization accuracy reaches each target.
     `by_architecture` is a list, empty where clients change architecture between rounds: seconds are means over clients and the rounds in which they
-    worked, simulated bytes over clients and finished rounds, accuracies over clients. `server` has the last value of each number that the server
-    measured itself, but for the shares of negative weights.
+    worked, simulated bytes over clients and finished rounds, accuracies over clients, forward_flops of one image. `flops` has {phase: {architecture:
+    floating-point operations of one client in a round}}, means over the clients that took part in the phase's first round, where it was counted
+    (evaluation.flops). `server` has the last value of each number that the server measured itself, but for the shares of negative weights.
 
     Raises: as `read`.
     """
@@ -34,7 +39,8 @@ def summary(run: str | Path | Recording, targets: Sequence[float] = TARGETS) -> 
     return {"run": str(recording.folder), "name": recording.name, "algorithm": recording.algorithm, "seed": recording.seed, "data": data,
             "status": recording.status, "rounds": recording.rounds, "ranks": recording.ranks, "clients": recording.clients,
             "classes": recording.classes, "accuracy": _accuracy(recording), "bytes": _bytes(recording, targets), **_seconds(recording),
-            "by_architecture": _by_architecture(recording), "server": {name: _last(values) for name, values in recording.notes().items()}}
+            "by_architecture": _by_architecture(recording), "flops": _flops(recording),
+            "server": {name: _last(values) for name, values in recording.notes().items()}}
 
 
 def table(runs: Sequence[str | Path]) -> str:
@@ -97,11 +103,43 @@ def _accuracy(recording: Recording) -> dict[str, Any]:
     if models := recording.global_accuracy(end):
         over = spread(np.array(list(models.values())))
         found["global"] = {**{key: over[key] for key in ("mean", "min", "max")}, "per_model": models}
+    found["over_architectures"] = over_architectures(recording)
     if before is not None:
         found["before_finetune"] = spread(recording.accuracy("generalization", [before])[0])
         found["absent_classes"]["before_finetune"] = spread(recording.absent_accuracy(before))
         found["recall_before_finetune"] = _plain(mean_of(recording.recall(before), 0))
     return {"unit": "percent", "rounds": None if end is None else int(recording.arrays["evaluation/at"][end]) + 1, **found}
+
+
+def over_architectures(recording: Recording) -> dict[str, Any] | None:
+    """Mean over architectures m of acc_m, the mean accuracy in percent of m's clients on the official test set, read in three ways (WAYS).
+
+    `final`: every acc_m at the last evaluation. `selected`: at the evaluation at which m's clients, taken together, got most of their validation parts
+    right, the earliest of equals; None where there is no such part. `best_on_test`: the largest acc_m of all evaluations, as GeFL publishes it
+    (specification, section 7): test data select it. Evaluations at the end of a round count, those of all phases.
+
+    {each way: mean over m, per_architecture: {m: {each way: acc_m, selected_rounds: rounds finished by then}}}; None where nothing was evaluated or
+    clients change architecture between rounds.
+    """
+    end, members = recording.stage("end"), recording.by_architecture()
+    if not len(end) or not members:
+        return None
+    rounds, right, found = recording.arrays["evaluation/at"][end] + 1, recording.accuracy("generalization", end), {}
+    for name, clients in members.items():
+        test, validation = mean_of(right[:, clients], 1), recording.pooled_accuracy("validation", end, clients)          # (E,) both
+        chosen = int(np.nanargmax(validation)) if np.isfinite(validation).any() else None
+        found[name] = {"final": _number(test[-1]), "selected": None if chosen is None else _number(test[chosen]),
+                       "best_on_test": _number(np.fmax.reduce(test)), "selected_rounds": None if chosen is None else int(rounds[chosen])}
+    columns = {key: [entry[key] for entry in found.values()] for key in WAYS}
+    return {**{key: None if None in column else float(np.mean(column)) for key, column in columns.items()}, "per_architecture": found}
+
+
+def _flops(recording: Recording) -> dict[str, dict[str, dict[str, float | None]]]:
+    nothing, members = np.full((recording.rounds, recording.clients), np.nan), recording.by_architecture()
+    counted = {f"{verb}_flops_per_round": recording.arrays.get(f"train/{name}", nothing) for verb, name in FLOPS.items()}
+    rows = np.flatnonzero(np.isfinite(list(counted.values())).any((0, 2))) if members else ()
+    return {str(recording.arrays["rounds/phase"][row]): {name: {key: _number(mean_of(values[row, clients], 0)) for key, values in counted.items()}
+                                                         for name, clients in members.items()} for row in rows}
 
 
 def _bytes(recording: Recording, targets: Sequence[float]) -> dict[str, Any]:
@@ -138,15 +176,19 @@ def _by_architecture(recording: Recording) -> list[dict[str, Any]]:
                   for kind in ("generalization", "personal")}
     for name, members in recording.by_architecture().items():
         described = {key: int(recording.arrays[f"clients/{key}"][members[0]]) if f"clients/{key}" in recording.arrays else None
-                     for key in ("parameters", "memory_bytes")}
+                     for key in ("parameters", "memory_bytes", "forward_flops")}
         seconds = {key: recording.arrays.get(f"train/{metric}", nothing)[:, members].ravel()
                    for key, metric in (("train_s", "seconds"), ("refine_s", "refine_seconds"))}
         sent = {f"{key}_bytes": recording.per_client(key)[members] / max(1, recording.rounds) for key in ("simulated_up", "simulated_down")}
         right = {kind: values[members] for kind, values in accuracies.items()}
         means = {key: mean_of(values, 0) for key, values in (seconds | sent | right).items()}
         rows.append({"architecture": name, "clients": len(members), **described,
-                     **{key: float(value) if np.isfinite(value) else None for key, value in means.items()}})
+                     **{key: _number(value) for key, value in means.items()}})
     return rows
+
+
+def _number(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
 
 
 def _last(values: np.ndarray) -> float:

@@ -32,7 +32,7 @@ class Simulation:
         self.record = Record(_attributes(world), _fixed(world) if self.comm.is_server else {}, world.clients, world.comm.size)
         self.score: float | None = None
         self.lines: dict[str, float] = {}
-        self.answered: list[tuple[weakref.ref[Group], Answers]] = []
+        self.answered: dict[str, tuple[tuple[weakref.ref[torch.Tensor], ...], Answers]] = {}
         self.sent_bytes = 0
 
     def run(self, state: State | None) -> None:
@@ -89,8 +89,8 @@ class Simulation:
         `global_share`: those of the federation's own models, name -> (C,), over this rank's share of the official test set.
         """
         with self.ledger("evaluate"):
-            self.answered = [(weakref.ref(group), self._right_answers(group)) for group in state.groups]
-            mine = {client: row for _, answers in self.answered for client, row in answers.items()}
+            self.answered = {group.architecture: (tuple(map(weakref.ref, group.part("model").values())), self._right_answers(group)) for group in state.groups}
+            mine = {client: row for _, answers in self.answered.values() for client, row in answers.items()}
         with self.ledger("idle"):
             counts = self.comm.gather((mine, global_share))
         if not self.comm.is_server:
@@ -117,7 +117,7 @@ class Simulation:
         """
         world, batch = self.world, self.world.job.evaluation.batch
         step = next((step for step in reversed(place.phase.steps) if step.overrides("global_models")), None)
-        models = step.global_models(self.exchange.publish(step, state)) if step else {}
+        models = step.global_models(self.exchange.publish(step, state).leaves) if step else {}
         found = {}
         with self.ledger("evaluate"):
             for name, (architecture, model) in models.items():
@@ -129,11 +129,12 @@ class Simulation:
         return found
 
     def _right_answers(self, group: Group) -> Answers:
-        """Those of a group's clients; a group that is still what it was at the last evaluation gives the same again."""
+        """Those of a group's clients; a group whose models are still those of the last evaluation gives the same again."""
         world, settings = self.world, self.world.job.evaluation
-        answers = next((known for known_group, known in self.answered if known_group() is group), {})
-        if answers:
+        models, answers = self.answered.get(group.architecture, ((), {}))
+        if len(models) and all(before() is leaf for before, leaf in zip(models, group.part("model").values(), strict=True)):
             return answers
+        answers = {}
         for client in group.clients:
             predict = model_of(group, world.modules[group.architecture], client)
             shards = {"generalization": world.test, "validation": world.holdings[client].validation}
@@ -158,16 +159,19 @@ class Simulation:
         message = self.comm.from_server(step.publish, state.server)
         shown = [group.select([client]) for group in state.groups for client in group.clients if client < SAMPLED_CLIENTS]
         for group in shown:
-            site = self.world.client_site(group, place.phase, place.round)
-            sample = step.draw(group, step.receive(message, group.architecture), site, SAMPLES_PER_CLASS)
+            site, own = self.world.client_site(group, place.phase, place.round), step.receive(message, group.architecture)
+            sample = step.draw(group, own, site, SAMPLES_PER_CLASS)
             if sample is not None:
-                drawn[group.clients[0]] = _bytes(sample[0]), sample[1].cpu().numpy()
+                real = torch.stack([step.seen(group, own, site, images) for images in _real(self.world)])
+                brightest = max(1.0, float(real.max()))            # maps of an extractor, which people see as images too, have no upper bound
+                drawn[group.clients[0]] = {"synthetic": _bytes(sample[0] / brightest), "has": sample[1].cpu().numpy(), "real": _bytes(real / brightest)}
         gathered = self.comm.gather(drawn)
         if self.comm.is_server:
             samples = {client: part[client] for part in gathered for client in part}
-            samples = {client: samples[client] for client in sorted(samples)}
-            self.record.samples = {} if not samples else {"client": np.array(list(samples)), "synthetic": np.stack([images for images, _ in samples.values()]),
-                                   "has": np.stack([has for _, has in samples.values()]), "real": _bytes(_real(self.world))}
+            clients = sorted(samples)
+            self.record.samples = {} if not samples else {
+                "client": np.array(clients), "synthetic": np.stack([samples[client]["synthetic"] for client in clients]),
+                "has": np.stack([samples[client]["has"] for client in clients]), "real": samples[clients[0]]["real"]}
 
 
 def _attributes(world: World) -> Mapping[str, object]:
@@ -184,20 +188,24 @@ def _fixed(world: World) -> Mapping[str, np.ndarray]:
     return tables | {
         "clients/architecture": np.array(problem.architectures, dtype=object), "clients/rank": np.array(world.home),
         "clients/parameters": np.array([parameters[name] for name in problem.architectures]),
+        "clients/forward_flops": np.array(world.forward_flops),
         "clients/memory_bytes": np.array([problem.sizes.memory(name) for name in problem.architectures]),
         "evaluation/generalization_count": np.bincount(world.corpus.test_labels, minlength=classes),
         "evaluation/personal_count": tables["partition/test"], "evaluation/validation_count": tables["partition/validation"]}
 
 
 def _real(world: World) -> torch.Tensor:
-    """The first images of each class of the official test set, (C, n, Cin, H, W) in [0, 1]; short classes repeat theirs."""
+    """The first images of each class of the official test set, as the classifier reads them, (C, n, Cin, H, W); short classes repeat theirs."""
     shard, rows = world.test, []
     for y in range(world.problem.classes):
         found = (shard.labels == y).nonzero().flatten()
         chosen = found[torch.arange(SAMPLES_PER_CLASS) % max(1, len(found))] if len(found) else torch.zeros(SAMPLES_PER_CLASS, dtype=torch.int64)
-        rows.append(world.problem.scale.to_unit(shard.pixels(chosen)))
+        rows.append(shard.pixels(chosen))
     return torch.stack(rows)
 
 
 def _bytes(images: torch.Tensor) -> np.ndarray:
+    """uint8 of images (..., C, H, W) in [0, 1]; of maps with channels that no colour stands for, the first alone or the first three."""
+    channels = images.shape[-3]
+    images = images[..., :3 if channels > 3 else 1 if channels == 2 else channels, :, :]
     return (images.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()

@@ -37,6 +37,8 @@ class World:
         self.split = partition.split(self.corpus.train_labels, self.clients, job.data, job.run.seed)
         self.problem = self._problem(device)
         self.plan = PLANS[job.algorithm_name].plan(job.algorithm, self.problem)
+        for step in self._steps():
+            step.accept(self.split.counts(self.corpus.train_labels, self.problem.classes))
         self.home = place(self._costs(), comm.size, job.federation.server)
 
     @cached_property
@@ -59,6 +61,12 @@ class World:
         parts = [part[client] for client in self.mine for part in (self.split.train, self.split.validation, self.split.test)]
         shards = self._shards(parts)
         return {client: shards[3 * position:3 * position + 3] for position, client in enumerate(self.mine)}
+
+    @cached_property
+    def forward_flops(self) -> tuple[int, ...]:
+        """Floating-point operations of one image's forward pass through the model that each client begins with."""
+        problem, models = self.problem, self.job.models
+        return tuple(zoo.cost(name, problem.shape, problem.classes, models.features, models.norm, models.feature_relu) for name in problem.architectures)
 
     @cached_property
     def _remembered(self) -> Mapping[int, dict[str, torch.Tensor]]:
@@ -146,9 +154,7 @@ class World:
         return Problem(self.job, shape, self.corpus.classes, scale, Sizes(self.job.models, self.clients, self.job.run.seed, memory), device)
 
     def _costs(self) -> list[float]:
-        problem, models = self.problem, self.job.models
-        flops = {name: zoo.cost(name, problem.shape, problem.classes, models.features, models.norm, models.feature_relu) for name in sorted(set(problem.architectures))}
-        return [len(part) * flops[name] for part, name in zip(self.split.train, problem.architectures, strict=True)]
+        return [len(part) * flops for part, flops in zip(self.split.train, self.forward_flops, strict=True)]
 
     def _shards(self, parts: Sequence[np.ndarray]) -> tuple[Shard, ...]:
         return load(self.corpus, parts, self.problem.scale, self.problem.device) if parts else ()

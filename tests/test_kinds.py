@@ -18,6 +18,8 @@ CASES = {                                                          # kind: (fiel
     "flag": (kinds.flag(False), [True, False], [0, 1, "true", None]),
     "text": (kinds.text("run"), ["", "a b"], [1, None, ["a"]]),
     "words": (kinds.words("cnn1"), [["a"], ("a", "b")], [[], "a", ["a", 1], None]),
+    "selection": (kinds.selection("turn", "grow", last=("mix", "cut")), [[], ["turn"], ("grow", "turn", "mix"), ["cut"]],
+                  ["turn", ["tern"], ["turn", "turn"], ["mix", "turn"], ["mix", "cut"], [1], [["turn"]], None]),
     "integers": (kinds.integers(1, low=1), [[3], [1, 2]], [[], [0], [1.0], [True], 1, "1"]),
     "reals": (kinds.reals(), [[], [0.5, 2]], [[0.0], [-1.0], [True], [float("inf")], 1.0, ["1"]]),
 }
@@ -38,6 +40,11 @@ def test_a_refusal_names_the_key_the_value_and_what_is_wanted(name, value):
     with pytest.raises(JobError) as refusal:
         kind(name).check("section.key", value)
     assert all(part in str(refusal.value) for part in ("section.key", repr(value), kind(name).allowed))
+
+
+def test_a_word_that_is_not_known_is_told_the_nearest():
+    with pytest.raises(JobError, match="'tern' is none of them, did you mean 'turn'"):
+        kind("selection").check("section.key", ["grow", "tern"])
 
 
 def test_a_whole_number_becomes_a_real_one():

@@ -74,6 +74,30 @@ def compressing(layers: int):
     return change
 
 
+def three_ways(folder: Path, validation: tuple[int, int, int] = (10, 30, 20), seed: int = 0, better: int = 0, change=lambda file: None) -> Path:
+    """A run of 3 clients, two of architecture a and one of b, 100 test images, 4 rounds in 2 phases; `better` adds right answers at the last evaluation.
+
+    Taken together a's clients validate best after rounds 2 and 3, alike; as a mean over clients after round 1, where client 0 does well on few images.
+    """
+    folder.mkdir(parents=True)
+    with h5py.File(folder / "metrics.h5", "w") as file:
+        file.attrs.update(schema=1, algorithm="fedavg", job=JOB.format(name="toy", seed=seed, lr=0.1), clients=3, classes=1, ranks=1)
+        file.create_dataset("rounds/phase", data=np.array(["warm-up", "warm-up", "warm-up", "train"], object), dtype=TEXT)
+        file.create_dataset("clients/architecture", data=np.array(["a", "a", "b"], object), dtype=TEXT)
+        file["clients/forward_flops"], file["clients/parameters"] = [1500, 1500, 10], [3, 3, 2]
+        file["evaluation/at"] = [0, 0, 1, 2, 3]
+        file.create_dataset("evaluation/stage", data=np.array(["before_refine", *["end"] * 4], object), dtype=TEXT)
+        file["evaluation/generalization_count"] = [100]
+        right = np.array([[99, 99, 99], [10, 20, 40], [30, 50, 60], [50, 40, 50], [20, 20, 30]])
+        right[-1] += better
+        file["evaluation/generalization_correct"] = right[:, :, None]
+        file["evaluation/validation_count"] = np.array(validation)[:, None]
+        validated = np.array([[10, 30, 20], [9, 3, 5], [1, 15, 10], [2, 14, 12], [0, 0, 12]])
+        file["evaluation/validation_correct"] = np.minimum(validated, validation)[:, :, None]
+        change(file)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory) -> Path:
     """The folder of a report of three runs, two of which differ only in seed."""
@@ -138,8 +162,8 @@ def test_seconds_of_a_phase_are_those_of_its_slowest_rank(tmp_path):
 
 def test_architectures_are_means_over_their_clients_and_rounds(tmp_path):
     mlp, cnn = report.summary(altered(tmp_path / "run", compressing(3)))["by_architecture"]
-    assert cnn == {"architecture": "cnn1", "clients": 1, "parameters": 1000, "memory_bytes": 4_000_000, "train_s": 3.0, "refine_s": None,
-                      "simulated_up_bytes": 100.0, "simulated_down_bytes": 10.0, "generalization": 50.0, "personal": 50.0}
+    assert cnn == {"architecture": "cnn1", "clients": 1, "parameters": 1000, "memory_bytes": 4_000_000, "forward_flops": None,
+                   "train_s": 3.0, "refine_s": None, "simulated_up_bytes": 100.0, "simulated_down_bytes": 10.0, "generalization": 50.0, "personal": 50.0}
     assert (mlp["architecture"], mlp["train_s"], mlp["simulated_up_bytes"], mlp["personal"]) == ("mlp<b>", 1.0, 25.0, None)
 
 
@@ -155,6 +179,80 @@ def test_architectures_that_move_between_clients_are_not_summed_by_client(tmp_pa
     def move(file):
         file.attrs["job"] += '[models]\nsize_schedule = "rotate"\n'
     assert report.summary(altered(tmp_path / "run", move))["by_architecture"] == []
+
+
+def test_an_architecture_counts_once_however_many_clients_have_it(tmp_path):
+    over = report.summary(three_ways(tmp_path / "run"))["accuracy"]["over_architectures"]
+    assert over["final"] == (20 + 30) / 2 and over["per_architecture"]["a"]["final"] == 20
+
+
+def test_validation_selects_for_clients_together_and_the_earliest_of_equals(tmp_path):
+    over = report.summary(three_ways(tmp_path / "run"))["accuracy"]["over_architectures"]
+    a, b = (over["per_architecture"][name] for name in "ab")
+    assert (a["selected"], a["selected_rounds"]) == (40, 2), "round 3 validates as well and is better on the test set, at which nothing may look"
+    assert (b["selected"], b["selected_rounds"]) == (50, 3) and over["selected"] == 45
+
+
+def test_best_on_test_is_the_maximum_of_each_architecture_at_the_end_of_a_round(tmp_path):
+    over = report.summary(three_ways(tmp_path / "run"))["accuracy"]["over_architectures"]
+    assert [over["per_architecture"][name]["best_on_test"] for name in "ab"] == [45, 60] and over["best_on_test"] == 52.5
+
+
+@pytest.mark.parametrize("validation, known", [((0, 0, 0), [None, None]), ((10, 30, 0), [40, None])])
+def test_without_validation_parts_nothing_is_selected(tmp_path, validation, known):
+    over = report.summary(three_ways(tmp_path / "run", validation))["accuracy"]["over_architectures"]
+    assert [over["per_architecture"][name]["selected"] for name in "ab"] == known
+    assert (over["final"], over["selected"], over["best_on_test"]) == (25, None, 52.5)
+
+
+def test_architectures_that_move_between_clients_have_no_accuracy_or_operations_of_their_own(tmp_path):
+    def move(file):
+        file.attrs["job"] += '[models]\nsize_schedule = "random"\n'
+        file["train/flops"] = [[1.0] * 3] * 4
+    found = report.summary(three_ways(tmp_path / "run", change=move))
+    assert found["accuracy"]["over_architectures"] is None and found["flops"] == {}
+
+
+def test_run_that_was_never_evaluated_has_no_accuracy_over_architectures(tmp_path):
+    def forget(file):
+        del file["evaluation"]
+    folder = three_ways(tmp_path / "run", change=forget)
+    assert report.summary(folder)["accuracy"]["over_architectures"] is None
+    assert "three ways" not in report.write([folder], tmp_path / "out").read_text()
+
+
+def test_page_says_that_the_best_on_test_is_selected_by_test_data(tmp_path):
+    text = report.write([three_ways(tmp_path / "run")], tmp_path / "out").read_text()
+    assert "<td>25.0<small>selected 45.0</small></td>" in text
+    rows = text[text.index("three ways</caption>"):]
+    assert "Best on test, as published; selects by test data (%)" in rows[:rows.index("</thead>")]
+    assert "<th scope=row class=word>a</th><td>20.0</td><td>40.0</td><td>45.0</td><td>2</td>" in rows
+    assert "<th scope=row class=word>mean</th><td>25.0</td><td>45.0</td><td>52.5</td>" in rows
+
+
+def test_three_ways_are_averaged_over_seeds(tmp_path):
+    runs = [three_ways(tmp_path / str(seed), seed=seed, better=better) for seed, better in enumerate((0, 2, 4))]
+    text = report.write(runs, tmp_path / "out").read_text()
+    seeds = text[text.index("sample standard deviation over seeds"):text.index("<figure>")]
+    assert "<td>27.0 ± 2.0</td><td>45.0 ± 0.0</td><td>52.5 ± 0.0</td>" in seeds
+    assert "Over architectures: best on test, as published; selects by test data (%)" in seeds
+
+
+def test_operations_are_means_over_the_clients_of_an_architecture_in_each_phase(tmp_path):
+    def count(file):
+        nothing = [np.nan] * 3
+        file["train/flops"], file["train/refine_flops"] = [[1e6, 3e6, np.nan], nothing, nothing, nothing], [nothing, nothing, nothing, [5.0, np.nan, 7.0]]
+    folder = three_ways(tmp_path / "run", change=count)
+    found = report.summary(folder)
+    assert found["flops"] == {"warm-up": {"a": {"training_flops_per_round": 2e6, "refining_flops_per_round": None},
+                                          "b": {"training_flops_per_round": None, "refining_flops_per_round": None}},
+                              "train": {"a": {"training_flops_per_round": None, "refining_flops_per_round": 5.0},
+                                        "b": {"training_flops_per_round": None, "refining_flops_per_round": 7.0}}}
+    assert [entry["forward_flops"] for entry in found["by_architecture"]] == [1500, 10]
+    text = report.write([folder], tmp_path / "out").read_text()
+    assert "<td class=word>a</td><td>2.00 MFLOP</td><td>–</td>" in text and "<td>1.50 kFLOP</td>" in text
+    assert "Training per round" not in text, "the operations of one round are no curve"
+    assert report.summary(three_ways(tmp_path / "uncounted"))["flops"] == {}
 
 
 def test_server_has_its_last_values_without_negative_shares(tmp_path):

@@ -25,6 +25,41 @@ def test_a_class_shrinks_a_width_that_the_name_has_already():
     assert Sizes(Models(names=("w1@0.5", "cnn1"), sizes=(1, 0)), 2, 0, len).every == ("cnn1", "w1@0.375")
 
 
+def named(clients: int, names: int = 10, **settings) -> list[str]:
+    found = Sizes(Models(names=tuple(f"cnn{number}" for number in range(1, names + 1)), **settings), clients, 0, len)
+    return [found.architecture(client, 0) for client in range(clients)]
+
+
+def test_names_go_round_the_clients_unless_blocks_are_asked_for():
+    assert named(5, 2) == named(5, 2, assignment="cyclic") == ["cnn1", "cnn2", "cnn1", "cnn2", "cnn1"]
+
+
+@pytest.mark.parametrize("clients, block, last", [(10, 1, 1), (50, 5, 5), (57, 5, 12), (19, 1, 10)])
+def test_blocks_are_equal_and_contiguous_and_the_last_name_takes_the_rest(clients, block, last):
+    wanted = [f"cnn{number}" for number in range(1, 10) for _ in range(block)] + ["cnn10"] * last
+    assert named(clients, assignment="blocks") == wanted and len(wanted) == clients
+
+
+@pytest.mark.parametrize("schedule", ["fixed", "rotate"])
+def test_every_round_finds_its_architectures_under_blocks_too(schedule):
+    blocks = Sizes(Models(names=("cnn1", "cnn2"), assignment="blocks", sizes=(0, 1), size_schedule=schedule), 5, 0, len)
+    met = {blocks.architecture(client, row) for client in range(5) for row in range(4)}
+    assert tuple(sorted(met)) == blocks.every == ("cnn1", "cnn1@0.75", "cnn2", "cnn2@0.75")
+
+
+def test_sizes_and_budgets_go_round_the_clients_whatever_the_names_do():
+    assert named(4, 2, assignment="blocks", sizes=(0, 1)) == ["cnn1", "cnn1@0.75", "cnn2", "cnn2@0.75"]
+    budgets = Sizes(Models(names=("w1", "cnn1"), assignment="blocks", memory_mb=(100.0, 40.0), shrinkage=0.5), 4, 0, lambda name: MEMORY.get(name, 1e6))
+    assert [budgets.architecture(client, 0) for client in range(4)] == ["w1", "w1@0.5", "cnn1", "cnn1"]
+
+
+def test_blocks_need_a_client_for_every_name():
+    with pytest.raises(JobError, match=r"each of the M = 10 models\.names .* K = 9 clients.* federation\.clients to at least 10.* 'cyclic'"):
+        named(9, assignment="blocks")
+    with pytest.raises(JobError, match=r"M = 4 models\.names .* K = 3 clients"):
+        world(job("fedavg", models={"names": ["cnn1", "cnn2", "cnn3", "mlp2"], "assignment": "blocks"}))
+
+
 def test_rotation_moves_every_entry_on_by_a_client_each_round():
     moving = sizes(sizes=(0, 1), size_schedule="rotate")
     assert [[moving.architecture(client, row) for client in range(2)] for row in range(3)] == [["w1", "w1@0.75"], ["w1@0.75", "w1"], ["w1", "w1@0.75"]]

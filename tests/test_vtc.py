@@ -48,6 +48,13 @@ def test_cropping_takes_the_middle():
     assert torch.equal(cropped(v), whole(v)[:, :, 1:31, 1:31])
 
 
+def test_another_output_takes_the_place_of_tanh():
+    usual, other = VTC(8, (1, 30, 30), (16, 8)), VTC(8, (1, 30, 30), (16, 8), torch.relu)
+    other.load_state_dict(usual.state_dict())
+    v = torch.randn(2, 8)
+    torch.testing.assert_close(torch.tanh(other(v)), usual(v).relu())
+
+
 def test_latents_of_another_size_are_refused_by_name():
     with pytest.raises(LayoutError, match=r"latents of size 64, wanted 32.*models\.features"):
         VTC(32, (1, 28, 28))(torch.zeros(2, 64))

@@ -11,14 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hpcfl import tree
-from hpcfl.algorithms.base import ClientSite, Phase, Plan, Problem, ServerSite, Totals, Update
+from hpcfl.algorithms.base import ClientSite, Phase, Plan, Problem, ServerSite, Totals
 from hpcfl.algorithms.fedavg import FedAvg
 from hpcfl.data.shards import Shard
 from hpcfl.evaluate import bind, in_batches
 from hpcfl.fit import Turn
 from hpcfl.group import Group
 from hpcfl.kinds import choice
-from hpcfl.statistics import Statistics, Sums
 from hpcfl.tree import Tree
 
 TRAINED = "trained"                                                # beside the architectures in the server's state: which of them have been trained
@@ -50,22 +49,19 @@ class AvgKD(FedAvg):
         wanted = [name for name in self.problem.sizes.every if name == architecture or bool(message[f"{TRAINED}/{name}"])]
         return tree.join(**{name: tree.part(message, name) for name in wanted})
 
-    def train(self, group: Group, message: Tree, site: ClientSite) -> Update:
+    def learn(self, group: Group, message: Tree, site: ClientSite) -> tuple[Group, dict[str, Tensor]]:
         others = [name for name in self.problem.sizes.every if name != group.architecture and tree.part(message, name)]
         if not others:
-            return super().train(group, message, site)
+            return super().learn(group, message, site)
         teachers = [bind(self.problem.structure(name), tree.to(tree.part(message, name), self.problem.device)) for name in others]
         targets = {client: self.targets(site.holdings[client].train, teachers) for client in group.clients}
-        training = self.problem.job.training
+        training, augmentation = self.problem.job.training, self.problem.augmentation()
 
         def batches(client: int) -> Iterator[Tree]:
-            for batch in site.epochs(client, training.epochs, training.batch):
+            for batch in site.epochs(client, training.epochs, training.batch, augmentation):
                 yield {"x": batch["x"], "target": targets[client][batch["index"]]}
         each = max(-(-len(own) // training.batch) for own in targets.values()) * training.epochs
-        group, metrics = site.fit(self.adopt(group, message), [Turn(("model",), soft_cross_entropy, self.problem.optimizer())], batches,
-                                  steps=each * self.problem.job.federation.rounds)
-        model = tree.floating(group.part("model"))
-        return Update(group, Statistics({group.architecture: Sums.weighted(group.clients, model, site.sizes(group))}), metrics)
+        return site.fit(group, [Turn(("model",), soft_cross_entropy, self.problem.optimizer())], batches, steps=each * self.problem.job.federation.rounds)
 
     def targets(self, shard: Shard, teachers: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:
         """q of every image of a shard, (n, C), from the teachers' logits in eval mode."""

@@ -4,15 +4,18 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from hpcfl import fit, tree
 from hpcfl.comm import Total
-from hpcfl.data.shards import Scale, Shard, epochs
+from hpcfl.data.augment import OF_IMAGES, Augmentation
+from hpcfl.data.shards import PLAIN, Scale, Shard, epochs
 from hpcfl.errors import JobError
 from hpcfl.group import Group
 from hpcfl.job import Job
+from hpcfl.losses import cross_entropy
 from hpcfl.models import zoo
 from hpcfl.models.sizes import Sizes
 from hpcfl.optimizers import Optimizer
@@ -61,14 +64,26 @@ class Problem:
         """The local optimiser as the [training] section describes it."""
         return Optimizer.of(self.job.training)
 
+    def augmentation(self, soft_labels: bool = False) -> Augmentation:
+        """What the [training] section does to training images; `soft_labels`: whether the loss takes labels (B, classes) as well as (B,).
+
+        Raises: JobError where images are mixed and the loss needs the class of each.
+        """
+        training = self.job.training
+        augmentation = Augmentation(training.augment, self.classes, training.mix_alpha)
+        if augmentation.mixes_labels and not soft_labels:
+            raise JobError(f"training.augment = {list(training.augment)} mixes images of different classes, but {self.job.algorithm_name} trains with a loss "
+                           f"of its own, for one class per image; wanted some of {', '.join(OF_IMAGES)}, or a method that trains by cross-entropy, as fedavg")
+        return augmentation
+
     def fit(self, group: Group, modules: Mapping[str, nn.Module], turns: Sequence[fit.Turn], batches: Callable[[int], Iterable[Tree]], *,
             context: Tree | None = None, frozen_norm: bool = False, keep_optimizer: bool = False, steps: int = 0,
-            where: str = "fit", member: str = "client") -> tuple[Group, dict[str, Tensor]]:
+            channels_last: bool | None = None, where: str = "fit", member: str = "client") -> tuple[Group, dict[str, Tensor]]:
         """Train a group by the one training loop, with the engine, precision and compilation of the job; `steps`: of one model in the whole run."""
         training, run = self.job.training, self.job.run
         return fit.fit(group, modules, turns, batches, context=context, frozen_norm=frozen_norm, keep_optimizer=keep_optimizer,
                        engine="sequential" if run.deterministic else training.engine, compile=run.compile, precision=training.precision,
-                       expected_steps=steps, where=where, member=member)
+                       channels_last=channels_last, expected_steps=steps, where=where, member=member)
 
     def common_base(self) -> str:
         """The one model of the zoo of which every client trains some width.
@@ -128,23 +143,23 @@ class ClientSite:
         """Number of training images of each client of the group, (K,) float64."""
         return torch.tensor([len(self.holdings[client].train) for client in group.clients], dtype=torch.float64)
 
-    def epochs(self, client: int, count: int, batch: int) -> Iterable[Tree]:
-        """Shuffled batches {"x": (B, C, H, W), "y": (B,)} of a client's training part, `count` times over."""
-        return epochs(self.holdings[client].train, batch, count, self.stream("batches", client))
+    def epochs(self, client: int, count: int, batch: int, augmentation: Augmentation = PLAIN) -> Iterable[Tree]:
+        """Shuffled batches {"x": (B, C, H, W), "y": (B,)} of a client's training part, `count` times over; as they are unless augmented."""
+        return epochs(self.holdings[client].train, batch, count, self.stream("batches", client), augmentation)
 
     def fit(self, group: Group, turns: Sequence[fit.Turn], batches: Callable[[int], Iterable[Tree]], *, context: Tree | None = None,
-            frozen_norm: bool = False, keep_optimizer: bool = False, steps: int = 0) -> tuple[Group, dict[str, Tensor]]:
+            frozen_norm: bool = False, keep_optimizer: bool = False, steps: int = 0, channels_last: bool | None = None) -> tuple[Group, dict[str, Tensor]]:
         """Train the group as `Problem.fit`."""
         return self.problem.fit(group, self.modules, turns, batches, context=context, frozen_norm=frozen_norm, keep_optimizer=keep_optimizer,
-                                steps=steps, where=f"phase {self.phase}, round {self.round}")
+                                steps=steps, channels_last=channels_last, where=f"phase {self.phase}, round {self.round}")
 
     def train_model(self, group: Group, loss: Callable, context: Tree | None = None) -> tuple[Group, dict[str, Tensor]]:
-        """The local training of the [training] section: `epochs` passes of the model over the client's own images."""
-        training = self.problem.job.training
+        """The local training of the [training] section: `epochs` passes of the model over the client's own images, augmented."""
+        training, augmentation = self.problem.job.training, self.problem.augmentation(soft_labels=loss is cross_entropy)
         turn = fit.Turn(("model",), loss, self.problem.optimizer())
         each = max(-(-len(self.holdings[client].train) // training.batch) for client in group.clients) * training.epochs
         steps = each * self.problem.job.federation.rounds
-        return self.fit(group, [turn], lambda client: self.epochs(client, training.epochs, training.batch), context=context, steps=steps)
+        return self.fit(group, [turn], lambda client: self.epochs(client, training.epochs, training.batch, augmentation), context=context, steps=steps)
 
 
 @dataclass(frozen=True)
@@ -203,6 +218,9 @@ class Algorithm(ABC):
         """The networks of a client; their parameters live in Group.state under the names given here."""
         return {"model": self.problem.model(architecture)}
 
+    def accept(self, counts: np.ndarray) -> None:
+        """Refuse a partition that the step cannot work with; counts: training images per client and class, (K, C). Raises: DataError."""
+
     def found(self, site: ServerSite) -> Tree:
         """The initial server state."""
         return {}
@@ -245,6 +263,14 @@ class Algorithm(ABC):
     def draw(self, group: Group, message: Tree, site: ClientSite, per_class: int) -> tuple[Tensor, Tensor] | None:
         """Synthetic images of the group's first client to look at, (C, per_class, Cin, H, W) in [0, 1], and has (C,); None where there is no generator."""
         return None
+
+    def seen(self, group: Group, message: Tree, site: ClientSite, x: Tensor) -> Tensor:
+        """What samples of `draw` compare with: images (B, C, H, W) as the classifier reads them, in the space of the samples, (B, c, h, w)."""
+        return self.problem.scale.to_unit(x)
+
+    def generator_losses(self, group: Group, message: Tree, site: ClientSite, x: Tensor, y: Tensor) -> Tensor:
+        """The generator's own loss of each of the images (B, C, H, W) of classes (B,), (B,) float64; only where a step has one."""
+        raise NotImplementedError(f"{type(self).__name__} has no generator that knows a loss of one image")
 
     @classmethod
     def overrides(cls, verb: str) -> bool:

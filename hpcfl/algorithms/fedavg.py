@@ -2,6 +2,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from hpcfl import tree
 from hpcfl.algorithms.base import Algorithm, ClientSite, Phase, Plan, Problem, ServerSite, Totals, Update
 from hpcfl.group import Group
@@ -35,14 +37,20 @@ class FedAvg(Algorithm):
         return tree.part(message, architecture)
 
     def train(self, group: Group, message: Tree, site: ClientSite) -> Update:
-        group = self.adopt(group, message)
-        group, metrics = site.train_model(group, cross_entropy)
+        group, metrics = self.learn(self.adopt(group, message), message, site)
+        return Update(group, self.upload(group, site), metrics)
+
+    def learn(self, group: Group, message: Tree, site: ClientSite) -> tuple[Group, dict[str, Tensor]]:
+        """The local training of clients that begin with what they received."""
+        return site.train_model(group, cross_entropy)
+
+    def upload(self, group: Group, site: ClientSite) -> Statistics:
+        """What goes up: the models, weighted by n_k."""
         model = tree.floating(group.part("model"))
-        return Update(group, Statistics({group.architecture: Sums.weighted(group.clients, model, site.sizes(group))}), metrics)
+        return Statistics({group.architecture: Sums.weighted(group.clients, model, site.sizes(group))})
 
     def aggregate(self, server: Tree, totals: Totals, site: ServerSite) -> Tree:
-        means = tree.join(**{architecture: total.mean() for architecture, total in totals.items()})
-        return {path: means[path].to(leaf.dtype) if path in means else leaf for path, leaf in server.items()}
+        return averaged(server, totals)
 
     def refine(self, group: Group, message: Tree, site: ClientSite) -> Update:
         """The cohort goes on with the average: evaluated before it are the local models, at the end of a round the models that clients hold."""
@@ -51,6 +59,12 @@ class FedAvg(Algorithm):
     def adopt(self, group: Group, message: Tree) -> Group:
         """The group with the global model."""
         return group.sharing("model", tree.to(message, self.problem.device))
+
+
+def averaged(server: Tree, totals: Totals) -> Tree:
+    """The server's state with the mean of each part that clients sent; leaves keep their type, and what nobody sent stays as it is."""
+    means = tree.join(**{name: total.mean() for name, total in totals.items()})
+    return {path: means[path].to(leaf.dtype) if path in means else leaf for path, leaf in server.items()}
 
 
 def plan(config: Config, problem: Problem) -> Plan:

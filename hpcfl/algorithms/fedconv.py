@@ -21,7 +21,7 @@ from hpcfl.errors import DataError, JobError, TrainingError
 from hpcfl.evaluate import bind, correct, in_batches
 from hpcfl.fit import Turn
 from hpcfl.group import OPTIMIZER, Group
-from hpcfl.kinds import choice, flag, integer, real
+from hpcfl.kinds import choice, integer, real
 from hpcfl.losses import cross_entropy, divergence
 from hpcfl.optimizers import Optimizer
 from hpcfl.resize.average import Averaged

@@ -124,7 +124,7 @@ class FedGen(SharedHead):
 
     def train_with(self, message: Tree, group: Group, site: ClientSite) -> tuple[Group, Tree]:
         """Local training with a generator that has learned something."""
-        config, training, device = self.config, self.problem.job.training, self.problem.device
+        config, training, augmentation, device = self.config, self.problem.job.training, self.problem.augmentation(), self.problem.device
         with self.problem.stream("structure").seeding():
             generator = self.generator().to(device)
         draw = bind(generator, generator.state_dict() | tree.to(tree.part(message, "generator"), device))
@@ -133,7 +133,7 @@ class FedGen(SharedHead):
 
         def batches(client: int) -> Iterator[Tree]:
             random = site.stream("generator", client).torch()
-            for batch in site.epochs(client, training.epochs, training.batch):
+            for batch in site.epochs(client, training.epochs, training.batch, augmentation):
                 wished = labels(has, config.per_batch, random)
                 yield batch | {"wished": wished, "z_wished": draw(self.noise(len(wished), random), wished),
                                "z": draw(self.noise(len(batch["y"]), random), batch["y"])}

@@ -6,11 +6,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hpcfl import tree
-from hpcfl.algorithms.base import ClientSite, Phase, Plan, Problem, Update
+from hpcfl.algorithms.base import ClientSite, Phase, Plan, Problem
 from hpcfl.algorithms.fedavg import FedAvg
 from hpcfl.group import Group
 from hpcfl.kinds import choice, real
-from hpcfl.statistics import Statistics, Sums
 from hpcfl.tree import Tree
 
 
@@ -29,10 +28,8 @@ class FedProx(FedAvg):
 
     config: Config
 
-    def train(self, group: Group, message: Tree, site: ClientSite) -> Update:
-        group, metrics = site.train_model(self.adopt(group, message), self.loss, tree.to(message, self.problem.device))
-        model = tree.floating(group.part("model"))
-        return Update(group, Statistics({group.architecture: Sums.weighted(group.clients, model, site.sizes(group))}), metrics)
+    def learn(self, group: Group, message: Tree, site: ClientSite) -> tuple[Group, dict[str, Tensor]]:
+        return site.train_model(group, self.loss, tree.to(message, self.problem.device))
 
     def loss(self, modules, batch: Tree, context: Tree) -> tuple[Tensor, Tree]:
         """The objective h of one client; `context` is w^t, by parameter."""

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpcfl import tree
-from hpcfl.algorithms.base import Algorithm, ClientSite, Phase, Plan, Problem, ServerSite, Update
+from hpcfl.algorithms.base import Algorithm, ClientSite, Phase, Plan, Problem, ServerSite
 from hpcfl.algorithms.fedavg import FedAvg
 from hpcfl.errors import JobError
 from hpcfl.fit import Turn
@@ -61,14 +61,14 @@ class FML(FedAvg):
     def receive(self, message: Tree, architecture: str) -> Tree:
         return tree.part(message, MEME)
 
-    def train(self, group: Group, message: Tree, site: ClientSite) -> Update:
-        training = self.problem.job.training
+    def learn(self, group: Group, message: Tree, site: ClientSite) -> tuple[Group, dict[str, Tensor]]:
+        training, augmentation = self.problem.job.training, self.problem.augmentation()
         each = max(-(-len(site.holdings[client].train) // training.batch) for client in group.clients) * training.epochs
-        group, metrics = site.fit(self.adopt(group, message), [Turn(("model", MEME), self.loss, self.problem.optimizer())],
-                                  lambda client: site.epochs(client, training.epochs, training.batch),
-                                  steps=each * self.problem.job.federation.rounds)
-        meme = tree.floating(group.part(MEME))
-        return Update(group, Statistics({MEME: Sums.weighted(group.clients, meme, site.sizes(group))}), metrics)
+        return site.fit(group, [Turn(("model", MEME), self.loss, self.problem.optimizer())],
+                        lambda client: site.epochs(client, training.epochs, training.batch, augmentation), steps=each * self.problem.job.federation.rounds)
+
+    def upload(self, group: Group, site: ClientSite) -> Statistics:
+        return Statistics({MEME: Sums.weighted(group.clients, tree.floating(group.part(MEME)), site.sizes(group))})
 
     def loss(self, modules, batch: Tree, context: Tree) -> tuple[Tensor, Tree]:
         """L_private + L_meme of one client."""

@@ -8,12 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hpcfl import tree
-from hpcfl.algorithms.base import ClientSite, Phase, Plan, Problem, ServerSite, Update
+from hpcfl.algorithms.base import ClientSite, Phase, Plan, Problem, ServerSite
 from hpcfl.algorithms.fedavg import FedAvg
 from hpcfl.errors import JobError
 from hpcfl.group import Group
 from hpcfl.kinds import choice
-from hpcfl.losses import cross_entropy
 from hpcfl.statistics import Statistics, Sums
 from hpcfl.tree import Tree
 
@@ -38,7 +37,7 @@ class LgFedAvg(FedAvg):
         for name in (first, *others):
             got, wanted = self.shapes(name), self.shapes(first)
             if got != wanted or not got:
-                raise JobError(f"lg_fedavg averages '{SHARED[config.shared]}*' over all clients, but of '{name}' that is {got or 'empty'} and of "
+                raise JobError(f"{self.problem.job.algorithm_name} averages '{SHARED[config.shared]}*' over all clients, but of '{name}' that is {got or 'empty'} and of "
                                f"'{first}' {wanted or 'empty'}; wanted models with one common extractor, for example cnn1 to cnn10, or "
                                "algorithm.shared = 'head' with models.features above 0")
 
@@ -61,18 +60,21 @@ class LgFedAvg(FedAvg):
 
     def global_models(self, message: Tree) -> Mapping[str, tuple[str, Tree]]:
         whole = self.problem.sizes.every if self.config.rest == "architecture" else ()
-        return {name: (name, self.receive(message, name)) for name in whole}
+        return {name: (name, self.model(message, name)) for name in whole}
 
     def receive(self, message: Tree, architecture: str) -> Tree:
+        return self.model(message, architecture)
+
+    def model(self, message: Tree, architecture: str) -> Tree:
+        """What a message says of one architecture's model."""
         return tree.part(message, COMMON) | tree.part(message, architecture)
 
-    def train(self, group: Group, message: Tree, site: ClientSite) -> Update:
-        group, metrics = site.train_model(self.adopt(group, message), cross_entropy)
+    def upload(self, group: Group, site: ClientSite) -> Statistics:
         model, sizes = tree.floating(group.part("model")), site.sizes(group)
         parts = {COMMON: Sums.weighted(group.clients, self.common(model), sizes)}
         if own := self.others(model):
             parts[group.architecture] = Sums.weighted(group.clients, own, sizes, weights_sent=False)         # n_k goes up once
-        return Update(group, Statistics(parts), metrics)
+        return Statistics(parts)
 
     def adopt(self, group: Group, message: Tree) -> Group:
         """The group with what it received in place of its own."""

@@ -1,12 +1,13 @@
 """Shards: labelled images that stay uint8 on the device, scaled to what the classifier reads batch by batch."""
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hpcfl.data.augment import Augmentation
 from hpcfl.data.corpora import Corpus
 from hpcfl.errors import DataError
 from hpcfl.streams import Stream
@@ -14,6 +15,7 @@ from hpcfl.tree import Tree
 
 RANGES = {"symmetric": (0.5, 0.5), "unit": (0.0, 1.0)}             # (centre, half width) of the classifier's range, in units of full brightness
 BLOCK = 1024                                                       # images per histogram: bincount works in 8 bytes per pixel
+PLAIN = Augmentation()                                             # leaves everything as it is
 
 
 @dataclass(frozen=True)
@@ -131,17 +133,21 @@ def load(corpus: Corpus, parts: Sequence[np.ndarray], scale: Scale, device: torc
     return tuple(Shard(own, y, scale) for own, y in zip(images, labels, strict=True))
 
 
-def epochs(shard: Shard, batch: int, epochs: int, stream: Stream) -> Iterator[Tree]:
+def epochs(shard: Shard, batch: int, epochs: int, stream: Stream, augmentation: Augmentation = PLAIN) -> Iterator[Tree]:
     """Shuffled batches {"x": float (B, C, H, W), "y": int64 (B,), "index": int64 (B,) in the shard} of a shard, every image once per epoch.
 
     The order follows from the stream alone, on any device. The last batch of an epoch may be smaller; one of a single image joins the batch
-    before it, because BatchNorm has no variance of one value.
+    before it, because BatchNorm has no variance of one value. Images are augmented anew in every epoch, before they are scaled; where the
+    augmentation mixes labels, "y" is float32 (B, classes).
     """
     generator = stream.torch()
-    for _ in range(epochs):
+    for epoch in range(epochs):
+        own = stream.of(f"augmentation {epoch}")
+        seen = replace(shard, images=augmentation.images(shard.images, own))
         order = torch.randperm(len(shard), generator=generator).to(shard.labels.device)
-        for chosen in order.split(batch_sizes(len(shard), batch)):
-            yield {"x": shard.pixels(chosen), "y": shard.labels.index_select(0, chosen), "index": chosen}
+        for step, chosen in enumerate(order.split(batch_sizes(len(shard), batch))):
+            x, y = augmentation.mixed(seen.pixels(chosen), shard.labels.index_select(0, chosen), own.of(f"batch {step}"))
+            yield {"x": x, "y": y, "index": chosen}
 
 
 def batch_sizes(total: int, batch: int) -> list[int]:

@@ -30,6 +30,7 @@ class Cvae:
     width: int = 64                                                # channels of the first block; each next one doubles them
     value_range: str = "unit"                                      # or "symmetric", "features"
     decay: ClassVar[str] = "none"
+    channels_last: ClassVar[bool | None] = False                     # kernels of a million weights on maps of a few pixels: laying them out anew takes a third of a step
 
     def __post_init__(self) -> None:
         require(self, lambda side: power_of_two(side, 2), "a power of two of at least 2", RANGES, latent=1, width=1)

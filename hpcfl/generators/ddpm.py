@@ -42,6 +42,7 @@ class Ddpm:
     eta: float = 0.0                                               # of DDIM; 0: no noise but the first
     value_range: str = "unit"                                      # or "symmetric", "features"
     decay: ClassVar[str] = "linear"
+    channels_last: ClassVar[bool | None] = None
 
     def __post_init__(self) -> None:
         require(self, lambda side: side > 0 and side % 4 == 0, "a multiple of 4", RANGES, steps=1, width=GROUPS, guidance=0, eta=0)

@@ -35,6 +35,7 @@ class GenerativeModel(Protocol):
     classes: int
     value_range: str
     decay: str                                                     # of the rate over the rounds of training: "none", or "linear" to zero
+    channels_last: bool | None                                     # memory format of training on a CPU, as `fit` takes it
 
     def networks(self) -> dict[str, nn.Module]:
         """New networks, initialised from torch's global generator: "generator", which is what sampling needs, and what trains it."""

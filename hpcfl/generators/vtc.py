@@ -1,5 +1,6 @@
 """VTC: FedVTC's generator, a linear layer and transposed convs from a latent vector to an image."""
 from collections import OrderedDict
+from collections.abc import Callable
 from itertools import pairwise
 from math import ceil, prod
 
@@ -18,21 +19,22 @@ LEAST_CHANNELS = 16
 
 
 class VTC(nn.Module):
-    """Linear, then GroupNorm - LeakyReLU - transposed conv (kernel 4, stride 2, padding 1) per doubling, then tanh.
+    """Linear, then GroupNorm - LeakyReLU - transposed conv (kernel 4, stride 2, padding 1) per doubling, then tanh or another `output`.
 
-    (B, latent) -> (B, C, H, W) in [-1, 1]. GroupNorm has no running statistics, so averaging over unequal clients is sound; with no
+    (B, latent) -> (B, C, H, W), in [-1, 1] by tanh. GroupNorm has no running statistics, so averaging over unequal clients is sound; with no
     `channels` the layers are those of the specification's section 4 for 28, 32 and 64 pixels (assumed there: the paper's are unknown).
     Other sizes come from the next larger base by cutting off the border (ours).
 
     Raises: LayoutError for latents of another size; a mismatch would otherwise surface as a matrix product far from its cause.
     """
 
-    def __init__(self, latent: int, shape: Shape, channels: tuple[int, ...] | None = None) -> None:
+    def __init__(self, latent: int, shape: Shape, channels: tuple[int, ...] | None = None,
+                 output: Callable[[Tensor], Tensor] = torch.tanh) -> None:
         super().__init__()
         if latent < 1 or len(shape) != 3 or min(shape) < 1 or (channels is not None and (not channels or min(channels) < 1)):
             raise LayoutError(f"VTC: got latent {latent}, image {tuple(shape)}, channels {channels}; wanted numbers of at least 1, image (C, H, W)")
         widths = channels or default_channels(shape)
-        self.latent, self.shape = latent, tuple(shape)
+        self.latent, self.shape, self.output = latent, tuple(shape), output
         self.base = (widths[0], *(ceil(side / 2 ** len(widths)) for side in shape[1:]))
         self.start = nn.Linear(latent, prod(self.base))
         layers: OrderedDict[str, nn.Module] = OrderedDict()
@@ -44,13 +46,13 @@ class VTC(nn.Module):
         self.layers = nn.Sequential(layers)
 
     def forward(self, v: Tensor) -> Tensor:
-        """Images in [-1, 1] of latents: (B, latent) -> (B, C, H, W)."""
+        """Images of latents: (B, latent) -> (B, C, H, W)."""
         if v.shape[-1] != self.latent:
             raise LayoutError(f"VTC: got latents of size {v.shape[-1]}, wanted {self.latent}; generator and features (models.features) must share p")
         maps = self.start(v).unflatten(1, self.base)               # (B, widths[0], base H, base W)
         image = self.layers(maps)                                  # (B, C, >= H, >= W)
         top, left = ((got - wanted) // 2 for got, wanted in zip(image.shape[2:], self.shape[1:], strict=True))
-        return torch.tanh(image[:, :, top:top + self.shape[1], left:left + self.shape[2]])
+        return self.output(image[:, :, top:top + self.shape[1], left:left + self.shape[2]])
 
 
 def default_channels(shape: Shape) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hpcfl.errors import JobError
+from hpcfl.flops import Counter
 from hpcfl.models.cnn import Cnn
 from hpcfl.models.imported import GoogLeNet, MobileNetV2
 from hpcfl.models.mlp import Mlp
@@ -105,21 +106,15 @@ def split_name(architecture: str) -> tuple[str, float]:
 
 @lru_cache(maxsize=None)
 def cost(name: str, shape: Shape, classes: int, features: int = 64, norm: str = "batch", feature_relu: bool = True, width: float = 1.0) -> int:
-    """Floating-point operations of one forward pass of one image (two per multiply-add of convs and linear layers, nothing else).
+    """Floating-point operations of one forward pass of one image, as flops.Counter counts them. Arguments and errors as of `build`.
 
-    Arguments and errors as of `build`. Counted by hooks: torch's own counter, and its meta device, import its compiler, a second of every start.
+    On an image of zeros: torch's meta device imports its compiler, a second of every start.
     """
-    counted: list[int] = []
-
-    def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        counted.append(2 * output.numel() * layer.weight[0].numel())                                  # a row of weights for each output
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         model = build(name, shape, classes, features, norm, feature_relu, width).eval()
-        for layer in model.modules():
-            if isinstance(layer, (nn.Conv2d, nn.Linear)):
-                layer.register_forward_hook(count)
-        model(torch.zeros(1, *shape))
-    return sum(counted)
+        with Counter() as counter:
+            model(torch.zeros(1, *shape))
+    return counter.flops
 
 
 @lru_cache(maxsize=None)

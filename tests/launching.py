@@ -40,6 +40,8 @@ QUICK: dict[str, Tables] = {                                       # what makes 
     "gaussian": {"algorithm": {"common_size": 8}},
     "lg_fedavg": {"models": {"names": ["cnn2_bn", "cnn1"]}},         # with one common extractor
     "feddf": {"algorithm": {"steps": 4, "stage": 2}},
+    "gefl": {"algorithm": {"generator_rounds": 2, "generator_epochs": 1, "latent": 4}},
+    "gefl_f": {"algorithm": {"generator_rounds": 2, "generator_epochs": 1, "warmup_rounds": 1}, "models": {"names": ["cnn2_bn", "cnn1"]}},
     "fedtgp": {"algorithm": {"server_epochs": 3}},
     "fedgen": {"algorithm": {"server_steps": 3, "per_batch": 4, "hidden": 8}},
     "ccvr": {"algorithm": {"per_class": 4, "epochs": 2}},
@@ -53,6 +55,8 @@ VARIANTS: dict[str, tuple[str, Tables]] = {                        # other ways 
     "ccvr, each architecture": ("ccvr", {"algorithm": {"scope": "architecture", "covariance": "class_diag"}}),
     "lg_fedavg, the head": ("lg_fedavg", {"algorithm": {"shared": "head", "rest": "personal"}, "models": {"names": ["mlp2", "cnn1"]}}),
     "feddf, taught by averages": ("feddf", {"algorithm": {"teachers": "architectures", "ensemble": "probabilities"}}),
+    "gefl, a gan that goes on training": ("gefl", {"algorithm": {"generator": "dcgan", "generator_rounds": 3, "width_g": 8, "width_d": 8, "pool": "round"}}),
+    "gefl_f, diffusion": ("gefl_f", {"algorithm": {"generator": "ddpm", "steps": 4, "width": 8, "guidance": 2.0, "ddim_steps": 2}}),
     "fedvtc, common latent": ("fedvtc", {"algorithm": {"latent": "common", "vtc_sync": "none"}}),
     "fedvtc, sums": ("fedvtc", {"algorithm": {"statistics": "sums", "sigma_source": "learnable", "finetune": "every_round", "vtc_sync_every": 2}})}
 CASES: dict[str, tuple[str, Tables]] = {name: (name, {}) for name in PLANS} | VARIANTS

@@ -21,6 +21,7 @@ SMALL = {"run": {"device": "cpu", "compile": "off"},
          "training": {"batch": 16}}
 WIDTHS = {"models": {"names": ["cnn2_bn"], "sizes": [0, 1], "features": 6}}        # for methods with one global model
 OWN = {"lg_fedavg": {"models": {"names": ["cnn2_bn", "cnn1"]}},                     # with one common extractor
+       "gefl_f": {"models": {"names": ["cnn2_bn", "cnn1"], "features": 6}},
        "feddf": {"data": {"public_fraction": 0.3, "validation": 0.2}},
        "heterofl": WIDTHS, "fedrolex": WIDTHS, "fedconv": WIDTHS | {"data": {"public_fraction": 0.4, "validation": 0.2}}}
 

@@ -1,0 +1,298 @@
+"""GeFL (Kang, Cha, Kang, arXiv 2412.18460): clients train one generative model federatedly, then each its own classifier on what it draws and on its images.
+
+Generative knowledge aggregation: w_g goes down, every client trains it on its images for T_g epochs with Adam moments of its own, w_k come up,
+w_g <- mean_k w_k. Target training: T_s epochs on samples of G(z | y), y uniform, then T_r on the own images; FedAvg within each architecture. A DCGAN
+goes on training during the target rounds. Section numbers are those of the specification.
+"""
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hpcfl import tree
+from hpcfl.algorithms.base import Algorithm, ClientSite, Phase, Plan, Problem, ServerSite, Totals, Update
+from hpcfl.algorithms.fedavg import FedAvg, averaged
+from hpcfl.data.shards import epochs
+from hpcfl.errors import DataError
+from hpcfl.evaluate import bind
+from hpcfl.fit import Modules, Turn
+from hpcfl.generators.class_vtc import Vtc
+from hpcfl.generators.cvae import Cvae
+from hpcfl.generators.dcgan import Dcgan
+from hpcfl.generators.ddpm import Ddpm
+from hpcfl.generators.protocol import GenerativeModel
+from hpcfl.group import OPTIMIZER, Group
+from hpcfl.kinds import choice, integer, real
+from hpcfl.losses import cross_entropy
+from hpcfl.models.split import Shape
+from hpcfl.optimizers import Optimizer
+from hpcfl.statistics import Statistics, Sums
+from hpcfl.tree import Tree
+
+GENERATOR = "generator"                                            # of the networks of a generative model the one that draws
+NOISES = 4                                                         # draws of a step's noise over which a generator's loss of one image is averaged
+SMALLEST = 2                                                       # images of a client: BatchNorm over 1x1 maps has no variance of one
+
+
+@dataclass(frozen=True)
+class Config:
+    """The settings of GeFL; federation.rounds is T_TN, training.epochs T_r. Defaults are those of the paper's MNIST runs."""
+
+    generator: str = choice("cvae", "dcgan", "ddpm", "vtc")        # vtc: FedVTC's network with class Gaussians, ours
+    generator_rounds: int = integer(100, 1)                        # T_KA
+    generator_epochs: int = integer(5, 1)                          # T_g
+    generator_batch: int = integer(0, 0)                           # 0: training.batch
+    generator_lr: float = real(0.0, 0.0)                           # 0: the generator's own (section 3)
+    generator_weights: str = choice("clients", "images")           # of mean_k w_k: all alike, as published, or by n_k
+    continued_rounds: int = integer(-1, -1)                        # of T_KA during the target rounds; -1: half of them for dcgan, else none
+    synthetic_epochs: int = integer(1, 0)                          # T_s
+    pool: str = choice("client", "round")                          # fresh samples for every client, or the same for all, drawn once per round and rank
+    range_mode: str = choice("matched", "paper")                   # samples in the classifier's range, or as the generator draws them
+    latent: int = integer(16, 1)                                   # cvae: 50 for CIFAR-10; vtc: number of coefficients
+    width_g: int = integer(128, 2)                                 # dcgan: 256 for CIFAR-10
+    width_d: int = integer(128, 2)                                 # dcgan: 64 for CIFAR-10
+    steps: int = integer(100, 1)                                   # ddpm: T; for CIFAR-10 400, of features 500
+    width: int = integer(128, 8)                                   # ddpm: n_feat
+    guidance: float = real(0.0, 0.0)                               # ddpm: w
+    ddim_steps: int = integer(0, 0)                                # ddpm: 0 samples ancestrally in T steps
+
+
+KINDS: dict[str, Callable[[Config, Shape, int, bool], GenerativeModel]] = {
+    "cvae": lambda config, shape, classes, features: Cvae(shape, classes, config.latent, value_range="features" if features else "unit"),
+    "dcgan": lambda config, shape, classes, features: Dcgan(shape, classes, config.width_g, config.width_d, value_range="features" if features else "symmetric"),
+    "ddpm": lambda config, shape, classes, features: Ddpm(shape, classes, config.steps, config.width, guidance=config.guidance, ddim_steps=config.ddim_steps,
+                                                          value_range="features" if features else "unit"),
+    "vtc": lambda config, shape, classes, features: Vtc(shape, classes, config.latent, value_range="features" if features else "symmetric"),
+}
+
+
+class Space(Protocol):
+    """What a generator makes and learns from, between the client's images and its classifier."""
+
+    kind: GenerativeModel
+
+    def batches(self, message: Tree, site: ClientSite, client: int, count: int, batch: int) -> Iterator[Tree]:
+        """Shuffled batches {"x": (B, *kind.shape), "y": (B,)} of the client's own, `count` times over."""
+
+    def of_images(self, message: Tree, x: Tensor) -> Tensor:
+        """Classifier input (B, C, H, W) as the generator would make it, (B, *kind.shape)."""
+
+    def to_classifier(self, samples: Tensor) -> Tensor:
+        """Samples (B, *kind.shape) as the classifier takes them."""
+
+    def shown(self, samples: Tensor) -> Tensor:
+        """Samples for people to look at: images in [0, 1], or what stands for them."""
+
+
+class Images:
+    """Images in the generator's own range of values."""
+
+    def __init__(self, config: Config, problem: Problem):
+        self.scale, self.matched = problem.scale, config.range_mode == "matched"
+        self.kind = KINDS[config.generator](config, problem.shape, problem.classes, False)
+
+    def batches(self, message: Tree, site: ClientSite, client: int, count: int, batch: int) -> Iterator[Tree]:
+        for each in epochs(site.holdings[client].train, batch, count, site.stream("generator batches", client)):
+            yield {"x": self.of_images(message, each["x"]), "y": each["y"]}
+
+    def of_images(self, message: Tree, x: Tensor) -> Tensor:
+        return self.scale.to_unit(x) if self.kind.value_range == "unit" else self.scale.to_symmetric(x)
+
+    def to_classifier(self, samples: Tensor) -> Tensor:
+        return self.scale.from_symmetric(self.symmetric(samples)) if self.matched else samples
+
+    def shown(self, samples: Tensor) -> Tensor:
+        return (self.symmetric(samples) + 1).div(2).clamp(0, 1)
+
+    def symmetric(self, samples: Tensor) -> Tensor:
+        """Samples in [-1, 1], as far as the generator keeps to its range."""
+        return 2 * samples - 1 if self.kind.value_range == "unit" else samples
+
+
+class Generating(Algorithm):
+    """What both steps share: the networks of the generator and drawing from it."""
+
+    config: Config
+
+    def __init__(self, config: Config, problem: Problem, space: Space):
+        super().__init__(config, problem)
+        self.space, self.kind = space, space.kind
+        self.networks = tuple(self.initial("structure"))           # their names, and the parts of the server's state that hold w_g
+
+    def modules(self, architecture: str) -> dict[str, nn.Module]:
+        return super().modules(architecture) | self.initial("structure")
+
+    def initial(self, purpose: str) -> dict[str, nn.Module]:
+        """New networks from one common stream."""
+        with self.problem.stream(purpose).seeding():
+            return self.kind.networks()
+
+    def accept(self, counts: np.ndarray) -> None:
+        if len(missing := np.flatnonzero(counts.sum(0) == 0)):
+            raise DataError(f"{self.problem.job.algorithm_name} draws samples of all {counts.shape[1]} classes, but no client has a training image of class "
+                            f"{', '.join(map(str, missing))}; raise data.fraction, or choose another data.partition or data.name")
+        if (least := counts.sum(1).min()) < SMALLEST:
+            raise DataError(f"client {counts.sum(1).argmin()} has {least} training image, a generator needs {SMALLEST} for its norms; raise data.fraction or use fewer clients")
+
+    def drawer(self, message: Tree, site: ClientSite) -> Callable[[Tensor, torch.Generator], Tensor]:
+        """Samples (B, *kind.shape) of labels (B,), G in eval mode and without gradients."""
+        call = bind(site.modules[GENERATOR], tree.to(tree.part(message, GENERATOR), self.problem.device))
+        return lambda y, random: self.kind.sample(call, y, random)
+
+    def draw(self, group: Group, message: Tree, site: ClientSite, per_class: int) -> tuple[Tensor, Tensor]:
+        classes, draw = self.problem.classes, self.drawer(message, site)
+        random = site.stream("sample", group.clients[0]).torch(self.problem.device)
+        samples = [draw(torch.full((per_class,), y, device=self.problem.device), random) for y in range(classes)]
+        return self.space.shown(torch.stack(samples)), torch.ones(classes, dtype=torch.bool)
+
+    def seen(self, group: Group, message: Tree, site: ClientSite, x: Tensor) -> Tensor:
+        return self.space.shown(self.space.of_images(message, x))
+
+
+class TrainGenerator(Generating):
+    """Generative knowledge aggregation (2.1, stage 1), rounds `first` and on of T_KA."""
+
+    def __init__(self, config: Config, problem: Problem, space: Space, first: int = 0):
+        super().__init__(config, problem, space)
+        self.first = first
+
+    def found(self, site: ServerSite) -> Tree:
+        return tree.join(**{name: tree.floating(network.state_dict()) for name, network in self.initial("init/generator").items()})
+
+    def publish(self, server: Tree) -> Tree:
+        return {path: leaf for path, leaf in server.items() if path.startswith(tuple(f"{name}/" for name in self.networks))}
+
+    def train(self, group: Group, message: Tree, site: ClientSite) -> Update:
+        config, resting, received = self.config, group, tree.to(message, self.problem.device)
+        for name in self.networks:                                 # batch counters, which nobody reads, are not sent
+            group = group.sharing(name, site.modules[name].state_dict() | tree.part(received, name))
+        batch, images = config.generator_batch or self.problem.job.training.batch, site.sizes(group)
+        group, metrics = site.fit(group, self.turns(site.round), lambda client: self.batches(message, site, client, batch), keep_optimizer=True,
+                                  channels_last=self.kind.channels_last,
+                                  steps=config.generator_rounds * config.generator_epochs * int(images.max()) // batch)
+        by_images = config.generator_weights == "images"
+        weights = images if by_images else torch.ones_like(images)
+        w = {name: Sums.weighted(group.clients, tree.floating(group.part(name)), weights, weights_sent=by_images and name == GENERATOR) for name in self.networks}
+        kept = {path: leaf for path, leaf in group.state.items() if path in resting.state or path.startswith(f"{OPTIMIZER}/")}
+        return Update(replace(group, state=kept), Statistics(w), {f"generator_{name}": values for name, values in metrics.items()})
+
+    def turns(self, round_: int) -> list[Turn]:
+        """One step of each loss per batch; a rate that decays falls linearly over T_KA and is above zero in the last round."""
+        left = 1 - (self.first + round_) / self.config.generator_rounds if self.kind.decay == "linear" else 1.0
+        rules = [replace(Optimizer(**vars(rule)), lr=(self.config.generator_lr or rule.lr) * left) for rule in self.kind.rules()]
+        return [Turn(trained, loss, rule) for (trained, loss), rule in zip(self.kind.losses(), rules, strict=True)]
+
+    def batches(self, message: Tree, site: ClientSite, client: int, batch: int) -> Iterator[Tree]:
+        """T_g epochs of the client's own with the random draws of each step."""
+        random = site.stream("generator noise", client).torch(self.problem.device)
+        for each in self.space.batches(message, site, client, self.config.generator_epochs, batch):
+            yield self.kind.noise({"x": each["x"], "y": each["y"]}, random)
+
+    def aggregate(self, server: Tree, totals: Totals, site: ServerSite) -> Tree:
+        return averaged(server, totals)
+
+    def generator_losses(self, group: Group, message: Tree, site: ClientSite, x: Tensor, y: Tensor) -> Tensor:
+        """The first of the generator's losses for each image alone, in eval mode, the mean over NOISES draws of its noise."""
+        networks = self.initial("structure")
+        for name, network in networks.items():
+            network.load_state_dict(tree.part(message, name), strict=False)               # batch counters are not in the message
+        modules, (_, loss), random = Modules(networks).to(x.device).eval(), self.kind.losses()[0], site.stream("audit", group.clients[0]).torch(x.device)
+        data = {"x": self.space.of_images(message, x), "y": y}
+        total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+        with torch.no_grad():
+            for _ in range(NOISES):
+                batch = self.kind.noise(data, random)
+                rows = [modules(loss, {name: leaf[index:index + 1] for name, leaf in batch.items()}, {})[0] for index in range(len(x))]
+                total += torch.stack(rows).double() / NOISES
+        return total
+
+
+class Teaching(Generating):
+    """Target training (2.1, stage 2), what GeFL and GeFL-F share: T_s epochs on samples, then T_r on the own data, each with a new optimiser."""
+
+    continued: bool                                                # whether the generator goes on training in these rounds
+
+    def publish(self, server: Tree) -> Tree:
+        unused = tuple(f"{name}/" for name in self.networks if name != GENERATOR)
+        return {path: leaf for path, leaf in server.items() if not path.startswith(unused)}
+
+    def receive(self, message: Tree, architecture: str) -> Tree:
+        return super().receive(message, architecture) | tree.join(**{GENERATOR: tree.part(message, GENERATOR)})
+
+    def adopt(self, group: Group, message: Tree) -> Group:
+        return super().adopt(group, {path: leaf for path, leaf in message.items() if not path.startswith(f"{GENERATOR}/")})
+
+    def learn(self, group: Group, message: Tree, site: ClientSite) -> tuple[Group, dict[str, Tensor]]:
+        if not self.continued:
+            group = group.without(OPTIMIZER)                       # of the generator, which rests from now on
+        draw, metrics = self.drawer(message, site), {}
+        if self.config.synthetic_epochs:
+            group, drawn = site.fit(group, [self.turn()], lambda client: self.synthetic(draw, site, client), steps=self.steps(group, site, self.config.synthetic_epochs))
+            metrics["synthetic_loss"] = drawn["loss"]
+        group, own = self.on_own(group, message, site)
+        return group, own | metrics
+
+    def turn(self) -> Turn:
+        """How a batch trains the model."""
+        return Turn(("model",), cross_entropy, self.problem.optimizer())
+
+    def steps(self, group: Group, site: ClientSite, count: int) -> int:
+        """Steps that `count` epochs take in the whole run."""
+        return int(site.sizes(group).max()) // self.problem.job.training.batch * count * self.problem.job.federation.rounds
+
+    def on_own(self, group: Group, message: Tree, site: ClientSite) -> tuple[Group, dict[str, Tensor]]:
+        """T_r epochs on the client's own images."""
+        return site.train_model(group, cross_entropy)
+
+    def synthetic(self, draw: Callable[[Tensor, torch.Generator], Tensor], site: ClientSite, client: int) -> Iterator[Tree]:
+        """max(1, floor(n_k / B)) batches of B samples (n_k, where that is fewer) for each of T_s epochs, y uniform over all classes (2.1)."""
+        own, wanted = len(site.holdings[client].train), self.problem.job.training.batch
+        size, pool = min(own, wanted), self.pool(site)
+        for number in range(self.config.synthetic_epochs * max(1, own // wanted)):
+            if pool is None:
+                x, y = self.samples(draw, wanted, site.stream(f"synthetic/{number}", client))
+            else:
+                x, y = pool[number] = pool[number] if number in pool else self.samples(draw, wanted, self.problem.stream(f"{site.phase}/pool/{number}", round_=site.round))
+            yield {"x": x[:size], "y": y[:size]}
+
+    def samples(self, draw: Callable[[Tensor, torch.Generator], Tensor], count: int, stream) -> tuple[Tensor, Tensor]:
+        """A batch of samples as the classifier takes them, and their labels."""
+        random = stream.torch(self.problem.device)
+        y = torch.randint(self.problem.classes, (count,), generator=random, device=self.problem.device)
+        return self.space.to_classifier(draw(y, random)), y
+
+    def pool(self, site: ClientSite) -> dict[int, tuple[Tensor, Tensor]] | None:
+        """The batches that this rank has drawn in this round, by number; each follows from round and number, so that all ranks draw the same."""
+        if self.config.pool == "client":
+            return None
+        if self.drawn is None or self.drawn[0] != (site.phase, site.round):
+            self.drawn = (site.phase, site.round), {}
+        return self.drawn[1]
+
+
+class Targets(Teaching, FedAvg):
+    """theta_m <- FedAvg within architecture m, of classifiers that learned from samples and from images."""
+
+    def __init__(self, config: Config, problem: Problem, space: Space, continued: bool):
+        super().__init__(config, problem, space)
+        self.continued, self.drawn = continued, None
+
+
+def plan(config: Config, problem: Problem) -> Plan:
+    """T_KA generator rounds, then T_TN target rounds; where the generator goes on training, the two overlap in rounds of both steps (2.1)."""
+    space = Images(config, problem)
+    return staged(config, problem, lambda first: TrainGenerator(config, problem, space, first), lambda continued: Targets(config, problem, space, continued))
+
+
+def staged(config: Config, problem: Problem, generator: Callable[[int], Algorithm], targets: Callable[[bool], Algorithm]) -> Plan:
+    """The phases from generator training on; generator(first round), targets(whether the generator goes on training)."""
+    rounds = problem.job.federation.rounds
+    wanted = config.continued_rounds if config.continued_rounds >= 0 else config.generator_rounds // 2 if config.generator == "dcgan" else 0
+    both = min(wanted, rounds, config.generator_rounds)
+    before = config.generator_rounds - both
+    phases = (Phase("generator", before, (generator(0),)), Phase("both", both, (targets(True), generator(before))),
+              Phase("targets", rounds - both, (targets(False),)))
+    return tuple(phase for phase in phases if phase.rounds)

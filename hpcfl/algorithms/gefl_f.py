@@ -1,0 +1,128 @@
+"""GeFL-F (Kang, Cha, Kang, arXiv 2412.18460): GeFL whose generator makes the maps of a feature extractor that all clients share.
+
+(i) The common extractor warms up by LG-FedAvg: theta^f averaged over all clients, headers within each architecture. (ii) theta^f is frozen; clients train
+the generator on h = theta^f(x). (iii) Headers learn from samples of it and from h; theta^f stays as it is, bit for bit. Section numbers are those of the
+specification.
+"""
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from hpcfl import tree
+from hpcfl.algorithms import gefl
+from hpcfl.algorithms.base import Algorithm, ClientSite, Phase, Plan, Problem
+from hpcfl.algorithms.gefl import KINDS, Space, Teaching, TrainGenerator, staged
+from hpcfl.algorithms.lg_fedavg import COMMON, LgFedAvg
+from hpcfl.data.shards import Shard, epochs
+from hpcfl.evaluate import bind, in_batches
+from hpcfl.fit import Turn
+from hpcfl.group import Group
+from hpcfl.kinds import integer
+from hpcfl.statistics import Statistics, Sums
+from hpcfl.tree import Tree
+
+EXTRACTOR = "extractor."
+
+
+@dataclass(frozen=True)
+class Config(gefl.Config):
+    """The settings of GeFL, and T_FE; federation.rounds is T_TN."""
+
+    warmup_rounds: int = integer(20, 1)                            # T_FE
+
+    @property
+    def shared(self) -> str:
+        """What LG-FedAvg averages over all clients."""
+        return "features"
+
+    @property
+    def rest(self) -> str:
+        """Where it averages the rest."""
+        return "architecture"
+
+
+class Maps:
+    """Maps of the frozen common extractor, h = theta^f(x)."""
+
+    def __init__(self, config: Config, problem: Problem):
+        self.problem = problem
+        self.model = problem.structure(problem.sizes.every[0])
+        self.kind = KINDS[config.generator](config, self.model.maps_shape, problem.classes, True)
+
+    def batches(self, message: Tree, site: ClientSite, client: int, count: int, batch: int) -> Iterator[Tree]:
+        return epochs(self.own(message, site, client), batch, count, site.stream("generator batches", client))
+
+    def own(self, message: Tree, site: ClientSite, client: int) -> Shard:
+        """The maps of a client's training images with their labels, made once: neither images nor extractor change any more."""
+        shard = site.holdings[client].train
+        maps = site.once("maps", client, lambda: in_batches(lambda x: self.of_images(message, x), shard))
+        return Shard(maps, shard.labels, shard.scale)
+
+    def of_images(self, message: Tree, x: Tensor) -> Tensor:
+        state = {path.removeprefix(EXTRACTOR): leaf for path, leaf in common(message).items()}
+        return bind(self.model.extractor, tree.to(state, self.problem.device))(x)
+
+    def to_classifier(self, samples: Tensor) -> Tensor:
+        return samples
+
+    def shown(self, samples: Tensor) -> Tensor:
+        return samples
+
+
+def common(message: Tree) -> Tree:
+    """theta^f in a message as published, or as a client received it."""
+    return tree.part(message, COMMON) or {path: leaf for path, leaf in message.items() if path.startswith(EXTRACTOR)}
+
+
+class TrainMapGenerator(TrainGenerator):
+    """Feature-generative aggregation (2.2, stage ii): the extractor goes down with the generator, and nothing of it comes up."""
+
+    def publish(self, server: Tree) -> Tree:
+        return super().publish(server) | tree.join(**{COMMON: tree.part(server, COMMON)})
+
+
+class Headers(Teaching, LgFedAvg):
+    """Header training (2.2, stage iii)."""
+
+    config: Config
+
+    def __init__(self, config: Config, problem: Problem, space: Space, continued: bool):
+        super().__init__(config, problem, space)
+        self.continued, self.drawn = continued, None
+
+    def turn(self) -> Turn:
+        return Turn(("model",), header_cross_entropy, self.problem.optimizer(), lambda path: not path.startswith(f"model/{EXTRACTOR}"))
+
+    def on_own(self, group: Group, message: Tree, site: ClientSite) -> tuple[Group, dict[str, Tensor]]:
+        """T_r epochs on the maps of the client's own images; augmented images go through the extractor anew."""
+        training, augmentation = self.problem.job.training, self.problem.augmentation(soft_labels=True)
+
+        def batches(client: int) -> Iterator[Tree]:
+            if not augmentation.words:
+                return epochs(self.space.own(message, site, client), training.batch, training.epochs, site.stream("batches", client))
+            images = site.epochs(client, training.epochs, training.batch, augmentation)
+            return ({"x": self.space.of_images(message, batch["x"]), "y": batch["y"]} for batch in images)
+        return site.fit(group, [self.turn()], batches, steps=self.steps(group, site, training.epochs))
+
+    def upload(self, group: Group, site: ClientSite) -> Statistics:
+        return Statistics({group.architecture: Sums.weighted(group.clients, self.others(tree.floating(group.part("model"))), site.sizes(group))})
+
+
+def header_cross_entropy(modules, batch: Tree, context: Tree) -> Tensor:
+    """CE(header(h), y), mean over the batch."""
+    return F.cross_entropy(modules.model.header(batch["x"]), batch["y"])
+
+
+def plan(config: Config, problem: Problem) -> Plan:
+    """T_FE rounds of warm-up, then T_KA and T_TN as in GeFL.
+
+    Raises: JobError for models without one common extractor.
+    """
+    warmup = Phase("warmup", config.warmup_rounds, (LgFedAvg(config, problem),))
+    space = Maps(config, problem)
+
+    def generator(first: int) -> Algorithm:
+        return TrainMapGenerator(config, problem, space, first)
+    return (warmup, *staged(config, problem, generator, lambda continued: Headers(config, problem, space, continued)))

@@ -11,13 +11,14 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.func import vmap
 
 from hpcfl import tree
 from hpcfl.algorithms.base import Algorithm, ClientSite, Phase, Plan, Problem, ServerSite, Totals, Update
 from hpcfl.algorithms.fedavg import FedAvg, averaged
 from hpcfl.data.shards import epochs
 from hpcfl.errors import DataError
-from hpcfl.evaluate import bind
+from hpcfl.evaluate import BATCH, bind
 from hpcfl.fit import Modules, Turn
 from hpcfl.generators.class_vtc import Vtc
 from hpcfl.generators.cvae import Cvae
@@ -204,9 +205,8 @@ class TrainGenerator(Generating):
         total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
         with torch.no_grad():
             for _ in range(NOISES):
-                batch = self.kind.noise(data, random)
-                rows = [modules(loss, {name: leaf[index:index + 1] for name, leaf in batch.items()}, {})[0] for index in range(len(x))]
-                total += torch.stack(rows).double() / NOISES
+                alone = vmap(lambda row: modules(loss, {name: leaf.unsqueeze(0) for name, leaf in row.items()}, {})[0], chunk_size=BATCH)
+                total += alone(self.kind.noise(data, random)).double() / NOISES
         return total
 
 

@@ -29,7 +29,8 @@ def save(folder: Path, world: World, state: State, record: Record, score: float 
     comm, target = world.comm, folder / "checkpoints" / f"round-{state.rows:06d}"
     written, failure = {}, None
     try:
-        clients = {f"{client:06d}": tree.row(group.state, position) | tree.join(received={name: torch.tensor(version) for name, version in state.received[client].items()})
+        received = {client: tree.join(received={name: torch.tensor(version) for name, version in known.items()}) for client, known in state.received.items()}
+        clients = {f"{client:06d}": tree.row(group.state, position) | received[client]
                    for group in state.groups for position, client in enumerate(group.clients)}
         name = f"rank-{comm.rank:04d}.h5"
         written[name] = {"sha256": storage.write_trees(target / name, clients), "clients": list(world.mine)}

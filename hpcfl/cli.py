@@ -190,14 +190,18 @@ def _parser() -> argparse.ArgumentParser:
     own.set_defaults(command=_speaking(_data_import))
 
     bench = commands.add_parser("bench", help="benchmarks on the real loop")
-    bench.add_argument("name", choices=["w1", "vtc", "fedconv"],
+    bench.add_argument("name", choices=["w1", "vtc", "fedconv", "gefl"],
                        help="w1: FedAvg of ten small clients; vtc: generator and classifier steps, eager against compiled; "
-                            "fedconv: the server's steps, validation excluded, and its rounds, spread over the ranks")
-    bench.add_argument("--rounds", type=int, default=0, help="w1: rounds that are timed (0: 15); fedconv: repetitions (0: 5)")
+                            "fedconv: the server's steps, validation excluded, and its rounds, spread over the ranks; "
+                            "gefl: rounds of generator and headers beside bare PyTorch, and samples per second")
+    bench.add_argument("--rounds", type=int, default=0, help="w1: rounds that are timed (0: 15); fedconv, gefl: repetitions (0: 5, 3)")
     bench.add_argument("--deterministic", action="store_true", help="w1: with run.deterministic = true, to see what it costs")
     bench.add_argument("--steps", type=int, default=0,
-                       help="vtc: steps of each client that are timed (0: 5 on a CPU, 200 on CUDA); fedconv: steps of an epoch (0: 30, 94)")
-    bench.add_argument("--compile", action="store_true", help="vtc: compiled too where that is not done anyway (a minute on a CPU)")
+                       help="vtc: steps of each client that are timed (0: 5 on a CPU, 200 on CUDA); fedconv: steps of an epoch (0: 30, 94); "
+                            "gefl: full batches that a client has (0: its images are 600)")
+    bench.add_argument("--clients", type=int, default=0, help="gefl: clients (0: 10)")
+    bench.add_argument("--epochs", type=int, default=0, help="gefl: epochs of a generator round (0: 1, published are 5)")
+    bench.add_argument("--compile", action="store_true", help="vtc, sampling of gefl: compiled too where that is not done anyway (a minute on a CPU)")
     bench.add_argument("--threads", type=int, default=0, help="per rank; 0: cores / ranks on the node")
     bench.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     bench.add_argument("--json", action="store_true")

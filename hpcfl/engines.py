@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -202,20 +202,20 @@ def forward_together(modules: Modules, loss: Loss, own: Tree, shared: Tree, batc
 
 
 @functools.cache
-def compiled(forward: Forward) -> Forward:
-    """A forward function compiled (its backward pass with it); where that proves impossible, one warning and the function as it is from then on."""
+def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A module-level function compiled (its backward pass with it); where that proves impossible, one warning and the function as it is from then on."""
     from torch._dynamo import config                               # imported here: a second of start-up that eager runs do not need
     from torch._dynamo.exc import TorchDynamoException
     config.recompile_limit = max(config.recompile_limit, RECOMPILES)
     fast, obstacles = torch.compile(forward), []
 
-    def either(*arguments: object) -> tuple[Tensor, Tree]:
+    def either(*arguments: object) -> Any:
         if not obstacles:
             try:
                 return fast(*arguments)
             except TorchDynamoException as obstacle:
                 obstacles.append(obstacle)
-                log.warning("torch.compile does not work here, training runs uncompiled: %s", str(obstacle).strip().partition("\n")[0])
+                log.warning("torch.compile does not work here, this run goes on uncompiled: %s", str(obstacle).strip().partition("\n")[0])
         return forward(*arguments)
     return either
 

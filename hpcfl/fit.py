@@ -84,7 +84,7 @@ def fit(group: Group, modules: Mapping[str, nn.Module], turns: Sequence[Turn], b
             raise JobError(f"{where}: {name} = {value!r} is not known; there are {', '.join(allowed)}")
     device = group.device.type
     run, forward = ENGINES[engine if engine != "auto" else "vmap" if device == "cuda" else "sequential"]
-    if compile == "on" or (compile == "auto" and device == "cuda" and expected_steps >= COMPILE_PAYS):
+    if compiles(compile, device, expected_steps):
         forward = compiled(forward)
     if PRECISIONS[precision] is not None:
         forward = torch.autocast(device, PRECISIONS[precision], cache_enabled=False)(forward)
@@ -95,6 +95,11 @@ def fit(group: Group, modules: Mapping[str, nn.Module], turns: Sequence[Turn], b
     names = dict.fromkeys(["loss", *(name for row in rows for name in row)])
     metrics = {name: torch.tensor([row.get(name, math.nan) for row in rows], dtype=torch.float64) for name in names}
     return replace(group, state={**group.state, **changed}), metrics
+
+
+def compiles(compile: str, device: str, expected_steps: int) -> bool:
+    """Whether to compile what takes so many steps in the whole run on that type of device; `compile` as `fit` takes it."""
+    return compile == "on" or (compile == "auto" and device == "cuda" and expected_steps >= COMPILE_PAYS)
 
 
 def _plan(group: Group, modules: Mapping[str, nn.Module], turns: Sequence[Turn], keep_optimizer: bool, channels_last: bool, where: str,

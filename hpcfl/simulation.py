@@ -163,7 +163,7 @@ class Simulation:
             sample = step.draw(group, own, site, SAMPLES_PER_CLASS)
             if sample is not None:
                 real = torch.stack([step.seen(group, own, site, images) for images in _real(self.world)])
-                brightest = max(1.0, float(real.max()))            # maps of an extractor, which people see as images too, have no upper bound
+                brightest = max(1.0, float(sample[0].max()))       # maps of an extractor, which people see as images too, have no upper bound
                 drawn[group.clients[0]] = {"synthetic": _bytes(sample[0] / brightest), "has": sample[1].cpu().numpy(), "real": _bytes(real / brightest)}
         gathered = self.comm.gather(drawn)
         if self.comm.is_server:

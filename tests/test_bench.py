@@ -1,14 +1,20 @@
-"""The benchmark of FedConv's server: which figures it gives, what its steps leave out, and what it does on two ranks."""
+"""The benchmarks of FedConv's server and of GeFL-F: which figures they give, what these leave out, and what they do on two ranks."""
+import functools
 import json
 import time
 from argparse import Namespace
+from collections import Counter
 
+import looping
 import pytest
+import torch
 from launching import started, undisturbed
 
-from hpcfl import bench, bench_fedconv
+from hpcfl import bench, bench_fedconv, bench_gefl, engines, tree
 from hpcfl.bench_fedconv import Timed, typical
 from hpcfl.comm import Alone, Communicator
+from hpcfl.fit import Modules
+from hpcfl.optimizers import Optimizer
 
 STEPS = ("plain_step_ms", "engine_step_ms", "compression_step_ms", "dilation_step_ms", "aggregation_step_ms")
 DELAY_S = 0.1
@@ -59,3 +65,70 @@ def test_two_ranks_share_the_round_and_one_of_them_reports(tmp_path):
         figures = json.loads(process.text())
     assert figures["ranks"] == 2 and len(figures["idle_s"]) == 2
     assert 0 < figures["idle_s"][1] < figures["server_phase_s"], "rank 1 waits while the server averages"
+
+
+BRIEF = {"cvae": {}, "ddpm": {"generator": "ddpm", "steps": 2, "width": 8}}
+COMMON = ("ranks", "threads", "device", "clients", "images_per_client", "generator_epochs", "repetitions",
+          "generator_round_s", "generator_step_ms", "header_round_s")
+BARE = ("generator_bare", "generator_bare_fused", "header_bare")
+
+
+@pytest.fixture
+def gefl(monkeypatch):
+    """The benchmark with one batch of images per client and short diffusion, and the world it made."""
+    monkeypatch.setattr(bench_gefl, "SAMPLED", BRIEF)
+    monkeypatch.setattr(bench_gefl, "DRAWN", {"cpu": 2})
+    measured, worlds = bench_gefl.measured, []
+    monkeypatch.setattr(bench_gefl, "measured", lambda world: worlds.append(world) or measured(world))
+
+    def carry_out(**changes):
+        arguments = {"device": "cpu", "threads": 1, "clients": 2, "epochs": 1, "steps": 1, "rounds": 1, "compile": False}
+        with undisturbed():
+            return bench.gefl(Communicator(Alone()), Namespace(**arguments | changes)), worlds[0]
+    return carry_out
+
+
+def test_rounds_of_gefl_stand_beside_bare_loops_and_samples_and_fit_a_terminal(gefl):
+    figures, world = gefl()
+    wanted = [*COMMON, *(f"{name}_{what}" for name in BARE for what in ("s", "ratio")), "cvae_samples_per_s", "ddpm_samples_per_s", "rows"]
+    assert list(figures) == wanted and all(figures[name] > 0 for name in wanted if name.endswith(("_s", "_ms", "_ratio")))
+    assert figures["generator_step_ms"] == pytest.approx(1000 * figures["generator_round_s"] / 2, abs=0.1), "two clients, one step each"
+    assert [(phase.name, phase.rounds) for phase in world.plan] == [("generator", 2), ("targets", 2)]
+    assert [row["phase"] for row in figures["rows"]] == ["generator", "targets"]
+    assert all(0 < row["train_s"] < figures[name] for row, name in zip(figures["rows"], ("generator_round_s", "header_round_s"), strict=True))
+    assert [line.split()[0] for line in bench.render(figures).splitlines()] == [*wanted[:-1], "phase", "generator", "targets"]
+
+
+def test_the_bare_loops_take_as_many_steps_as_the_rounds(gefl, monkeypatch):
+    steps, update, update_out = Counter(), bench_gefl.update, Optimizer.update_out
+    monkeypatch.setattr(bench_gefl, "update", lambda optimizer, loss: steps.update([type(optimizer).__name__.lower()]) or update(optimizer, loss))
+    monkeypatch.setattr(Optimizer, "update_out", lambda self, *rest: steps.update([f"own {self.name}"]) or update_out(self, *rest))
+    gefl(steps=2, epochs=3)
+    batches, rounds = 2, 2                                         # of a client; of which one has a bare loop beside it
+    assert steps == {"own adam": rounds * 2 * 3 * batches, "adam": 2 * 2 * 3 * batches,              # two bare loops for two clients
+                     "own sgd": rounds * 2 * (1 + 5) * batches, "sgd": 2 * (1 + 5) * batches}
+
+
+def test_the_bare_generator_learns_what_the_only_client_learns(gefl, monkeypatch):
+    _, world = gefl(clients=1, steps=2)
+    found, made = looping.run(world), []
+    monkeypatch.setattr(bench_gefl, "Modules", lambda networks: made.append(Modules(networks)) or made[0])
+    assert bench_gefl.bare_generator(world, found.states[1], found.places[0], fused=True) > 0
+    for path, leaf in tree.floating(tree.join(**{name: network.state_dict() for name, network in made[0].named_children()})).items():
+        torch.testing.assert_close(leaf, found.states[1].server[path], rtol=1e-4, atol=1e-5, msg=lambda text, path=path: f"{path}: {text}")
+
+
+def test_what_samples_in_many_calls_is_timed_compiled_where_that_is_wanted(gefl, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    engines.compiled.cache_clear()
+    figures, _ = gefl(compile=True)
+    engines.compiled.cache_clear()
+    assert [name for name in figures if name.endswith("samples_per_s")] == ["cvae_samples_per_s", "ddpm_samples_per_s", "ddpm_compiled_samples_per_s"]
+
+
+def test_two_ranks_share_the_rounds_of_gefl_and_time_nothing_else(tmp_path):
+    with started(tmp_path, "bench", "gefl", "--clients", "2", "--steps", "1", "--rounds", "1", "--threads", "1", "--json", ranks=2) as process:
+        assert process.ends() == 0, process.text()
+        figures = json.loads(process.text())
+    assert list(figures) == [*COMMON, "rows"] and figures["ranks"] == 2
+    assert figures["generator_step_ms"] == pytest.approx(1000 * figures["generator_round_s"], abs=0.1), "one client on each"

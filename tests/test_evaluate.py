@@ -1,9 +1,15 @@
-"""Evaluation: the right client's weights, eval mode, the shard's order, and nothing left behind."""
+"""Evaluation: the right client's weights, eval mode, the shard's order, compiled or not, and nothing left behind."""
+import functools
+import logging
+import shutil
+
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
+from torch._inductor import config as inductor
 
-from hpcfl import tree
+from hpcfl import engines, tree
 from hpcfl.data.shards import Scale, Shard
 from hpcfl.errors import NonFiniteError
 from hpcfl.evaluate import bind, correct, features, in_batches, model_of
@@ -60,6 +66,46 @@ def test_the_mode_comes_back_after_an_exception():
     with pytest.raises(RuntimeError):
         bind(model, model.state_dict())(torch.zeros(1, 5))
     assert model.training
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_answers_are_the_eager_ones_and_one_compilation_serves_all_states(backend, monkeypatch, caplog):
+    if backend == "inductor" and shutil.which("g++") is None:
+        pytest.skip("torch.compile needs a C++ compiler, and there is no g++")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    engines.compiled.cache_clear()
+    group, modules = example()
+    x, states = shard().pixels(slice(None)), [tree.part(own, "model") for own in group.states().values()]
+    with inductor.patch(compile_threads=1):                        # starting workers takes longer than compiling
+        before = counters["stats"]["unique_graphs"]
+        for number, state in enumerate(states):
+            modules["model"].train(number % 2 == 0)
+            eager, fast = (bind(modules["model"], state, compile=choice)(x) for choice in (False, True))
+            torch.testing.assert_close(fast, eager)
+            assert not fast.requires_grad and modules["model"].training == (number % 2 == 0)
+    engines.compiled.cache_clear()
+    assert counters["stats"]["unique_graphs"] == before + 1
+    assert not [record for record in caplog.records if record.name.startswith("hpcfl")]
+
+
+def test_what_is_not_asked_for_is_not_compiled():
+    (group, modules), graphs = example(), counters["stats"]["unique_graphs"]
+    model_of(group, modules, 5)(shard().pixels(slice(None)))
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
+def test_without_a_compiler_answers_are_the_eager_ones_and_it_is_said_once(monkeypatch, caplog):
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    engines.compiled.cache_clear()
+    torch.compiler.reset()
+    group, modules = example()
+    x, state = shard().pixels(slice(None)), tree.part(group.states()[5], "model")
+    with caplog.at_level(logging.WARNING, logger="hpcfl"), inductor.patch({"cpp.cxx": ("/nowhere/g++",), "force_disable_caches": True}):
+        answers = [bind(modules["model"], state, compile=choice)(x) for choice in (True, True, False)]
+    engines.compiled.cache_clear()
+    assert torch.equal(answers[0], answers[2]) and torch.equal(answers[1], answers[2])
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("hpcfl")]
+    assert len(said) == 1 and said[0].startswith("torch.compile does not work here")
 
 
 def test_batches_change_neither_order_nor_result():

@@ -17,9 +17,9 @@ from hpcfl import tree
 from hpcfl.algorithms.base import Algorithm, ClientSite, Phase, Plan, Problem, ServerSite, Totals, Update
 from hpcfl.algorithms.fedavg import FedAvg, averaged
 from hpcfl.data.shards import epochs
-from hpcfl.errors import DataError
+from hpcfl.errors import DataError, JobError, LayoutError
 from hpcfl.evaluate import BATCH, bind
-from hpcfl.fit import Modules, Turn
+from hpcfl.fit import Modules, Turn, compiles
 from hpcfl.generators.class_vtc import Vtc
 from hpcfl.generators.cvae import Cvae
 from hpcfl.generators.dcgan import Dcgan
@@ -31,10 +31,12 @@ from hpcfl.losses import cross_entropy
 from hpcfl.models.split import Shape
 from hpcfl.optimizers import Optimizer
 from hpcfl.statistics import Statistics, Sums
+from hpcfl.streams import Stream
 from hpcfl.tree import Tree
 
 GENERATOR = "generator"                                            # of the networks of a generative model the one that draws
 NOISES = 4                                                         # draws of a step's noise over which a generator's loss of one image is averaged
+EVERYBODY = -1                                                     # in a Stream: no client's own
 SMALLEST = 2                                                       # images of a client: BatchNorm over 1x1 maps has no variance of one
 
 
@@ -63,11 +65,20 @@ class Config:
 
 KINDS: dict[str, Callable[[Config, Shape, int, bool], GenerativeModel]] = {
     "cvae": lambda config, shape, classes, features: Cvae(shape, classes, config.latent, value_range="features" if features else "unit"),
-    "dcgan": lambda config, shape, classes, features: Dcgan(shape, classes, config.width_g, config.width_d, value_range="features" if features else "symmetric"),
+    "dcgan": lambda config, shape, classes, features: Dcgan(shape, classes, config.width_g, config.width_d,
+                                                            value_range="features" if features else "symmetric"),
     "ddpm": lambda config, shape, classes, features: Ddpm(shape, classes, config.steps, config.width, guidance=config.guidance, ddim_steps=config.ddim_steps,
                                                           value_range="features" if features else "unit"),
     "vtc": lambda config, shape, classes, features: Vtc(shape, classes, config.latent, value_range="features" if features else "symmetric"),
 }
+
+
+def generative(config: Config, shape: Shape, classes: int, features: bool) -> GenerativeModel:
+    """The configured generator of images, or of an extractor's maps. Raises: JobError for shapes and settings that it does not have."""
+    try:
+        return KINDS[config.generator](config, shape, classes, features)
+    except LayoutError as error:
+        raise JobError(f"algorithm.generator = '{config.generator}' for {'maps of the common extractor' if features else 'images'}: {error}") from None
 
 
 class Space(Protocol):
@@ -93,7 +104,7 @@ class Images:
 
     def __init__(self, config: Config, problem: Problem):
         self.scale, self.matched = problem.scale, config.range_mode == "matched"
-        self.kind = KINDS[config.generator](config, problem.shape, problem.classes, False)
+        self.kind = generative(config, problem.shape, problem.classes, False)
 
     def batches(self, message: Tree, site: ClientSite, client: int, count: int, batch: int) -> Iterator[Tree]:
         for each in epochs(site.holdings[client].train, batch, count, site.stream("generator batches", client)):
@@ -121,10 +132,11 @@ class Generating(Algorithm):
     def __init__(self, config: Config, problem: Problem, space: Space):
         super().__init__(config, problem)
         self.space, self.kind = space, space.kind
-        self.networks = tuple(self.initial("structure"))           # their names, and the parts of the server's state that hold w_g
+        self.structure = self.initial("structure")                 # the same for clients of every architecture
+        self.networks = tuple(self.structure)                      # their names, and the parts of the server's state that hold w_g
 
     def modules(self, architecture: str) -> dict[str, nn.Module]:
-        return super().modules(architecture) | self.initial("structure")
+        return super().modules(architecture) | self.structure
 
     def initial(self, purpose: str) -> dict[str, nn.Module]:
         """New networks from one common stream."""
@@ -136,11 +148,12 @@ class Generating(Algorithm):
             raise DataError(f"{self.problem.job.algorithm_name} draws samples of all {counts.shape[1]} classes, but no client has a training image of class "
                             f"{', '.join(map(str, missing))}; raise data.fraction, or choose another data.partition or data.name")
         if (least := counts.sum(1).min()) < SMALLEST:
-            raise DataError(f"client {counts.sum(1).argmin()} has {least} training image, a generator needs {SMALLEST} for its norms; raise data.fraction or use fewer clients")
+            raise DataError(f"client {counts.sum(1).argmin()} has {least} training image, a generator needs {SMALLEST} for its norms; raise data.fraction or "
+                            "use fewer clients")
 
-    def drawer(self, message: Tree, site: ClientSite) -> Callable[[Tensor, torch.Generator], Tensor]:
+    def drawer(self, message: Tree, site: ClientSite, compile: bool = False) -> Callable[[Tensor, torch.Generator], Tensor]:
         """Samples (B, *kind.shape) of labels (B,), G in eval mode and without gradients."""
-        call = bind(site.modules[GENERATOR], tree.to(tree.part(message, GENERATOR), self.problem.device))
+        call = bind(site.modules[GENERATOR], tree.to(tree.part(message, GENERATOR), self.problem.device), compile=compile)
         return lambda y, random: self.kind.sample(call, y, random)
 
     def draw(self, group: Group, message: Tree, site: ClientSite, per_class: int) -> tuple[Tensor, Tensor]:
@@ -158,7 +171,10 @@ class TrainGenerator(Generating):
 
     def __init__(self, config: Config, problem: Problem, space: Space, first: int = 0):
         super().__init__(config, problem, space)
-        self.first = first
+        self.first, self.batch = first, config.generator_batch or problem.job.training.batch
+        if self.batch < SMALLEST:
+            raise JobError(f"algorithm.generator_batch = {config.generator_batch} with training.batch = {problem.job.training.batch} trains the generator on "
+                           f"batches of {self.batch}, its norms need {SMALLEST}; set algorithm.generator_batch to at least {SMALLEST}")
 
     def found(self, site: ServerSite) -> Tree:
         return tree.join(**{name: tree.floating(network.state_dict()) for name, network in self.initial("init/generator").items()})
@@ -170,13 +186,14 @@ class TrainGenerator(Generating):
         config, resting, received = self.config, group, tree.to(message, self.problem.device)
         for name in self.networks:                                 # batch counters, which nobody reads, are not sent
             group = group.sharing(name, site.modules[name].state_dict() | tree.part(received, name))
-        batch, images = config.generator_batch or self.problem.job.training.batch, site.sizes(group)
-        group, metrics = site.fit(group, self.turns(site.round), lambda client: self.batches(message, site, client, batch), keep_optimizer=True,
+        images = site.sizes(group)
+        group, metrics = site.fit(group, self.turns(site.round), lambda client: self.batches(message, site, client, self.batch), keep_optimizer=True,
                                   channels_last=self.kind.channels_last,
-                                  steps=config.generator_rounds * config.generator_epochs * int(images.max()) // batch)
+                                  steps=config.generator_rounds * config.generator_epochs * int(images.max()) // self.batch)
         by_images = config.generator_weights == "images"
         weights = images if by_images else torch.ones_like(images)
-        w = {name: Sums.weighted(group.clients, tree.floating(group.part(name)), weights, weights_sent=by_images and name == GENERATOR) for name in self.networks}
+        w = {name: Sums.weighted(group.clients, tree.floating(group.part(name)), weights, weights_sent=by_images and name == GENERATOR)
+             for name in self.networks}
         kept = {path: leaf for path, leaf in group.state.items() if path in resting.state or path.startswith(f"{OPTIMIZER}/")}
         return Update(replace(group, state=kept), Statistics(w), {f"generator_{name}": values for name, values in metrics.items()})
 
@@ -228,9 +245,10 @@ class Teaching(Generating):
     def learn(self, group: Group, message: Tree, site: ClientSite) -> tuple[Group, dict[str, Tensor]]:
         if not self.continued:
             group = group.without(OPTIMIZER)                       # of the generator, which rests from now on
-        draw, metrics = self.drawer(message, site), {}
+        draw, metrics = self.drawer(message, site, self.often(group, site)), {}
         if self.config.synthetic_epochs:
-            group, drawn = site.fit(group, [self.turn()], lambda client: self.synthetic(draw, site, client), steps=self.steps(group, site, self.config.synthetic_epochs))
+            group, drawn = site.fit(group, [self.turn()], lambda client: self.synthetic(draw, site, client),
+                                    steps=self.steps(group, site, self.config.synthetic_epochs))
             metrics["synthetic_loss"] = drawn["loss"]
         group, own = self.on_own(group, message, site)
         return group, own | metrics
@@ -241,7 +259,12 @@ class Teaching(Generating):
 
     def steps(self, group: Group, site: ClientSite, count: int) -> int:
         """Steps that `count` epochs take in the whole run."""
-        return int(site.sizes(group).max()) // self.problem.job.training.batch * count * self.problem.job.federation.rounds
+        return max(1, int(site.sizes(group).max()) // self.problem.job.training.batch) * count * self.problem.job.federation.rounds
+
+    def often(self, group: Group, site: ClientSite) -> bool:
+        """Whether sampling calls G so often that it is compiled; never where one call draws a batch."""
+        calls = self.kind.calls * self.steps(group, site, self.config.synthetic_epochs) * len(group.clients)
+        return self.kind.calls > 1 and compiles(self.problem.job.run.compile, self.problem.device.type, calls)
 
     def on_own(self, group: Group, message: Tree, site: ClientSite) -> tuple[Group, dict[str, Tensor]]:
         """T_r epochs on the client's own images."""
@@ -255,10 +278,12 @@ class Teaching(Generating):
             if pool is None:
                 x, y = self.samples(draw, wanted, site.stream(f"synthetic/{number}", client))
             else:
-                x, y = pool[number] = pool[number] if number in pool else self.samples(draw, wanted, self.problem.stream(f"{site.phase}/pool/{number}", round_=site.round))
+                if number not in pool:
+                    pool[number] = self.samples(draw, wanted, site.stream(f"synthetic/{number}", EVERYBODY))
+                x, y = pool[number]
             yield {"x": x[:size], "y": y[:size]}
 
-    def samples(self, draw: Callable[[Tensor, torch.Generator], Tensor], count: int, stream) -> tuple[Tensor, Tensor]:
+    def samples(self, draw: Callable[[Tensor, torch.Generator], Tensor], count: int, stream: Stream) -> tuple[Tensor, Tensor]:
         """A batch of samples as the classifier takes them, and their labels."""
         random = stream.torch(self.problem.device)
         y = torch.randint(self.problem.classes, (count,), generator=random, device=self.problem.device)

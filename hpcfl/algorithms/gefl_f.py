@@ -13,7 +13,7 @@ from torch import Tensor
 from hpcfl import tree
 from hpcfl.algorithms import gefl
 from hpcfl.algorithms.base import Algorithm, ClientSite, Phase, Plan, Problem
-from hpcfl.algorithms.gefl import KINDS, Space, Teaching, TrainGenerator, staged
+from hpcfl.algorithms.gefl import Space, Teaching, TrainGenerator, generative, staged
 from hpcfl.algorithms.lg_fedavg import COMMON, LgFedAvg
 from hpcfl.data.shards import Shard, epochs
 from hpcfl.evaluate import bind, in_batches
@@ -49,7 +49,7 @@ class Maps:
     def __init__(self, config: Config, problem: Problem):
         self.problem = problem
         self.model = problem.structure(problem.sizes.every[0])
-        self.kind = KINDS[config.generator](config, self.model.maps_shape, problem.classes, True)
+        self.kind = generative(config, self.model.maps_shape, problem.classes, True)
 
     def batches(self, message: Tree, site: ClientSite, client: int, count: int, batch: int) -> Iterator[Tree]:
         return epochs(self.own(message, site, client), batch, count, site.stream("generator batches", client))
@@ -118,7 +118,7 @@ def header_cross_entropy(modules, batch: Tree, context: Tree) -> Tensor:
 def plan(config: Config, problem: Problem) -> Plan:
     """T_FE rounds of warm-up, then T_KA and T_TN as in GeFL.
 
-    Raises: JobError for models without one common extractor.
+    Raises: JobError for models without one common extractor, and for maps that the generator does not take.
     """
     warmup = Phase("warmup", config.warmup_rounds, (LgFedAvg(config, problem),))
     space = Maps(config, problem)

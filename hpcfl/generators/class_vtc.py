@@ -36,6 +36,7 @@ class Vtc:
     value_range: str = "symmetric"                                 # or "features"
     decay: ClassVar[str] = "none"
     channels_last: ClassVar[bool | None] = None
+    calls: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         require(self, lambda side: side > 0, "of at least 1", tuple(OUTPUT), latent=1, blur=0)

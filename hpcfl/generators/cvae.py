@@ -31,6 +31,7 @@ class Cvae:
     value_range: str = "unit"                                      # or "symmetric", "features"
     decay: ClassVar[str] = "none"
     channels_last: ClassVar[bool | None] = False                     # kernels of a million weights on maps of a few pixels: laying them out anew takes a third of a step
+    calls: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         require(self, lambda side: power_of_two(side, 2), "a power of two of at least 2", RANGES, latent=1, width=1)

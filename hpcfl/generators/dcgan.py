@@ -38,6 +38,7 @@ class Dcgan:
     value_range: str = "symmetric"                                 # or "features"
     decay: ClassVar[str] = "none"
     channels_last: ClassVar[bool | None] = None
+    calls: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         require(self, lambda side: power_of_two(side, 8), "a power of two of at least 8", tuple(OUTPUT), width_g=2, width_d=2, noise_size=1)

@@ -50,6 +50,11 @@ class Ddpm:
             raise LayoutError(f"Ddpm: got width {self.width}, drop {self.drop}, ddim_steps {self.ddim_steps}; wanted a multiple of {GROUPS}, "
                               f"a share in [0, 1] and at most steps = {self.steps}")
 
+    @property
+    def calls(self) -> int:
+        """One per step of sampling."""
+        return self.ddim_steps or self.steps
+
     def networks(self) -> dict[str, nn.Module]:
         return {"generator": UNet(self)}
 
@@ -87,8 +92,7 @@ class Ddpm:
 
     def times(self) -> list[int]:
         """The steps that sampling visits, T first: all, or `ddim_steps` evenly spread ones."""
-        count = self.ddim_steps or self.steps
-        return [round(self.steps * number / count) for number in range(count, 0, -1)]
+        return [round(self.steps * number / self.calls) for number in range(self.calls, 0, -1)]
 
     def estimate(self, call: Call, x: Tensor, t: int, y: Tensor) -> Tensor:
         """(1 + w) eps(x, y) - w eps(x, nothing): with w = 0 the batch as it is, else once with and once without classes in one call."""

@@ -36,6 +36,7 @@ class GenerativeModel(Protocol):
     value_range: str
     decay: str                                                     # of the rate over the rounds of training: "none", or "linear" to zero
     channels_last: bool | None                                     # memory format of training on a CPU, as `fit` takes it
+    calls: int                                                     # of "generator" in drawing one batch of samples
 
     def networks(self) -> dict[str, nn.Module]:
         """New networks, initialised from torch's global generator: "generator", which is what sampling needs, and what trains it."""

@@ -60,6 +60,7 @@ def begin(world: World) -> State:
 def rounds(exchange: "Exchange", state: State) -> Iterator[tuple[State, Place]]:
     """Run what is left of the plan, yielding the state after each round."""
     for place in schedule(exchange.world)[state.rows:]:
+        exchange.wait()                                            # nobody leaves a barrier before all have come: the round begins at one time everywhere
         exchange.ledger.open()
         state = regrouped(exchange.world, state, place.row)
         for step in place.phase.steps:

@@ -12,6 +12,8 @@ from hpcfl.ledger import SECONDS
 
 SCHEMA = 1
 GLOBAL = "evaluation/global_correct"
+TRACE = {"rank": np.uint16, "row": np.int32, "kind": np.uint8, "start_s": np.float64, "duration_s": np.float32}          # of an interval: 19 bytes
+INTERVALS = 500_000                                                # kept at most, 10 MB; beyond that the oldest rounds lose theirs
 
 
 class Record:
@@ -26,9 +28,14 @@ class Record:
         self.rows: list[dict[str, Any]] = []
         self.evaluations: list[dict[str, Any]] = []
         self.samples: dict[str, np.ndarray] = {}
+        self._intervals: list[dict[str, np.ndarray]] = []          # of the last rounds, one table each, TRACE
+        self._resumed_s = 0.0                                      # where the clock of this process begins
 
     def finish_round(self, phase: str, round_: int, accounts: Sequence[Mapping[str, Any]]) -> None:
-        """Add a row from the accounts of all ranks, in rank order."""
+        """Add a row from the accounts of all ranks, in rank order.
+
+        Times count from rank 0's first round; the other ranks' from when the round began at them, which was at one time for all.
+        """
         def by_client(key: str) -> np.ndarray:
             values = np.zeros(self.clients, np.int64)
             for account in accounts:
@@ -45,6 +52,15 @@ class Record:
                           "notes": {name: value for account in accounts for name, value in account["notes"].items()},
                           "transported": np.array([account["sent_bytes"] for account in accounts], np.int64),
                           "seconds": {kind: np.array([account["seconds"][kind] for account in accounts]) for kind in SECONDS}})
+        began_s = self._resumed_s + accounts[0]["opened_s"]
+        tables = [{"rank": np.full(len(own["kind"]), rank), "row": np.full(len(own["kind"]), len(self.rows) - 1), **own, "start_s": began_s + own["start_s"]}
+                  for rank, own in enumerate(account["intervals"] for account in accounts)]
+        self._remember(_joined(tables))
+
+    def _remember(self, intervals: dict[str, np.ndarray]) -> None:
+        self._intervals.append(intervals)
+        while sum(len(table["row"]) for table in self._intervals) > INTERVALS:
+            self._intervals.pop(0)
 
     def evaluate(self, stage: str, counts: Mapping[str, np.ndarray], global_counts: Mapping[str, np.ndarray] | None = None) -> None:
         """Add an evaluation to the round that is open: name -> (K, C) right answers of the clients, model -> (C,) of the federation's own models."""
@@ -87,6 +103,11 @@ class Record:
                 known = {model: get[GLOBAL][e, g] for g, model in enumerate(models) if (get[GLOBAL][e, g] >= 0).all()}
                 self.evaluations.append({"at": int(at), "stage": get["evaluation/stage"][e].decode(), "global": known,
                                          **{kind: get[f"evaluation/{kind}"][e] for kind in kinds}})
+        if "trace/row" in get:
+            kept = get["trace/row"] < rows
+            before = {name: get[f"trace/{name}"][kept] for name in TRACE}
+            self._intervals = [{name: column[before["row"] == row] for name, column in before.items()} for row in np.unique(before["row"])]
+            self._resumed_s = float((before["start_s"] + before["duration_s"]).max(initial=0.0))
 
     def _fit(self, by_rank: np.ndarray) -> np.ndarray:
         """Rows by rank as wide as this run: another number of ranks may have written them."""
@@ -106,6 +127,8 @@ class Record:
         notes = sorted({name for row in rows for name in row["notes"]})
         columns |= {f"server/{name}": np.array([row["notes"].get(name, np.nan) for row in rows], np.float64) for name in notes}
         columns |= {f"seconds/{kind}": np.array([row["seconds"][kind] for row in rows], np.float64).reshape(-1, self.ranks) for kind in SECONDS}
+        columns |= {f"trace/{name}": column for name, column in _joined(self._intervals).items()}
+        columns["trace/kinds"] = np.array(SECONDS, dtype=text)
         if self.evaluations:
             columns |= {"evaluation/at": np.array([entry["at"] for entry in self.evaluations], np.int64),
                         "evaluation/stage": np.array([entry["stage"] for entry in self.evaluations], dtype=text)}
@@ -121,6 +144,11 @@ class Record:
         missing = np.full_like(next(counts for entry in self.evaluations for counts in entry["global"].values()), -1)
         counts = [np.stack([entry["global"].get(name, missing) for name in models]) for entry in self.evaluations]
         return {"evaluation/global_names": np.array(models, dtype=h5py.string_dtype()), GLOBAL: np.stack(counts)}
+
+
+def _joined(tables: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Tables of intervals one after the other."""
+    return {name: np.concatenate([np.zeros(0, kind), *(table[name].astype(kind) for table in tables)]) for name, kind in TRACE.items()}
 
 
 def _table(rows: list[dict[str, Any]], key: str, width: int) -> np.ndarray:

@@ -60,7 +60,7 @@ VARIANTS: dict[str, tuple[str, Tables]] = {                        # other ways 
     "fedvtc, common latent": ("fedvtc", {"algorithm": {"latent": "common", "vtc_sync": "none"}}),
     "fedvtc, sums": ("fedvtc", {"algorithm": {"statistics": "sums", "sigma_source": "learnable", "finetune": "every_round", "vtc_sync_every": 2}})}
 CASES: dict[str, tuple[str, Tables]] = {name: (name, {}) for name in PLANS} | VARIANTS
-OF_THE_MOMENT = ("seconds/", "rounds/wall_s", "bytes/transported", "clients/rank", "train/seconds",
+OF_THE_MOMENT = ("seconds/", "trace/", "rounds/wall_s", "bytes/transported", "clients/rank", "train/seconds",
                  "train/refine_seconds")                           # metrics that differ between equal runs
 
 

@@ -48,7 +48,7 @@ def run(job: Job, comm: Communicator, out: Path | None, resume: str, may_differ:
             return folder
         set_threads(job, comm)
         device = choose_device(job.run.device, comm.local_rank)
-        world = World(job, comm, device)
+        world = World(job, comm, device, comm.share(checkpoint.past(resume_from) if comm.is_server and resume_from else None))
         console.say(f"{job.run.name}: {job.algorithm_name} on {job.data.name}, {world.clients} clients on {comm.size} rank(s), "
                     f"{sum(phase.rounds for phase in world.plan)} rounds -> {folder}")
         simulation = Simulation(world, folder, console, stop_requested)

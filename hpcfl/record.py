@@ -146,6 +146,21 @@ class Record:
         return {"evaluation/global_names": np.array(models, dtype=h5py.string_dtype()), GLOBAL: np.stack(counts)}
 
 
+def seconds_taken(path: Path, rows: int) -> tuple[float, ...]:
+    """What each client took of a round, (K,): the median over its rounds of the phase in which a run was after `rows` rounds; NaN where it had none.
+
+    The median, because the first round of a phase may include compilation. Raises: CheckpointError where the file cannot be read.
+    """
+    with storage.reading(path) as file:
+        phases = file["rounds/phase"][:rows]
+        nothing = np.full((len(phases), int(file.attrs["clients"])), np.nan)
+        training, refining = (file[name][:rows] if name in file else nothing for name in ("train/seconds", "train/refine_seconds"))
+    taken = np.nan_to_num(training) + np.nan_to_num(refining)
+    absent = np.isnan(training) & np.isnan(refining)
+    own = [taken[(phases == phases[-1:]) & ~absent[:, client], client] for client in range(taken.shape[1])]
+    return tuple(float(np.median(each)) if len(each) else float("nan") for each in own)
+
+
 def _joined(tables: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Tables of intervals one after the other."""
     return {name: np.concatenate([np.zeros(0, kind), *(table[name].astype(kind) for table in tables)]) for name, kind in TRACE.items()}

@@ -30,6 +30,8 @@ class Console:
         parts = [f"{place.row + 1:>{len(str(total))}}/{total}  {place.phase.name:<10}", f"loss {loss:7.4f}" if np.isfinite(loss) else " " * 12]
         parts.append(f"accuracy {values['accuracy']:5.1f} [{values['lowest']:5.1f} ..{values['highest']:5.1f}]" if "accuracy" in values else " " * 30)
         parts.append(f"personal {values['personal']:5.1f}" if "personal" in values else " " * 14)
+        asked, answered = ((row["conditions"]["answered"] >= least).sum() for least in (0, 1))
+        parts += [f"answers {answered:>{len(str(asked))}}/{asked}"] if asked else []
         parts.append(f"up {megabytes(row['up'].sum())}  down {megabytes(row['down'].sum())}  {row['wall_s']:7.2f} s")
         self._advance(place.row + 1, total)
         self.say("  ".join(parts))

@@ -58,6 +58,11 @@ class Federation:
     rounds: int = integer(10, 1)
     participation: float = real(1.0, 0.0, 1.0, above=True)         # share of the clients in each round's cohort
     server: str = choice("shared", "dedicated")                    # shared: rank 0 hosts clients too
+    dropout: float = real(0.0, 0.0, 1.0)                           # simulated: probability that a client of the cohort does not answer in a round
+    delay: str = choice("none", "exponential", "lognormal")        # simulated: the time that a client takes to answer in a round
+    delay_mean: float = real(1.0, 0.0, above=True)                 # simulated seconds
+    delay_spread: float = real(1.0, 0.0)                           # lognormal: standard deviation of the logarithm
+    deadline: float = real(0.0, 0.0)                               # simulated seconds after which an answer is not used; 0: the server waits
 
 
 @dataclass(frozen=True)

@@ -214,6 +214,9 @@ def _headline(recording: Recording, found: dict[str, Any], title: str, index: in
                                  f"{byte_text(sent['simulated_up_bytes'])} up, {byte_text(sent['simulated_down_bytes'])} down"),
              "Transported bytes": (byte_text(sent["transported_bytes"]), f"between {counted(recording.ranks, 'rank')}"),
              "Time": (seconds_text(found["wall_s"]), idle)}
+    if conditions := found["conditions"]:
+        share = 100 * conditions["answered"] / max(1, conditions["asked"])
+        tiles["Answers"] = (_percent(share), f"{conditions['dropped']} dropped out, {conditions['late']} late; {seconds_text(conditions['simulated_s'])} simulated")
     cells = "".join(f"<div><dt>{name}</dt><dd>{value[0]}<small>{value[1]}</small></dd></div>" for name, value in tiles.items())
     facts = f"{recording.algorithm} on {found['data']}, {counted(recording.clients, 'client')}, {counted(recording.ranks, 'rank')}, " \
             f"{counted(recording.rounds, 'round')} finished, status: {recording.status}, folder {recording.folder}"
@@ -240,6 +243,8 @@ def _clients(recording: Recording, found: dict[str, Any]) -> str:
     if counts is not None:
         columns["Training samples"] = lambda client: str(counts[client].sum())
         columns["Absent classes"] = lambda client: str((counts[client] == 0).sum())
+    if (answered := recording.arrays.get("conditions/answered")) is not None:
+        columns["Answers"] = lambda client: f"{(answered[:, client] == 1).sum()} of {(answered[:, client] >= 0).sum()}"
     for heading, key in (("Before fine-tuning (%)", "before_finetune"), ("Generalization (%)", "generalization"), ("Personal (%)", "personal")):
         if accuracy.get(key, {}).get("mean") is not None:
             columns[heading] = partial(lambda values, client: number_text(values[client]), accuracy[key]["per_client"])

@@ -7,6 +7,7 @@ import h5py
 import numpy as np
 
 from hpcfl import storage
+from hpcfl.conditions import Answers
 from hpcfl.errors import CheckpointError
 from hpcfl.ledger import SECONDS
 
@@ -31,8 +32,8 @@ class Record:
         self._intervals: list[dict[str, np.ndarray]] = []          # of the last rounds, one table each, TRACE
         self._resumed_s = 0.0                                      # where the clock of this process begins
 
-    def finish_round(self, phase: str, round_: int, accounts: Sequence[Mapping[str, Any]]) -> None:
-        """Add a row from the accounts of all ranks, in rank order.
+    def finish_round(self, phase: str, round_: int, accounts: Sequence[Mapping[str, Any]], answers: Answers | None = None) -> None:
+        """Add a row from the accounts of all ranks, in rank order, and from who answered, where that was simulated.
 
         Times count from rank 0's first round; the other ranks' from when the round began at them, which was at one time for all.
         """
@@ -47,7 +48,7 @@ class Record:
             for name, values in account["metrics"].items():
                 row = metrics.setdefault(name, np.full(self.clients, np.nan))
                 row[list(values)] = list(values.values())
-        self.rows.append({"phase": phase, "round": round_, "wall_s": max(account["wall_s"] for account in accounts),
+        self.rows.append({"phase": phase, "round": round_, "wall_s": max(account["wall_s"] for account in accounts), "conditions": self._conditions(answers),
                           "up": by_client("up"), "down": by_client("down"), "metrics": metrics,
                           "notes": {name: value for account in accounts for name, value in account["notes"].items()},
                           "transported": np.array([account["sent_bytes"] for account in accounts], np.int64),
@@ -56,6 +57,15 @@ class Record:
         tables = [{"rank": np.full(len(own["kind"]), rank), "row": np.full(len(own["kind"]), len(self.rows) - 1), **own, "start_s": began_s + own["start_s"]}
                   for rank, own in enumerate(account["intervals"] for account in accounts)]
         self._remember(_joined(tables))
+
+    def _conditions(self, answers: Answers | None) -> dict[str, np.ndarray | float]:
+        answered, delays = np.full(self.clients, -1, np.int8), np.full(self.clients, np.nan)
+        if answers is None or not answers.simulated:
+            return {"answered": answered, "delay_s": delays, "duration_s": 0.0}
+        answered[list(answers.cohort)] = 0
+        answered[list(answers.answered)] = 1
+        delays[list(answers.delays_s)] = list(answers.delays_s.values())
+        return {"answered": answered, "delay_s": delays, "duration_s": answers.duration_s}
 
     def _remember(self, intervals: dict[str, np.ndarray]) -> None:
         self._intervals.append(intervals)
@@ -90,8 +100,9 @@ class Record:
                 raise CheckpointError(f"{path}: holds {len(file['rounds/round'])} rounds, the checkpoint is at {rows}; the record is older than the checkpoint")
             get = {name: file[name][()] for name in _names(file)}
         phases = [phase.decode() for phase in get["rounds/phase"]]
+        simulated = [name for name in get if name.startswith("conditions/")]
         for t in range(rows):
-            self.rows.append({"phase": phases[t], "round": int(get["rounds/round"][t]), "wall_s": float(get["rounds/wall_s"][t]),
+            self.rows.append({"conditions": {name[11:]: get[name][t] for name in simulated} or self._conditions(None), "phase": phases[t], "round": int(get["rounds/round"][t]), "wall_s": float(get["rounds/wall_s"][t]),
                               "up": get["bytes/simulated_up"][t], "down": get["bytes/simulated_down"][t], "transported": self._fit(get["bytes/transported"][t]),
                               "metrics": {name[6:]: get[name][t] for name in get if name.startswith("train/") and not np.isnan(get[name][t]).all()},
                               "notes": {name[7:]: float(get[name][t]) for name in get if name.startswith("server/") and not np.isnan(get[name][t])},
@@ -129,6 +140,8 @@ class Record:
         columns |= {f"seconds/{kind}": np.array([row["seconds"][kind] for row in rows], np.float64).reshape(-1, self.ranks) for kind in SECONDS}
         columns |= {f"trace/{name}": column for name, column in _joined(self._intervals).items()}
         columns["trace/kinds"] = np.array(SECONDS, dtype=text)
+        if any((row["conditions"]["answered"] >= 0).any() for row in rows):
+            columns |= {f"conditions/{name}": np.array([row["conditions"][name] for row in rows]) for name in rows[0]["conditions"]}
         if self.evaluations:
             columns |= {"evaluation/at": np.array([entry["at"] for entry in self.evaluations], np.int64),
                         "evaluation/stage": np.array([entry["stage"] for entry in self.evaluations], dtype=text)}

@@ -17,7 +17,7 @@ SHAPES = {                                                         # of a datase
     "rounds": "R", "train": "RK", "bytes": "RK", "bytes/transported": "R.", "seconds": "R.", "server": "R",
     "evaluation": "EKC", "evaluation/at": "E", "evaluation/stage": "E", "evaluation/global_correct": "EGC", "evaluation/global_names": "G",
     "evaluation/generalization_count": "C", "evaluation/personal_count": "KC", "evaluation/validation_count": "KC", "partition": "KC", "clients": "K",
-    "trace": "I", "trace/kinds": ".",
+    "trace": "I", "trace/kinds": ".", "conditions": "RK", "conditions/duration_s": "R",
     "samples/synthetic": "SC....", "samples/has": "SC", "samples/real": "C....", "samples/client": "S"}
 NEGATIVE = "negative "                                             # begins the name of a share of negative weights: negative PATH SIZE
 BEFORE = "1"                                                       # its SIZE of the model that was not compressed; of others the architecture

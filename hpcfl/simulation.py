@@ -147,7 +147,7 @@ class Simulation:
         before, self.sent_bytes = self.sent_bytes, self.comm.sent_bytes
         accounts = self.comm.gather({**self.ledger.close(), "sent_bytes": self.sent_bytes - before})
         if self.comm.is_server:
-            self.record.finish_round(place.phase.name, place.round, accounts)
+            self.record.finish_round(place.phase.name, place.round, accounts, self.world.answers(place.phase, place.row))
             self.console.round(place, len(self.places), self.record.rows[-1], self.lines)
             self.lines = {}
 

@@ -10,6 +10,7 @@ from torch import nn
 from hpcfl.algorithms import PLANS
 from hpcfl.algorithms.base import ClientSite, Holdings, Phase, Problem, ServerSite
 from hpcfl.comm import Communicator
+from hpcfl.conditions import Answers, simulate
 from hpcfl.data import corpora, partition
 from hpcfl.data.shards import Scale, Shard, load
 from hpcfl.errors import JobError
@@ -104,10 +105,17 @@ class World:
         return {architecture: tuple(found[architecture]) for architecture in sorted(found)}
 
     def cohort(self, phase: Phase, row: int) -> tuple[int, ...]:
-        """The clients that take part in a round, a pure function of the seed and the round's row."""
+        """The clients that are asked to take part in a round, a pure function of the seed and the round's row."""
         size = self.clients if phase.everyone else max(1, round(self.job.federation.participation * self.clients))
         drawn = self.problem.stream("cohort", round_=row).numpy().permutation(self.clients)[:size]
         return tuple(sorted(int(client) for client in drawn))
+
+    def answers(self, phase: Phase, row: int) -> Answers:
+        """Who of the cohort answers in a round, and when, a pure function of the seed and the row; all of them where a round has no answer to wait for."""
+        settings, cohort = self.job.federation, self.cohort(phase, row)
+        if (settings.dropout or settings.delay != "none") and phase.asks:
+            return simulate(settings, partial(self.problem.stream, round_=row), cohort)
+        return Answers(cohort, cohort)
 
     def client_site(self, group: Group, phase: Phase, round_: int) -> ClientSite:
         """What a group may see in a round."""

@@ -52,6 +52,7 @@ QUICK: dict[str, Tables] = {                                       # what makes 
 VARIANTS: dict[str, tuple[str, Tables]] = {                        # other ways through an algorithm: other phases, messages or client states
     "fedrolex, clients change their size": ("fedrolex", {"models": {"size_schedule": "rotate"}}),
     "fedconv, clients change their size": ("fedconv", {"models": {"size_schedule": "rotate"}, "algorithm": {"weights": "code", "server_finetune": 0}}),
+    "fedavg, some do not answer": ("fedavg", {"federation": {"dropout": 0.3, "delay": "lognormal", "deadline": 2.0}}),
     "ccvr, each architecture": ("ccvr", {"algorithm": {"scope": "architecture", "covariance": "class_diag"}}),
     "lg_fedavg, the head": ("lg_fedavg", {"algorithm": {"shared": "head", "rest": "personal"}, "models": {"names": ["mlp2", "cnn1"]}}),
     "feddf, taught by averages": ("feddf", {"algorithm": {"teachers": "architectures", "ensemble": "probabilities"}}),

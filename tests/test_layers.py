@@ -15,7 +15,7 @@ LAYERS = (                                                         # a file impo
     {"data", "models", "generators", "maps", "resize"},
     {"losses", "matching", "group", "optimizers", "engines", "fit", "synthesise", "evaluate", "membership", "likeness", "latent"},
     {"algorithms"},
-    {"placement", "world", "federation", "simulation", "checkpoint", "ledger", "record", "recording", "trace", "console", "figures",
+    {"placement", "conditions", "world", "federation", "simulation", "checkpoint", "ledger", "record", "recording", "trace", "console", "figures",
      "pictures", "page", "report", "inspect", "information", "audit", "audit_generator", "audit_images", "references", "launch", "bench", "bench_fedconv", "cli", "__main__"},
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}

@@ -17,7 +17,7 @@ from hpcfl.record import Record, seconds_taken
 from hpcfl.world import World
 
 FORMAT = 2
-FREE_TO_DIFFER = ("checkpoint.every", "checkpoint.keep", "evaluation.batch", "run.name")   # settings that no result depends on
+FREE_TO_DIFFER = ("checkpoint.every", "checkpoint.keep", "evaluation.batch", "run.name", "timeouts.collective", "timeouts.heartbeat")   # settings that no result depends on
 
 
 def save(folder: Path, world: World, state: State, record: Record, score: float | None) -> None:

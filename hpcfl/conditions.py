@@ -9,7 +9,8 @@ from hpcfl.streams import Stream
 
 DELAYS: dict[str, Callable[[np.random.Generator, int, Federation], np.ndarray]] = {     # (K,) simulated seconds of mean federation.delay_mean
     "exponential": lambda generator, clients, settings: generator.exponential(settings.delay_mean, clients),
-    "lognormal": lambda generator, clients, settings: settings.delay_mean * generator.lognormal(-settings.delay_spread ** 2 / 2, settings.delay_spread, clients)}
+    "lognormal": lambda generator, clients, settings: generator.lognormal(
+        np.log(settings.delay_mean) - settings.delay_spread ** 2 / 2, settings.delay_spread, clients)}
 
 
 @dataclass(frozen=True)

@@ -95,6 +95,12 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
+class Timeouts:
+    collective: float = real(0.0, 0.0)                             # seconds that a rank may wait for another before the run is ended; 0: for ever
+    heartbeat: float = real(60.0, 0.0)                             # seconds between the lines that a long round prints; 0: none
+
+
+@dataclass(frozen=True)
 class Job:
     """The resolved experiment. `algorithm` is the Config of the algorithm called `algorithm_name`."""
 
@@ -106,6 +112,7 @@ class Job:
     algorithm: Any
     evaluation: Evaluation
     checkpoint: Checkpoint
+    timeouts: Timeouts
     algorithm_name: str
 
     def tables(self) -> dict[str, dict[str, Any]]:
@@ -127,7 +134,7 @@ class Job:
 
 
 SECTIONS = {"run": Run, "data": Data, "models": Models, "federation": Federation, "training": Training,
-            "algorithm": None, "evaluation": Evaluation, "checkpoint": Checkpoint}
+            "algorithm": None, "evaluation": Evaluation, "checkpoint": Checkpoint, "timeouts": Timeouts}
 
 
 def load(path: str | Path, configs: Mapping[str, type], overrides: Sequence[str] = ()) -> Job:

@@ -84,6 +84,13 @@ class Ledger:
         """Book one number of the round that belongs to no client."""
         self._notes[name] = float(value)
 
+    def so_far(self) -> tuple[float, dict[str, float]]:
+        """Seconds since the round began, and those of each kind up to now, of the block that is open too; safe to ask from another thread."""
+        now, seconds = time.perf_counter(), dict(self._seconds)
+        for kind in self._kinds[-1:]:
+            seconds[kind] += now - self._since
+        return now - self._start, seconds
+
     def close(self) -> dict:
         """The round's account: {"wall_s", "opened_s", "intervals", "seconds", "down", "up", "metrics", "notes"}.
 
@@ -93,9 +100,11 @@ class Ledger:
         self._first = self._start if self._first is None else self._first
         kinds, starts, durations = zip(*self._intervals, strict=True) if self._intervals else ((), (), ())
         intervals = {"kind": np.array(kinds, np.uint8), "start_s": np.array(starts, np.float64) - self._start, "duration_s": np.array(durations, np.float32)}
-        account = {"wall_s": time.perf_counter() - self._start, "opened_s": self._start - self._first, "intervals": intervals, "seconds": self._seconds,
-                   "down": dict(self._down), "up": dict(self._up), "metrics": {name: dict(values) for name, values in self._metrics.items()}, "notes": self._notes}
+        account = {"wall_s": time.perf_counter() - self._start, "opened_s": self._start - self._first, "intervals": intervals,
+                   "seconds": self._seconds, "down": dict(self._down), "up": dict(self._up),
+                   "metrics": {name: dict(values) for name, values in self._metrics.items()}, "notes": self._notes}
         self._clear()
+        self.open()                                                # what follows belongs to the next round, as long as nobody opens that
         return account
 
 

@@ -12,11 +12,12 @@ from hpcfl.errors import CheckpointError, HpcflError
 from hpcfl.federation import State
 from hpcfl.group import Group
 from hpcfl.job import differences
-from hpcfl.record import Record
+from hpcfl.placement import Past
+from hpcfl.record import Record, seconds_taken
 from hpcfl.world import World
 
 FORMAT = 2
-FREE_TO_DIFFER = ("checkpoint.every", "checkpoint.keep", "evaluation.batch", "run.name")   # settings that no result depends on
+FREE_TO_DIFFER = ("checkpoint.every", "checkpoint.keep", "evaluation.batch", "run.name", "timeouts.collective", "timeouts.heartbeat")   # settings that no result depends on
 
 
 def save(folder: Path, world: World, state: State, record: Record, score: float | None) -> None:
@@ -76,6 +77,22 @@ def load(folder: Path, world: World, may_differ: Sequence[str] = ()) -> State | 
               for architecture, clients in world.architectures(world.mine, manifest["rows"] - 1).items()]
     server = _read(checkpoint / "server.h5", manifest["files"]["server.h5"]["sha256"])["server"] if comm.is_server else None
     return State(server, tuple(groups), received, manifest["rows"], manifest["version"], manifest["versions"])
+
+
+def past(folder: Path) -> Past | None:
+    """What the latest checkpoint in a run folder (or one checkpoint folder) says of where clients were and how long they took; None where there is none.
+
+    Raises: CheckpointError where the manifest or the record beside the checkpoints cannot be read.
+    """
+    found = _manifest(folder)
+    if found is None or found[1].get("format") != FORMAT:          # what that means is said where it is loaded
+        return None
+    manifest, origin = found[1], Path(found[0]).parent.parent
+    home = {client: rank for rank in range(manifest["ranks"]) for client in manifest["files"].get(f"rank-{rank:04d}.h5", {"clients": ()})["clients"]}
+    seconds = seconds_taken(origin / "metrics.h5", manifest["rows"])
+    if sorted(home) != list(range(len(seconds))):
+        return None
+    return Past(tuple(home[client] for client in sorted(home)), manifest["ranks"], manifest["job"]["federation"]["server"], seconds)
 
 
 def exists(folder: Path) -> bool:

@@ -50,6 +50,11 @@ def _dry_run(job, comm) -> int:
 
 def _report(arguments: argparse.Namespace) -> int:
     from hpcfl import report
+    if arguments.trace is not None:
+        from hpcfl import trace
+        path = trace.write(arguments.runs, Path(arguments.trace) if arguments.trace else (arguments.out or arguments.runs[0]) / "trace.json")
+        print(f"trace: {path} (open it in ui.perfetto.dev or chrome://tracing)")
+        return 0
     if arguments.json:
         summaries = [report.summary(run) for run in arguments.runs]
         print(json.dumps(summaries[0] if len(summaries) == 1 else summaries, indent=1))
@@ -151,7 +156,10 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="figures and one HTML page for one run or several")
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run folder")
     report.add_argument("--out", type=Path, metavar="DIR", help="where report.html and figures/ go (default: the first run folder)")
-    report.add_argument("--json", action="store_true", help="print the summary as JSON and write nothing")
+    only = report.add_mutually_exclusive_group()
+    only.add_argument("--json", action="store_true", help="print the summary as JSON and write nothing")
+    only.add_argument("--trace", nargs="?", const="", metavar="FILE",
+                      help="write when each rank did what, for ui.perfetto.dev, and no page (default: trace.json in DIR)")
     report.set_defaults(command=_speaking(_report))
 
     inspect = commands.add_parser("inspect", help="what an HDF5 file holds")

@@ -4,8 +4,8 @@ import os
 import pickle
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -221,6 +221,16 @@ class Communicator:
     def abort(self, code: int) -> None:
         """End all ranks at once; the process of this one exits with `code`."""
         self._engine.abort(code)
+
+    @contextmanager
+    def watched(self, watch: Callable[[Any], Any]) -> Iterator[Any]:
+        """Inside the block every call to other ranks goes through watch(the ranks), which is what is given."""
+        engine = self._engine
+        self._engine = watch(engine)
+        try:
+            yield self._engine
+        finally:
+            self._engine = engine
 
     def check_launch(self, environment: Mapping[str, str] = os.environ) -> None:
         """Raises EnvironmentFault where a launcher started several ranks but each of them would run alone."""

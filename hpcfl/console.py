@@ -1,6 +1,8 @@
 """Console: progress and one aligned line per round on rank 0; the other ranks speak at WARNING; every rank keeps a log."""
 import logging
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +32,36 @@ class Console:
         parts = [f"{place.row + 1:>{len(str(total))}}/{total}  {place.phase.name:<10}", f"loss {loss:7.4f}" if np.isfinite(loss) else " " * 12]
         parts.append(f"accuracy {values['accuracy']:5.1f} [{values['lowest']:5.1f} ..{values['highest']:5.1f}]" if "accuracy" in values else " " * 30)
         parts.append(f"personal {values['personal']:5.1f}" if "personal" in values else " " * 14)
+        asked, answered = ((row["conditions"]["answered"] >= least).sum() for least in (0, 1))
+        parts += [f"answers {answered:>{len(str(asked))}}/{asked}"] if asked else []
         parts.append(f"up {megabytes(row['up'].sum())}  down {megabytes(row['down'].sum())}  {row['wall_s']:7.2f} s")
         self._advance(place.row + 1, total)
         self.say("  ".join(parts))
+
+    @contextmanager
+    def beating(self, every_s: float, told: Callable[[], tuple[float, str]]) -> Iterator[None]:
+        """Inside the block a line every so many seconds (0: none) of a round that lasts longer; told() is (seconds so far, what to say), asked by a thread."""
+        if not (self.speaks and every_s):
+            yield
+            return
+        over = threading.Event()
+        thread = threading.Thread(target=self._beat, args=(every_s, told, over), name="heartbeat", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+    def _beat(self, every_s: float, told: Callable[[], tuple[float, str]], over: threading.Event) -> None:
+        before_s, due_s = 0.0, every_s
+        while not over.wait(min(1.0, every_s / 4)):
+            so_far_s, text = told()
+            due_s = every_s if so_far_s < before_s else due_s      # another round
+            if so_far_s >= due_s:
+                self.say(text)
+                due_s = (so_far_s // every_s + 1) * every_s
+            before_s = so_far_s
 
     def close(self) -> None:
         """Leave the terminal as it was."""

@@ -41,6 +41,12 @@ class NonFiniteError(TrainingError):
     """Training produced NaN or infinity; the message names client, round and phase."""
 
 
+class RankMissing(HpcflError):
+    """A rank did not arrive where the others waited for it, within the time that the job allows."""
+
+    exit_code = 7
+
+
 class LayoutError(HpcflError):
     """Two parties of one collective brought Trees of different paths, shapes or types."""
 

@@ -1,6 +1,6 @@
 """THE loop: phases of rounds of steps; arrows only downward, no rank in sight."""
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import add
@@ -60,6 +60,7 @@ def begin(world: World) -> State:
 def rounds(exchange: "Exchange", state: State) -> Iterator[tuple[State, Place]]:
     """Run what is left of the plan, yielding the state after each round."""
     for place in schedule(exchange.world)[state.rows:]:
+        exchange.wait()                                            # nobody leaves a barrier before all have come: the round begins at one time everywhere
         exchange.ledger.open()
         state = regrouped(exchange.world, state, place.row)
         for step in place.phase.steps:
@@ -110,6 +111,8 @@ def changed(one: Tree, other: Tree) -> set[str]:
 class Exchange:
     """One step of one round: prepare, publish, train, combine, aggregate, publish, refine.
 
+    Clients of the cohort that do not answer in a round take part in none of its steps: they cost the download of what they were asked to work on, and
+    keep the state that they had.
     `before_refine` is called with the state between aggregation and the local work on the fresh message, so that its effect can be evaluated.
     """
 
@@ -119,21 +122,24 @@ class Exchange:
     published: dict[Algorithm, Message] = field(default_factory=dict, init=False)
 
     def __call__(self, step: Algorithm, state: State, place: Place) -> State:
-        cohort = self.world.cohort(place.phase, place.row)
+        answers = self.world.answers(place.phase, place.row)
         if step.overrides("prepare"):
             state = self.serve(step.prepare, step, state, place)
         if step.overrides("train"):
             message = self.publish(step, state)
-            state, statistics = self.work(step.train, step, message, state, place, cohort, "train")
+            if step is place.phase.asks:
+                self.ask_in_vain(step, message, state, answers.lost)
+            state, statistics = self.work(step.train, step, message, state, place, answers.answered, "train")
             self.wait()
-            with self.ledger("combine"):
-                totals = self.world.comm.combine(statistics)
-            if step.overrides("aggregate"):
-                state = self.serve(step.aggregate, step, state, place, totals)
+            if answers.answered:                                   # else there is nothing to aggregate: the server keeps its state
+                with self.ledger("combine"):
+                    totals = self.world.comm.combine(statistics)
+                if step.overrides("aggregate"):
+                    state = self.serve(step.aggregate, step, state, place, totals)
         if step.overrides("refine"):
             message = self.publish(step, state)
             self.before_refine(state, place)
-            state, _ = self.work(step.refine, step, message, state, place, cohort, "refine")
+            state, _ = self.work(step.refine, step, message, state, place, answers.answered, "refine")
             self.wait()
         return state
 
@@ -176,22 +182,34 @@ class Exchange:
         kept = {path: leaf for path, leaf in before.leaves.items() if part(path) in versions.keys() - news}
         return Message(whole or kept | moved, versions, state.version)
 
+    def hand_out(self, step: Algorithm, message: Message, architecture: str, clients: Sequence[int], received_out: dict[int, Versions]) -> Tree:
+        """What clients of an architecture download of a message; what they do not have yet is booked, and noted as what they have."""
+        download = step.receive(message.leaves, architecture)
+        sizes = message.downloaded(download.values())
+        versions = {name: message.versions.get(name, message.version) for name in sizes}
+        for client in clients:
+            known = received_out[client]
+            self.ledger.downloaded(client, sum(sizes[name] for name in sizes if known.get(name) != versions[name]))
+            received_out[client] = known | versions
+        return download
+
+    def ask_in_vain(self, step: Algorithm, message: Message, state: State, lost: Sequence[int]) -> None:
+        """Book the download of clients that will not answer; they are as they were before, so that they download it again when they are asked again."""
+        for group in state.groups:
+            clients = [client for client in group.clients if client in lost]
+            if clients:
+                self.hand_out(step, message, group.architecture, clients, dict(state.received))
+
     def work(self, verb: Callable[..., Update], step: Algorithm, message: Message, state: State, place: Place, cohort: tuple[int, ...],
              name: str) -> tuple[State, Statistics]:
-        """This rank's share of the cohort under one verb, group by group; what goes down and up is counted per client."""
+        """This rank's share of those who take part under one verb, group by group; what goes down and up is counted per client."""
         world, groups, received, statistics = self.world, list(state.groups), dict(state.received), []
         for position, whole in enumerate(groups):
             present = [client for client in whole.clients if client in cohort]
             if not present:
                 continue
             group = whole.select(present)
-            download = step.receive(message.leaves, group.architecture)
-            sizes = message.downloaded(download.values())
-            versions = {name: message.versions.get(name, message.version) for name in sizes}
-            for client in group.clients:
-                known = received[client]
-                self.ledger.downloaded(client, sum(sizes[name] for name in sizes if known.get(name) != versions[name]))
-                received[client] = known | versions
+            download = self.hand_out(step, message, group.architecture, group.clients, received)
             site = world.client_site(group, place.phase, place.round)
             with counting(world.job.evaluation.flops and place.round == 0) as counter:
                 start = time.perf_counter()

@@ -58,6 +58,11 @@ class Federation:
     rounds: int = integer(10, 1)
     participation: float = real(1.0, 0.0, 1.0, above=True)         # share of the clients in each round's cohort
     server: str = choice("shared", "dedicated")                    # shared: rank 0 hosts clients too
+    dropout: float = real(0.0, 0.0, 1.0)                           # simulated: probability that a client of the cohort does not answer in a round
+    delay: str = choice("none", "exponential", "lognormal")        # simulated: the time that a client takes to answer in a round
+    delay_mean: float = real(1.0, 0.0, above=True)                 # simulated seconds
+    delay_spread: float = real(1.0, 0.0)                           # lognormal: standard deviation of the logarithm
+    deadline: float = real(0.0, 0.0)                               # simulated seconds after which an answer is not used; 0: the server waits
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,12 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
+class Timeouts:
+    collective: float = real(0.0, 0.0)                             # seconds that a rank may wait for another before the run is ended; 0: for ever
+    heartbeat: float = real(60.0, 0.0)                             # seconds between the lines that a long round prints; 0: none
+
+
+@dataclass(frozen=True)
 class Job:
     """The resolved experiment. `algorithm` is the Config of the algorithm called `algorithm_name`."""
 
@@ -101,6 +112,7 @@ class Job:
     algorithm: Any
     evaluation: Evaluation
     checkpoint: Checkpoint
+    timeouts: Timeouts
     algorithm_name: str
 
     def tables(self) -> dict[str, dict[str, Any]]:
@@ -122,7 +134,7 @@ class Job:
 
 
 SECTIONS = {"run": Run, "data": Data, "models": Models, "federation": Federation, "training": Training,
-            "algorithm": None, "evaluation": Evaluation, "checkpoint": Checkpoint}
+            "algorithm": None, "evaluation": Evaluation, "checkpoint": Checkpoint, "timeouts": Timeouts}
 
 
 def load(path: str | Path, configs: Mapping[str, type], overrides: Sequence[str] = ()) -> Job:

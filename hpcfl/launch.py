@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from hpcfl.errors import CheckpointError, EnvironmentFault, HpcflError, JobError
 from hpcfl.federation import State
 from hpcfl.job import Job, load
 from hpcfl.simulation import Simulation
+from hpcfl.watchdog import watching
 from hpcfl.world import World, resolved
 
 log = logging.getLogger("hpcfl")
@@ -40,7 +42,7 @@ def run(job: Job, comm: Communicator, out: Path | None, resume: str, may_differ:
     """
     job = resolved(job, comm.size)
     folder, resume_from = (Path(path) if path else None for path in comm.share(_folders(job, out, resume) if comm.is_server else None))
-    with _owning(folder, comm), _stop_flag() as stop_requested:
+    with _owning(folder, comm), _stop_flag() as stop_requested, watching(comm, folder, job.timeouts.collective, partial(_fail, folder)):
         keep_log(folder, comm.rank)
         console = Console(comm.is_server, live=comm.size == 1 and sys.stdout.isatty())     # mpirun gives its ranks a terminal that is none
         if comm.share(comm.is_server and resume_from == folder and _finished(folder, job)):
@@ -48,7 +50,7 @@ def run(job: Job, comm: Communicator, out: Path | None, resume: str, may_differ:
             return folder
         set_threads(job, comm)
         device = choose_device(job.run.device, comm.local_rank)
-        world = World(job, comm, device)
+        world = World(job, comm, device, comm.share(checkpoint.past(resume_from) if comm.is_server and resume_from else None))
         console.say(f"{job.run.name}: {job.algorithm_name} on {job.data.name}, {world.clients} clients on {comm.size} rank(s), "
                     f"{sum(phase.rounds for phase in world.plan)} rounds -> {folder}")
         simulation = Simulation(world, folder, console, stop_requested)
@@ -60,7 +62,8 @@ def run(job: Job, comm: Communicator, out: Path | None, resume: str, may_differ:
             storage.write_json(folder / "environment.json", {"command": sys.argv, "hpcfl": hpcfl.__version__, "ranks": environments})
             storage.write_text(folder / "STATUS", "running\n")
         try:
-            simulation.run(state)
+            with console.beating(job.timeouts.heartbeat, simulation.so_far):
+                simulation.run(state)
         except BaseException as error:
             status = "stopped" if isinstance(error, Stopped) else "failed"
             if status == "failed" or comm.is_server:
@@ -205,6 +208,10 @@ def _finished(folder: Path, job: Job | None = None) -> bool:
     status, carried_out = folder / "STATUS", folder / "job.toml"
     done = status.is_file() and status.read_text().strip() == "done"
     return done and (job is None or (carried_out.is_file() and carried_out.read_text() == job.to_toml()))
+
+
+def _fail(folder: Path, why: str) -> None:
+    _write_status(folder, f"failed: {why}")
 
 
 def _write_status(folder: Path, text: str) -> None:

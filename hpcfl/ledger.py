@@ -1,13 +1,15 @@
-"""Ledger: what one rank did in the round that is open: seconds by kind of work, bytes and metrics by client."""
+"""Ledger: what one rank did in the round that is open: seconds by kind of work and when, bytes and metrics by client."""
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
 
 SECONDS = ("train", "idle", "combine", "aggregate", "publish", "refine", "evaluate", "checkpoint")
+SHORTEST_S = 1e-5                                                  # of an interval that is remembered; the seconds count all of them
 
 
 class Ledger:
@@ -20,15 +22,17 @@ class Ledger:
         self._device = device
         self._kinds: list[str] = []                                # of the blocks that are open, the innermost last
         self._since = 0.0
+        self._first: float | None = None                           # when the first round began
         self.open()
         self._clear()
 
     def open(self) -> None:
-        """Begin a round."""
-        self._start = time.perf_counter()
+        """Begin a round; where ranks are to agree on the time, all call it right behind a barrier."""
+        self._start = time.perf_counter()                          # monotonic
 
     def _clear(self) -> None:
         self._seconds: dict[str, float] = dict.fromkeys(SECONDS, 0.0)
+        self._intervals: list[tuple[int, float, float]] = []       # (index in SECONDS, when it began, seconds)
         self._down: dict[int, int] = defaultdict(int)
         self._up: dict[int, int] = defaultdict(int)
         self._metrics: dict[str, dict[int, float]] = defaultdict(dict)
@@ -50,7 +54,10 @@ class Ledger:
     def _turn_over(self) -> None:
         now = time.perf_counter()
         if self._kinds:
-            self._seconds[self._kinds[-1]] += now - self._since
+            kind, duration = self._kinds[-1], now - self._since
+            self._seconds[kind] += duration
+            if duration >= SHORTEST_S:
+                self._intervals.append((SECONDS.index(kind), self._since, duration))
         self._since = now
 
     def downloaded(self, client: int, count: int) -> None:
@@ -77,11 +84,27 @@ class Ledger:
         """Book one number of the round that belongs to no client."""
         self._notes[name] = float(value)
 
+    def so_far(self) -> tuple[float, dict[str, float]]:
+        """Seconds since the round began, and those of each kind up to now, of the block that is open too; safe to ask from another thread."""
+        now, seconds = time.perf_counter(), dict(self._seconds)
+        for kind in self._kinds[-1:]:
+            seconds[kind] += now - self._since
+        return now - self._start, seconds
+
     def close(self) -> dict:
-        """The round's account: {"wall_s", "seconds", "down", "up", "metrics", "notes"}."""
-        account = {"wall_s": time.perf_counter() - self._start, "seconds": self._seconds, "down": dict(self._down), "up": dict(self._up),
+        """The round's account: {"wall_s", "opened_s", "intervals", "seconds", "down", "up", "metrics", "notes"}.
+
+        `opened_s`: when the round began, counted from the first one; `intervals`: what was done when, {"kind": (n,) index in SECONDS, "start_s": (n,)
+        counted from the beginning of this round, "duration_s": (n,)}, in order of time and none of two kinds at once.
+        """
+        self._first = self._start if self._first is None else self._first
+        kinds, starts, durations = zip(*self._intervals, strict=True) if self._intervals else ((), (), ())
+        intervals = {"kind": np.array(kinds, np.uint8), "start_s": np.array(starts, np.float64) - self._start, "duration_s": np.array(durations, np.float32)}
+        account = {"wall_s": time.perf_counter() - self._start, "opened_s": self._start - self._first, "intervals": intervals,
+                   "seconds": self._seconds, "down": dict(self._down), "up": dict(self._up),
                    "metrics": {name: dict(values) for name, values in self._metrics.items()}, "notes": self._notes}
         self._clear()
+        self.open()                                                # what follows belongs to the next round, as long as nobody opens that
         return account
 
 

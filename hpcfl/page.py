@@ -208,11 +208,15 @@ def _headline(recording: Recording, found: dict[str, Any], title: str, index: in
              "Global": ("global", "the federation's own models"), "Personal": ("personal", "own distribution"),
              "Absent classes": ("absent_classes", "not in the client's data")}
     idle = "wall clock" if found["idle_share"] is None else f"waiting {number_text(100 * found['idle_share'])} %"
+    idle += "" if found["load_balance"] is None or recording.ranks == 1 else f", busiest rank {number_text(found['load_balance'], 2)} of the mean"
     tiles = {**{name: (_percent(accuracy[key]["mean"]), note) for name, (key, note) in means.items() if key in accuracy},
              "Simulated bytes": (byte_text(sent["simulated_up_bytes"] + sent["simulated_down_bytes"]),
                                  f"{byte_text(sent['simulated_up_bytes'])} up, {byte_text(sent['simulated_down_bytes'])} down"),
              "Transported bytes": (byte_text(sent["transported_bytes"]), f"between {counted(recording.ranks, 'rank')}"),
              "Time": (seconds_text(found["wall_s"]), idle)}
+    if conditions := found["conditions"]:
+        share = 100 * conditions["answered"] / max(1, conditions["asked"])
+        tiles["Answers"] = (_percent(share), f"{conditions['dropped']} dropped out, {conditions['late']} late; {seconds_text(conditions['simulated_s'])} simulated")
     cells = "".join(f"<div><dt>{name}</dt><dd>{value[0]}<small>{value[1]}</small></dd></div>" for name, value in tiles.items())
     facts = f"{recording.algorithm} on {found['data']}, {counted(recording.clients, 'client')}, {counted(recording.ranks, 'rank')}, " \
             f"{counted(recording.rounds, 'round')} finished, status: {recording.status}, folder {recording.folder}"
@@ -221,7 +225,7 @@ def _headline(recording: Recording, found: dict[str, Any], title: str, index: in
 
 def _folded(recording: Recording, found: dict[str, Any]) -> list[str]:
     reached = [(target, cost) for target, cost in found["bytes"]["until_accuracy"].items() if cost is not None]
-    parts = {"Clients": _clients(recording, found), "Bytes until an accuracy": _table("First evaluation that reached it", TARGET_COLUMNS, reached)
+    parts = {"Clients": _clients(recording, found), "Ranks": _ranks(recording, found), "Bytes until an accuracy": _table("First evaluation that reached it", TARGET_COLUMNS, reached)
              if reached else "", "Resolved job": f"<pre>{escape(recording.job_text)}</pre>"}
     return [f"<details><summary>{name}</summary>{inner}</details>" for name, inner in parts.items() if inner]
 
@@ -239,6 +243,8 @@ def _clients(recording: Recording, found: dict[str, Any]) -> str:
     if counts is not None:
         columns["Training samples"] = lambda client: str(counts[client].sum())
         columns["Absent classes"] = lambda client: str((counts[client] == 0).sum())
+    if (answered := recording.arrays.get("conditions/answered")) is not None:
+        columns["Answers"] = lambda client: f"{(answered[:, client] == 1).sum()} of {(answered[:, client] >= 0).sum()}"
     for heading, key in (("Before fine-tuning (%)", "before_finetune"), ("Generalization (%)", "generalization"), ("Personal (%)", "personal")):
         if accuracy.get(key, {}).get("mean") is not None:
             columns[heading] = partial(lambda values, client: number_text(values[client]), accuracy[key]["per_client"])
@@ -246,6 +252,18 @@ def _clients(recording: Recording, found: dict[str, Any]) -> str:
         sent = found["bytes"]["per_client"][f"simulated_{direction}_bytes"]
         columns[f"Simulated {direction}"] = partial(lambda values, client: byte_text(values[client]), sent)
     return _table("Last evaluation, bytes over all rounds", columns, ((client,) for client in range(recording.clients)))
+
+
+def _ranks(recording: Recording, found: dict[str, Any]) -> str:
+    """Seconds of each rank, with what it waited of all its time; nothing for a single rank."""
+    by_rank = found["seconds_by_rank"]
+    if recording.ranks == 1 or not by_rank:
+        return ""
+    columns = {"Rank": lambda rank: str(rank)}
+    columns |= {name.capitalize(): partial(lambda values, rank: seconds_text(values[rank]), values) for name, values in by_rank.items()}
+    if "idle" in by_rank and found["wall_s"]:
+        columns["Waiting (%)"] = lambda rank: number_text(100 * by_rank["idle"][rank] / found["wall_s"])
+    return _table("Seconds of each rank, all rounds", columns, ((rank,) for rank in range(recording.ranks)))
 
 
 def _table(caption: str, columns: dict[str, Callable[..., str]], rows: Iterable[tuple]) -> str:

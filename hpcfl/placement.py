@@ -1,5 +1,17 @@
-"""Placement: which rank hosts which client, by expected cost, largest first."""
+"""Placement: which rank hosts which client, by expected or measured cost, largest first."""
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Past:
+    """What a checkpoint says of the placement before it: the rank of each client, of how many, under which kind of server, and what each client took."""
+
+    home: tuple[int, ...]                                          # (K,)
+    ranks: int
+    server: str
+    seconds: tuple[float, ...]                                     # (K,) of a round; NaN where a client has not been at work
 
 
 def place(costs: Sequence[float], ranks: int, server: str = "shared") -> tuple[int, ...]:
@@ -15,3 +27,22 @@ def place(costs: Sequence[float], ranks: int, server: str = "shared") -> tuple[i
         home[client] = min(hosts, key=lambda rank: (load[rank], rank))
         load[home[client]] += costs[client]
     return tuple(home)
+
+
+def resettle(past: Past, costs: Sequence[float], ranks: int, server: str, deterministic: bool) -> tuple[int, ...]:
+    """The rank of each client after a restart, (K,): by the seconds that were measured, or where it was if otherwise bits would change that must not.
+
+    As many ranks as before add up in the same order only if each has the clients it had; `deterministic` sums do not depend on that. A pure function of the
+    checkpoint, as `place`.
+    """
+    if not deterministic and (past.ranks, past.server) == (ranks, server):
+        return past.home
+    return place(measured(costs, past.seconds), ranks, server)
+
+
+def measured(costs: Sequence[float], seconds: Sequence[float]) -> list[float]:
+    """Seconds of each client, (K,); of those that have none the expected costs at the rate of those that have."""
+    known = [client for client, taken in enumerate(seconds) if math.isfinite(taken)]
+    work = sum(costs[client] for client in known)
+    rate = sum(seconds[client] for client in known) / work if work else 1.0
+    return [taken if math.isfinite(taken) else rate * cost for taken, cost in zip(seconds, costs, strict=True)]

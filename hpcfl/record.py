@@ -7,11 +7,14 @@ import h5py
 import numpy as np
 
 from hpcfl import storage
+from hpcfl.conditions import Answers
 from hpcfl.errors import CheckpointError
 from hpcfl.ledger import SECONDS
 
 SCHEMA = 1
 GLOBAL = "evaluation/global_correct"
+TRACE = {"rank": np.uint16, "row": np.int32, "kind": np.uint8, "start_s": np.float64, "duration_s": np.float32}          # of an interval: 19 bytes
+INTERVALS = 500_000                                                # kept at most, 10 MB; beyond that the oldest rounds lose theirs
 
 
 class Record:
@@ -26,9 +29,14 @@ class Record:
         self.rows: list[dict[str, Any]] = []
         self.evaluations: list[dict[str, Any]] = []
         self.samples: dict[str, np.ndarray] = {}
+        self._intervals: list[dict[str, np.ndarray]] = []          # of the last rounds, one table each, TRACE
+        self._resumed_s = 0.0                                      # where the clock of this process begins
 
-    def finish_round(self, phase: str, round_: int, accounts: Sequence[Mapping[str, Any]]) -> None:
-        """Add a row from the accounts of all ranks, in rank order."""
+    def finish_round(self, phase: str, round_: int, accounts: Sequence[Mapping[str, Any]], answers: Answers | None = None) -> None:
+        """Add a row from the accounts of all ranks, in rank order, and from who answered, where that was simulated.
+
+        Times count from rank 0's first round; the other ranks' from when the round began at them, which was at one time for all.
+        """
         def by_client(key: str) -> np.ndarray:
             values = np.zeros(self.clients, np.int64)
             for account in accounts:
@@ -40,11 +48,29 @@ class Record:
             for name, values in account["metrics"].items():
                 row = metrics.setdefault(name, np.full(self.clients, np.nan))
                 row[list(values)] = list(values.values())
-        self.rows.append({"phase": phase, "round": round_, "wall_s": max(account["wall_s"] for account in accounts),
+        self.rows.append({"phase": phase, "round": round_, "wall_s": max(account["wall_s"] for account in accounts), "conditions": self._conditions(answers),
                           "up": by_client("up"), "down": by_client("down"), "metrics": metrics,
                           "notes": {name: value for account in accounts for name, value in account["notes"].items()},
                           "transported": np.array([account["sent_bytes"] for account in accounts], np.int64),
                           "seconds": {kind: np.array([account["seconds"][kind] for account in accounts]) for kind in SECONDS}})
+        began_s = self._resumed_s + accounts[0]["opened_s"]
+        tables = [{"rank": np.full(len(own["kind"]), rank), "row": np.full(len(own["kind"]), len(self.rows) - 1), **own, "start_s": began_s + own["start_s"]}
+                  for rank, own in enumerate(account["intervals"] for account in accounts)]
+        self._remember(_joined(tables))
+
+    def _conditions(self, answers: Answers | None) -> dict[str, np.ndarray | float]:
+        answered, delays = np.full(self.clients, -1, np.int8), np.full(self.clients, np.nan)
+        if answers is None or not answers.simulated:
+            return {"answered": answered, "delay_s": delays, "duration_s": 0.0}
+        answered[list(answers.cohort)] = 0
+        answered[list(answers.answered)] = 1
+        delays[list(answers.delays_s)] = list(answers.delays_s.values())
+        return {"answered": answered, "delay_s": delays, "duration_s": answers.duration_s}
+
+    def _remember(self, intervals: dict[str, np.ndarray]) -> None:
+        self._intervals.append(intervals)
+        while sum(len(table["row"]) for table in self._intervals) > INTERVALS:
+            self._intervals.pop(0)
 
     def evaluate(self, stage: str, counts: Mapping[str, np.ndarray], global_counts: Mapping[str, np.ndarray] | None = None) -> None:
         """Add an evaluation to the round that is open: name -> (K, C) right answers of the clients, model -> (C,) of the federation's own models."""
@@ -74,8 +100,9 @@ class Record:
                 raise CheckpointError(f"{path}: holds {len(file['rounds/round'])} rounds, the checkpoint is at {rows}; the record is older than the checkpoint")
             get = {name: file[name][()] for name in _names(file)}
         phases = [phase.decode() for phase in get["rounds/phase"]]
+        simulated = [name for name in get if name.startswith("conditions/")]
         for t in range(rows):
-            self.rows.append({"phase": phases[t], "round": int(get["rounds/round"][t]), "wall_s": float(get["rounds/wall_s"][t]),
+            self.rows.append({"conditions": {name[11:]: get[name][t] for name in simulated} or self._conditions(None), "phase": phases[t], "round": int(get["rounds/round"][t]), "wall_s": float(get["rounds/wall_s"][t]),
                               "up": get["bytes/simulated_up"][t], "down": get["bytes/simulated_down"][t], "transported": self._fit(get["bytes/transported"][t]),
                               "metrics": {name[6:]: get[name][t] for name in get if name.startswith("train/") and not np.isnan(get[name][t]).all()},
                               "notes": {name[7:]: float(get[name][t]) for name in get if name.startswith("server/") and not np.isnan(get[name][t])},
@@ -87,6 +114,11 @@ class Record:
                 known = {model: get[GLOBAL][e, g] for g, model in enumerate(models) if (get[GLOBAL][e, g] >= 0).all()}
                 self.evaluations.append({"at": int(at), "stage": get["evaluation/stage"][e].decode(), "global": known,
                                          **{kind: get[f"evaluation/{kind}"][e] for kind in kinds}})
+        if "trace/row" in get:
+            kept = get["trace/row"] < rows
+            before = {name: get[f"trace/{name}"][kept] for name in TRACE}
+            self._intervals = [{name: column[before["row"] == row] for name, column in before.items()} for row in np.unique(before["row"])]
+            self._resumed_s = float((before["start_s"] + before["duration_s"]).max(initial=0.0))
 
     def _fit(self, by_rank: np.ndarray) -> np.ndarray:
         """Rows by rank as wide as this run: another number of ranks may have written them."""
@@ -106,6 +138,10 @@ class Record:
         notes = sorted({name for row in rows for name in row["notes"]})
         columns |= {f"server/{name}": np.array([row["notes"].get(name, np.nan) for row in rows], np.float64) for name in notes}
         columns |= {f"seconds/{kind}": np.array([row["seconds"][kind] for row in rows], np.float64).reshape(-1, self.ranks) for kind in SECONDS}
+        columns |= {f"trace/{name}": column for name, column in _joined(self._intervals).items()}
+        columns["trace/kinds"] = np.array(SECONDS, dtype=text)
+        if any((row["conditions"]["answered"] >= 0).any() for row in rows):
+            columns |= {f"conditions/{name}": np.array([row["conditions"][name] for row in rows]) for name in rows[0]["conditions"]}
         if self.evaluations:
             columns |= {"evaluation/at": np.array([entry["at"] for entry in self.evaluations], np.int64),
                         "evaluation/stage": np.array([entry["stage"] for entry in self.evaluations], dtype=text)}
@@ -121,6 +157,26 @@ class Record:
         missing = np.full_like(next(counts for entry in self.evaluations for counts in entry["global"].values()), -1)
         counts = [np.stack([entry["global"].get(name, missing) for name in models]) for entry in self.evaluations]
         return {"evaluation/global_names": np.array(models, dtype=h5py.string_dtype()), GLOBAL: np.stack(counts)}
+
+
+def seconds_taken(path: Path, rows: int) -> tuple[float, ...]:
+    """What each client took of a round, (K,): the median over its rounds of the phase in which a run was after `rows` rounds; NaN where it had none.
+
+    The median, because the first round of a phase may include compilation. Raises: CheckpointError where the file cannot be read.
+    """
+    with storage.reading(path) as file:
+        phases = file["rounds/phase"][:rows]
+        nothing = np.full((len(phases), int(file.attrs["clients"])), np.nan)
+        training, refining = (file[name][:rows] if name in file else nothing for name in ("train/seconds", "train/refine_seconds"))
+    taken = np.nan_to_num(training) + np.nan_to_num(refining)
+    absent = np.isnan(training) & np.isnan(refining)
+    own = [taken[(phases == phases[-1:]) & ~absent[:, client], client] for client in range(taken.shape[1])]
+    return tuple(float(np.median(each)) if len(each) else float("nan") for each in own)
+
+
+def _joined(tables: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Tables of intervals one after the other."""
+    return {name: np.concatenate([np.zeros(0, kind), *(table[name].astype(kind) for table in tables)]) for name, kind in TRACE.items()}
 
 
 def _table(rows: list[dict[str, Any]], key: str, width: int) -> np.ndarray:

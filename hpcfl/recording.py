@@ -17,6 +17,7 @@ SHAPES = {                                                         # of a datase
     "rounds": "R", "train": "RK", "bytes": "RK", "bytes/transported": "R.", "seconds": "R.", "server": "R",
     "evaluation": "EKC", "evaluation/at": "E", "evaluation/stage": "E", "evaluation/global_correct": "EGC", "evaluation/global_names": "G",
     "evaluation/generalization_count": "C", "evaluation/personal_count": "KC", "evaluation/validation_count": "KC", "partition": "KC", "clients": "K",
+    "trace": "I", "trace/kinds": ".", "conditions": "RK", "conditions/duration_s": "R",
     "samples/synthetic": "SC....", "samples/has": "SC", "samples/real": "C....", "samples/client": "S"}
 NEGATIVE = "negative "                                             # begins the name of a share of negative weights: negative PATH SIZE
 BEFORE = "1"                                                       # its SIZE of the model that was not compressed; of others the architecture
@@ -27,7 +28,7 @@ ROWS = "RE"                                                        # axes that g
 class Recording:
     """A run's metrics.h5 in memory: `arrays` maps "group/name" to its array, accuracies come out in percent.
 
-    Letters of shapes: R finished rounds, E evaluations, K clients, C classes, G models of the federation's own. NaN stands for what was not measured.
+    Letters of shapes: R finished rounds, E evaluations, K clients, C classes, G models of the federation's own, I intervals of work. NaN stands for what was not measured.
     """
 
     folder: Path
@@ -232,4 +233,5 @@ def _aligned(arrays: dict[str, np.ndarray], sizes: dict[str, int], path: Path) -
         rows["E"] = 0                                              # counts that belong to no round say nothing
     cut = {name: array[:rows[wanted[name][0]]] if wanted[name][:1] in ROWS else array for name, array in arrays.items() if wanted[name]}
     known = cut.get("evaluation/at", np.zeros(0, int)) < rows["R"]
-    return {name: array[known] if wanted[name].startswith("E") else array for name, array in cut.items()}
+    kept = {"E": known, "I": cut.get("trace/row", np.zeros(0, int)) < rows["R"]}
+    return {name: array[kept[wanted[name][0]]] if wanted[name][:1] in kept else array for name, array in cut.items()}

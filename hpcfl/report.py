@@ -16,6 +16,7 @@ TABLE = ("run", "algorithm", "status", "seed", "rounds", "before fine-tuning", "
 WAYS = {                                                           # of reading one accuracy for each architecture out of a run, and what people read
     "final": "Final", "selected": "Selected by validation", "best_on_test": "Best on test, as published; selects by test data"}
 FLOPS = {"training": "flops", "refining": "refine_flops"}          # of which metric a client's operations are
+WORK = ("train", "refine", "aggregate", "evaluate")                 # kinds of seconds that are work; the rest is waiting and moving
 WORDS = 3                                                          # columns of words, aligned on the left
 
 
@@ -25,8 +26,10 @@ def summary(run: str | Path | Recording, targets: Sequence[float] = TARGETS) -> 
     `accuracy.*` hold {mean, min, max, sd, per_client} of the last evaluation, sd over clients (population); `accuracy.global`, where the
     federation has models of its own, {mean, min, max, per_model} over these; `accuracy.over_architectures` is as of the function of that name.
     `seconds` sums, over rounds, the slowest rank of each phase; waiting, which is no phase, is in `seconds_by_rank` and as `idle_share` of ranks x
-    wall time.
+    wall time. `load_balance`: the work (WORK) of each round's busiest rank over that of the mean rank, both summed over rounds; 1 is even.
     `bytes.until_accuracy` has the cumulative bytes at the first evaluation whose mean generalization accuracy reaches each target.
+    `conditions`, where the job simulates who answers: how many answers the server asked for, got, and missed because clients dropped out or were late, and
+    the simulated seconds of all rounds.
     `by_architecture` is a list, empty where clients change architecture between rounds: seconds are means over clients and the rounds in which they
     worked, simulated bytes over clients and finished rounds, accuracies over clients, forward_flops of one image. `flops` has {phase: {architecture:
     floating-point operations of one client in a round}}, means over the clients that took part in the phase's first round, where it was counted
@@ -39,7 +42,7 @@ def summary(run: str | Path | Recording, targets: Sequence[float] = TARGETS) -> 
     return {"run": str(recording.folder), "name": recording.name, "algorithm": recording.algorithm, "seed": recording.seed, "data": data,
             "status": recording.status, "rounds": recording.rounds, "ranks": recording.ranks, "clients": recording.clients,
             "classes": recording.classes, "accuracy": _accuracy(recording), "bytes": _bytes(recording, targets), **_seconds(recording),
-            "by_architecture": _by_architecture(recording), "flops": _flops(recording),
+            "conditions": _conditions(recording), "by_architecture": _by_architecture(recording), "flops": _flops(recording),
             "server": {name: _last(values) for name, values in recording.notes().items()}}
 
 
@@ -167,7 +170,22 @@ def _seconds(recording: Recording) -> dict[str, Any]:
     idle = float(by_rank["idle"].sum()) if "idle" in by_rank else None
     return {"wall_s": wall, "seconds": {name: float(array.max(1, initial=0).sum()) for name, array in by_rank.items() if name != "idle"},
             "seconds_by_rank": {name: _plain(array.sum(0)) for name, array in by_rank.items()},
-            "idle_share": idle / (wall * recording.ranks) if idle is not None and wall > 0 else None}
+            "idle_share": idle / (wall * recording.ranks) if idle is not None and wall > 0 else None, "load_balance": _load_balance(by_rank)}
+
+
+def _conditions(recording: Recording) -> dict[str, Any] | None:
+    found = recording.part("conditions")
+    if not {"answered", "delay_s", "duration_s"} <= found.keys():
+        return None
+    missing, came = found["answered"] == 0, np.isfinite(found["delay_s"])
+    return {"asked": int((found["answered"] >= 0).sum()), "answered": int((found["answered"] == 1).sum()), "dropped": int((missing & ~came).sum()),
+            "late": int((missing & came).sum()), "simulated_s": float(found["duration_s"].sum())}
+
+
+def _load_balance(by_rank: dict[str, np.ndarray]) -> float | None:
+    work = sum(by_rank[kind] for kind in WORK if kind in by_rank)
+    mean = float(np.mean(work, 1).sum()) if np.ndim(work) == 2 and np.size(work) else 0.0
+    return float(work.max(1).sum()) / mean if mean > 0 else None
 
 
 def _by_architecture(recording: Recording) -> list[dict[str, Any]]:

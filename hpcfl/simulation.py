@@ -55,6 +55,13 @@ class Simulation:
             if stop and not end:
                 raise Stopped(f"{self.folder}: stopped on a signal after round {state.rows} of {len(self.places)}; a checkpoint is there, the same command resumes")
 
+    def so_far(self) -> tuple[float, str]:
+        """Seconds of the round that is open, and in what it spends them at the server."""
+        (round_s, seconds), row = self.ledger.so_far(), len(self.record.rows)
+        where = f"{row + 1}/{len(self.places)}  {self.places[row].phase.name}" if row < len(self.places) else "after the last round"
+        parts = ", ".join(f"{kind} {spent:.1f} s" for kind, spent in seconds.items() if spent >= 0.05)
+        return round_s, f"{where}: {round_s:.0f} s so far ({parts})"
+
     def resumed(self, resume_from: Path, may_differ: tuple[str, ...]) -> State:
         """The state of the last checkpoint in a run folder, or of one checkpoint, with the record up to there.
 
@@ -147,7 +154,7 @@ class Simulation:
         before, self.sent_bytes = self.sent_bytes, self.comm.sent_bytes
         accounts = self.comm.gather({**self.ledger.close(), "sent_bytes": self.sent_bytes - before})
         if self.comm.is_server:
-            self.record.finish_round(place.phase.name, place.round, accounts)
+            self.record.finish_round(place.phase.name, place.round, accounts, self.world.answers(place.phase, place.row))
             self.console.round(place, len(self.places), self.record.rows[-1], self.lines)
             self.lines = {}
 

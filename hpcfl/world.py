@@ -10,6 +10,7 @@ from torch import nn
 from hpcfl.algorithms import PLANS
 from hpcfl.algorithms.base import ClientSite, Holdings, Phase, Problem, ServerSite
 from hpcfl.comm import Communicator
+from hpcfl.conditions import Answers, simulate
 from hpcfl.data import corpora, partition
 from hpcfl.data.shards import Scale, Shard, load
 from hpcfl.errors import JobError
@@ -19,18 +20,19 @@ from hpcfl.ledger import Ledger
 from hpcfl.models import zoo
 from hpcfl.models.sizes import Sizes
 from hpcfl.optimizers import STEP, Optimizer
-from hpcfl.placement import place
+from hpcfl.placement import Past, place, resettle
 from hpcfl.tree import Tree
 
 
 class World:
-    """The experiment as a pure function of the job, seen from one rank.
+    """The experiment as a pure function of the job (and after a restart of its checkpoint, as to who is where), seen from one rank.
 
     Every rank computes the same partition, architectures and placement; only its own clients' images are read (and, at the server, the public
     set). The official test set is read where it is evaluated.
     """
 
-    def __init__(self, job: Job, comm: Communicator, device: torch.device):
+    def __init__(self, job: Job, comm: Communicator, device: torch.device, past: Past | None = None):
+        """`past`: what the checkpoint says of the placement from which the run goes on."""
         self.job, self.comm = job, comm
         self.clients = job.federation.clients
         self.corpus = corpora.open_corpus(job.data.name)
@@ -39,7 +41,7 @@ class World:
         self.plan = PLANS[job.algorithm_name].plan(job.algorithm, self.problem)
         for step in self._steps():
             step.accept(self.split.counts(self.corpus.train_labels, self.problem.classes))
-        self.home = place(self._costs(), comm.size, job.federation.server)
+        self.home = self._home(past)
 
     @cached_property
     def mine(self) -> tuple[int, ...]:
@@ -103,10 +105,17 @@ class World:
         return {architecture: tuple(found[architecture]) for architecture in sorted(found)}
 
     def cohort(self, phase: Phase, row: int) -> tuple[int, ...]:
-        """The clients that take part in a round, a pure function of the seed and the round's row."""
+        """The clients that are asked to take part in a round, a pure function of the seed and the round's row."""
         size = self.clients if phase.everyone else max(1, round(self.job.federation.participation * self.clients))
         drawn = self.problem.stream("cohort", round_=row).numpy().permutation(self.clients)[:size]
         return tuple(sorted(int(client) for client in drawn))
+
+    def answers(self, phase: Phase, row: int) -> Answers:
+        """Who of the cohort answers in a round, and when, a pure function of the seed and the row; all of them where a round has no answer to wait for."""
+        settings, cohort = self.job.federation, self.cohort(phase, row)
+        if (settings.dropout or settings.delay != "none") and phase.asks:
+            return simulate(settings, partial(self.problem.stream, round_=row), cohort)
+        return Answers(cohort, cohort)
 
     def client_site(self, group: Group, phase: Phase, round_: int) -> ClientSite:
         """What a group may see in a round."""
@@ -153,8 +162,12 @@ class World:
             return zoo.memory(name, shape, self.corpus.classes, models.features, models.norm, models.feature_relu, self.job.training.batch, slots)
         return Problem(self.job, shape, self.corpus.classes, scale, Sizes(self.job.models, self.clients, self.job.run.seed, memory), device)
 
-    def _costs(self) -> list[float]:
-        return [len(part) * flops for part, flops in zip(self.split.train, self.forward_flops, strict=True)]
+    def _home(self, past: Past | None) -> tuple[int, ...]:
+        ranks, server = self.comm.size, self.job.federation.server
+        costs = [len(part) * flops for part, flops in zip(self.split.train, self.forward_flops, strict=True)]
+        if past is None or len(past.home) != self.clients:         # another job's checkpoint is refused where it is loaded
+            return place(costs, ranks, server)
+        return resettle(past, costs, ranks, server, self.job.run.deterministic)
 
     def _shards(self, parts: Sequence[np.ndarray]) -> tuple[Shard, ...]:
         return load(self.corpus, parts, self.problem.scale, self.problem.device) if parts else ()

@@ -52,6 +52,7 @@ QUICK: dict[str, Tables] = {                                       # what makes 
 VARIANTS: dict[str, tuple[str, Tables]] = {                        # other ways through an algorithm: other phases, messages or client states
     "fedrolex, clients change their size": ("fedrolex", {"models": {"size_schedule": "rotate"}}),
     "fedconv, clients change their size": ("fedconv", {"models": {"size_schedule": "rotate"}, "algorithm": {"weights": "code", "server_finetune": 0}}),
+    "fedavg, some do not answer": ("fedavg", {"federation": {"dropout": 0.3, "delay": "lognormal", "deadline": 2.0}}),
     "ccvr, each architecture": ("ccvr", {"algorithm": {"scope": "architecture", "covariance": "class_diag"}}),
     "lg_fedavg, the head": ("lg_fedavg", {"algorithm": {"shared": "head", "rest": "personal"}, "models": {"names": ["mlp2", "cnn1"]}}),
     "feddf, taught by averages": ("feddf", {"algorithm": {"teachers": "architectures", "ensemble": "probabilities"}}),
@@ -60,7 +61,7 @@ VARIANTS: dict[str, tuple[str, Tables]] = {                        # other ways 
     "fedvtc, common latent": ("fedvtc", {"algorithm": {"latent": "common", "vtc_sync": "none"}}),
     "fedvtc, sums": ("fedvtc", {"algorithm": {"statistics": "sums", "sigma_source": "learnable", "finetune": "every_round", "vtc_sync_every": 2}})}
 CASES: dict[str, tuple[str, Tables]] = {name: (name, {}) for name in PLANS} | VARIANTS
-OF_THE_MOMENT = ("seconds/", "rounds/wall_s", "bytes/transported", "clients/rank", "train/seconds",
+OF_THE_MOMENT = ("seconds/", "trace/", "rounds/wall_s", "bytes/transported", "clients/rank", "train/seconds",
                  "train/refine_seconds")                           # metrics that differ between equal runs
 
 

@@ -15,8 +15,9 @@ LAYERS = (                                                         # a file impo
     {"data", "models", "generators", "maps", "resize"},
     {"losses", "matching", "group", "optimizers", "engines", "fit", "synthesise", "evaluate", "membership", "likeness", "latent"},
     {"algorithms"},
-    {"placement", "world", "federation", "simulation", "checkpoint", "ledger", "record", "recording", "console", "figures",
-     "pictures", "page", "report", "inspect", "information", "audit", "audit_generator", "audit_images", "references", "launch", "bench", "bench_fedconv", "bench_gefl", "cli", "__main__"},
+    {"placement", "conditions", "world", "federation", "simulation", "checkpoint", "ledger", "record", "recording", "trace", "console", "figures",
+     "pictures", "page", "report", "inspect", "information", "audit", "audit_generator", "audit_images", "references", "watchdog", "launch", "bench",
+     "bench_fedconv", "bench_gefl", "cli", "__main__"},
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 TOP_LEVEL = {"setup.py", "hpcfl", "jobs", "tests", "slurm", "README.md", ".ci", "pyproject.toml", "LICENSE", ".gitignore"}

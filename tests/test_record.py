@@ -3,6 +3,7 @@ import h5py
 import numpy as np
 import pytest
 
+from hpcfl import record as record_module
 from hpcfl.errors import CheckpointError
 from hpcfl.ledger import SECONDS
 from hpcfl.record import SCHEMA, Record
@@ -10,10 +11,11 @@ from hpcfl.record import SCHEMA, Record
 CLIENTS = 3
 
 
-def account(rank: int, clients: list[int], **metrics: float) -> dict:
+def account(rank: int, clients: list[int], opened_s: float = 0.0, **metrics: float) -> dict:
     """What a rank with these clients books in a round."""
     return {"wall_s": 1.0 + rank, "seconds": {kind: float(10 * rank + number) for number, kind in enumerate(SECONDS)}, "up": {client: 100 + client for client in clients},
             "down": {client: 10 + client for client in clients}, "metrics": {name: {client: value + client for client in clients} for name, value in metrics.items()},
+            "opened_s": opened_s, "intervals": {"kind": np.array([rank, 3]), "start_s": np.array([-0.25, 1.0 + rank]), "duration_s": np.array([0.25, 0.5])},
             "sent_bytes": 1000 + rank, "notes": {f"share of rank {rank}": 0.25 + rank}}
 
 
@@ -142,6 +144,35 @@ def test_writing_replaces_the_file_as_a_whole(tmp_path):
     filled(3).write(tmp_path / "metrics.h5")
     assert len(table(tmp_path / "metrics.h5", "rounds/round")) == 3
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.h5"]
+
+
+def test_intervals_count_from_the_first_round_of_rank_0(tmp_path):
+    record = empty()
+    for round_ in range(2):                                        # the other ranks' clocks may say what they like
+        record.finish_round("rounds", round_, [account(0, [0, 2], opened_s=10.0 * round_), account(1, [1], opened_s=77.0)])
+    record.write(tmp_path / "metrics.h5")
+    assert table(tmp_path / "metrics.h5", "trace/row").tolist() == [0] * 4 + [1] * 4
+    assert table(tmp_path / "metrics.h5", "trace/rank").tolist() == [0, 0, 1, 1] * 2
+    assert table(tmp_path / "metrics.h5", "trace/start_s").tolist() == [-0.25, 1.0, -0.25, 2.0, 9.75, 11.0, 9.75, 12.0]
+    kinds, names = (table(tmp_path / "metrics.h5", f"trace/{name}") for name in ("kind", "kinds"))
+    assert [names[kind].decode() for kind in kinds[:4]] == [SECONDS[0], SECONDS[3], SECONDS[1], SECONDS[3]]
+
+
+def test_the_clock_of_a_resumed_run_goes_on_where_what_is_kept_ended(tmp_path):
+    filled(2).write(tmp_path / "metrics.h5")
+    record = empty()
+    record.read(tmp_path / "metrics.h5", 1)
+    record.finish_round("rounds", 1, [account(0, [0, 2], opened_s=0.0), account(1, [1], opened_s=5.0)])
+    record.write(tmp_path / "resumed.h5")
+    assert table(tmp_path / "resumed.h5", "trace/row").tolist() == [0] * 4 + [1] * 4
+    assert table(tmp_path / "resumed.h5", "trace/start_s")[4:].tolist() == [2.25, 3.5, 2.25, 4.5]          # round 1 ended at 2.5
+
+
+def test_the_oldest_rounds_lose_their_intervals_where_there_are_too_many(tmp_path, monkeypatch):
+    monkeypatch.setattr(record_module, "INTERVALS", 9)
+    filled(4).write(tmp_path / "metrics.h5")
+    assert table(tmp_path / "metrics.h5", "trace/row").tolist() == [2] * 4 + [3] * 4
+    assert len(table(tmp_path / "metrics.h5", "rounds/round")) == 4
 
 
 def test_samples_are_kept_beside_the_rounds(tmp_path):

@@ -160,6 +160,14 @@ def test_seconds_of_a_phase_are_those_of_its_slowest_rank(tmp_path):
     assert found["idle_share"] == pytest.approx(3.0 / 20.0)
 
 
+def test_load_balance_and_waiting_are_on_the_page(tmp_path):
+    run = record(tmp_path / "run")
+    found = report.summary(run)
+    assert found["load_balance"] == (3.0 + 2.0) / (2.0 + 1.5) and found["idle_share"] == 3.0 / 20.0
+    page = report.write([run], tmp_path).read_text()
+    assert "waiting 15.0 %, busiest rank 1.43 of the mean" in page and "<summary>Ranks</summary>" in page and "Waiting (%)" in page
+
+
 def test_architectures_are_means_over_their_clients_and_rounds(tmp_path):
     mlp, cnn = report.summary(altered(tmp_path / "run", compressing(3)))["by_architecture"]
     assert cnn == {"architecture": "cnn1", "clients": 1, "parameters": 1000, "memory_bytes": 4_000_000, "forward_flops": None,

@@ -287,5 +287,10 @@ class Phase:
     steps: tuple[Algorithm, ...]
     everyone: bool = False                                         # all clients take part, whatever federation.participation says
 
+    @property
+    def asks(self) -> Algorithm | None:
+        """The first of the steps whose message clients are to answer; None where they only refine."""
+        return next((step for step in self.steps if step.overrides("train")), None)
+
 
 Plan = tuple[Phase, ...]

@@ -253,8 +253,8 @@ def test_training_that_goes_non_finite_names_client_phase_and_round(hpcfl, tmp_p
     """Client 3 alone meets an infinite image, in the second round."""
     epochs = ClientSite.epochs
 
-    def poisoned(self, client, count, batch):
-        for each in epochs(self, client, count, batch):
+    def poisoned(self, client, *passes):
+        for each in epochs(self, client, *passes):
             yield each | {"x": each["x"] / (0 if (client, self.round) == (3, 1) else 1)}
     monkeypatch.setattr(ClientSite, "epochs", poisoned)
     job = tiny("standalone", federation={"participation": 1.0}, checkpoint={"every": 1, "keep": 5})

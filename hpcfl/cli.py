@@ -1,4 +1,4 @@
-"""The command line: run, report, inspect, information, audit, data, bench."""
+"""The command line: run, report, inspect, information, audit, data, bench, doctor."""
 import argparse
 import json
 import sys
@@ -128,6 +128,24 @@ def _bench(arguments: argparse.Namespace) -> int:
     return launch.guarded(body, comm)
 
 
+def _doctor(arguments: argparse.Namespace) -> int:
+    from hpcfl import doctor, launch
+    from hpcfl.comm import connect
+    from hpcfl.launchers import launched
+
+    def body() -> int:
+        examined, code = doctor.examine(comm, told, arguments.job, arguments.set, arguments.out), 0
+        if examined is not None:
+            found = doctor.findings(examined)
+            print(json.dumps(doctor.described(examined, found), indent=1) if arguments.json else doctor.render(examined, found), flush=True)
+            code = doctor.exit_code(found)
+        return comm.share(code)                                    # after the printing, which a rank that ends with another code than 0 would cut short
+    comm, told = connect(checked=False), launched()
+    if comm.size == 1 and told and told.rank > 0:                  # of ranks that do not see each other one speaks for all
+        return 0
+    return launch.guarded(body, comm)
+
+
 def _speaking(command):
     """What goes wrong where no rank is guarded (no communicator, or none yet) is printed and becomes the exit code."""
     def wrapped(arguments: argparse.Namespace) -> int:
@@ -214,4 +232,12 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     bench.add_argument("--json", action="store_true")
     bench.set_defaults(command=_speaking(_bench))
+
+    doctor = commands.add_parser("doctor", help="check launch, hosts, devices, wire and run folder (alone, under mpirun or under srun)",
+                                 description="Checks what a run would meet and says what to do about it; exit code 3 where a run could not work.")
+    doctor.add_argument("job", type=Path, nargs="?", help="a job file: check it too, and estimate the share of its rounds that goes into communication")
+    doctor.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a setting of the job; may be given several times")
+    doctor.add_argument("--out", type=Path, metavar="RUNFOLDER", help="the run folder whose file system is tried (default: runs)")
+    doctor.add_argument("--json", action="store_true", help="one object on standard output")
+    doctor.set_defaults(command=_speaking(_doctor))
     return parser

@@ -14,14 +14,12 @@ from torch import Tensor
 
 from hpcfl import tree
 from hpcfl.errors import EnvironmentFault
+from hpcfl.launchers import RELAUNCH, launched
 from hpcfl.statistics import Contribution, Header, Statistics, Sums, Total, Uploads, check_alike, header
 from hpcfl.tree import Layout, Tree
 
 LINE = 64                                                          # bytes; buffers travel in cache lines: Trees lie aligned, 2^31 lines are 128 GiB
 REDUCE_FLOATS = 1 << 26                                            # per Reduce, 512 MiB: far below what MPI libraries count in 32 bits
-LAUNCHERS = {"OMPI_COMM_WORLD_SIZE": "mpirun of Open MPI",         # the first one found counts: innermost launcher first
-             "PMI_SIZE": "mpirun of MPICH or Intel MPI", "SLURM_STEP_NUM_TASKS": "srun", "SLURM_NTASKS": "srun"}
-STEPS = ("SLURM_STEP_ID", "SLURM_STEPID")                          # without one of these SLURM_NTASKS belongs to the batch script, not to a launch
 
 Parts = Mapping[str, Sums | Uploads]
 HelpWith = Callable[[str, dict[int, Tree]], dict[int, Tree]]       # (verb, items) -> results under the same keys
@@ -32,6 +30,7 @@ class Alone:
 
     rank, size, local_rank, local_size = 0, 1, 0, 1
     library = "no MPI library that mpi4py can load"
+    standard = ""
 
     def abort(self, code: int) -> None:
         """End the process at once."""
@@ -49,6 +48,7 @@ class Ranks:
         self._line = mpi.BYTE.Create_contiguous(LINE).Commit()
         self.rank, self.size = ranks.Get_rank(), ranks.Get_size()
         self.library = mpi.Get_library_version().strip("\0\n ").split(",")[0]
+        self.standard = "MPI {}.{}".format(*mpi.Get_version())
         node = ranks.Split_type(mpi.COMM_TYPE_SHARED)              # not the launcher's variables: ranks of a mpirun inside srun inherit srun's
         self.local_rank, self.local_size = node.Get_rank(), node.Get_size()
         node.Free()
@@ -91,6 +91,15 @@ class Ranks:
             here = (self._mpi.IN_PLACE, piece.numpy()) if self.rank == 0 else (piece.numpy(), None)
             self._ranks.Reduce(*here, op=self._mpi.SUM, root=0)
 
+    def collectives(self, size: int) -> dict[str, Callable[[], object]]:
+        """Those of a round, each of `size` bytes, a multiple of 8, of every rank, in memory of its own."""
+        own, of_all = torch.zeros(size // 8, dtype=torch.float64).numpy(), None
+        if self.rank == 0:
+            of_all = torch.zeros(size // 8 * self.size, dtype=torch.float64).numpy()
+        total = None if of_all is None else of_all[:size // 8]
+        return {"Bcast": lambda: self._ranks.Bcast(own, root=0), "Reduce": lambda: self._ranks.Reduce(own, total, op=self._mpi.SUM, root=0),
+                "Gatherv": lambda: self._ranks.Gatherv(own, of_all, root=0)}
+
     def _lines(self, buffer: Tensor) -> list:
         return [buffer.numpy(), len(buffer) // LINE, self._line]
 
@@ -117,7 +126,7 @@ class Communicator:
         self._waiting: Callable[[], AbstractContextManager] = nullcontext
         self.rank, self.size = engine.rank, engine.size
         self.local_rank, self.local_size = engine.local_rank, engine.local_size      # among the ranks of this host
-        self.library = engine.library
+        self.library, self.standard = engine.library, engine.standard
         self.sent_bytes = 0
 
     @property
@@ -234,13 +243,14 @@ class Communicator:
 
     def check_launch(self, environment: Mapping[str, str] = os.environ) -> None:
         """Raises EnvironmentFault where a launcher started several ranks but each of them would run alone."""
-        in_step = any(name in environment for name in STEPS)
-        declared = next((name for name in LAUNCHERS if name in environment and (in_step or name != "SLURM_NTASKS")), None)
-        if self.size == 1 and declared and int(environment[declared]) > 1:
-            raise EnvironmentFault(
-                f"{LAUNCHERS[declared]} started {environment[declared]} ranks ({declared}), but each sees only itself through {self.library}: "
-                "they would run the same job side by side. Launch with the mpirun that belongs to the MPI library of mpi4py, or with srun --mpi=pmix "
-                "(srun --mpi=list shows what the site offers); mpi4py must be installed and find its MPI library on every node")
+        launch = launched(environment)
+        if self.size == 1 and launch and launch.ranks > 1:
+            raise EnvironmentFault(f"{launch.launcher} started {launch.ranks} ranks ({launch.variable}), but each sees only itself through {self.library}: "
+                                   f"they would run the same job side by side. {RELAUNCH}")
+
+    def collectives(self, size: int) -> dict[str, Callable[[], object]]:
+        """Bcast, Reduce and Gatherv of `size` bytes, a multiple of 8, of every rank, by name: bare and uncounted, to be timed; none where there is one rank."""
+        return {} if self.size == 1 else self._engine.collectives(size)
 
     def _serve(self, help_with: HelpWith | None) -> None:
         while (verb := self._engine.bcast(None)) is not None:
@@ -290,14 +300,31 @@ class Communicator:
         return {name: _ordered(found) if kinds[name] == "Uploads" else Sums(tuple(found)).total() for name, found in pieces.items()}
 
 
-def connect(deterministic: bool = False) -> Communicator:
+def connect(deterministic: bool = False, checked: bool = True) -> Communicator:
     """The ranks of this job: all that MPI knows, or this process alone where there is neither launcher nor MPI.
 
-    Raises: EnvironmentFault where a launcher started several ranks that cannot see each other.
+    Raises: EnvironmentFault where a launcher started several ranks that cannot see each other, unless that is not to be checked.
     """
     communicator = Communicator(_engine(), deterministic)
-    communicator.check_launch()
+    if checked:
+        communicator.check_launch()
     return communicator
+
+
+def carry(device: str) -> None:
+    """Let MPI move tensors in the memory of a device from this process to itself; where it cannot, it raises or takes the process down with it.
+
+    Raises: EnvironmentFault where something else arrives than what was sent.
+    """
+    from mpi4py import MPI
+    sent = torch.arange(1024, dtype=torch.float64, device=device)
+    received, total = torch.zeros_like(sent), torch.zeros_like(sent)
+    if sent.is_cuda:
+        torch.cuda.synchronize(device)                             # MPI does not wait for the stream
+    MPI.COMM_SELF.Sendrecv(sent, 0, recvbuf=received, source=0)
+    MPI.COMM_SELF.Reduce(sent, total, op=MPI.SUM, root=0)
+    if not (received.equal(sent) and total.equal(sent)):
+        raise EnvironmentFault(f"what MPI moved between buffers on {device} did not arrive as it was sent")
 
 
 def _engine() -> Alone | Ranks:

@@ -118,14 +118,27 @@ def guarded(body: Callable[[], int], comm: Communicator) -> int:
 
 
 def set_threads(job: Job, comm: Communicator) -> None:
-    """Threads of this rank: run.threads, else one when deterministic, else its part of the node's cores: each core is shared by the ranks bound to it.
+    """Threads of this rank: run.threads, else one when deterministic, else as many as it has cores.
 
     Called by all ranks.
     """
-    own = platform.node(), os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-    ranks = Counter((host, core) for host, cores in comm.share(comm.gather(own)) for core in cores)
-    cores = round(sum(1 / ranks[own[0], core] for core in own[1]), 6)
+    cores = cores_of_rank(comm)
     torch.set_num_threads(job.run.threads or (1 if job.run.deterministic else max(1, int(cores))))
+
+
+def cores_of_rank(comm: Communicator) -> float:
+    """This rank's part of the node's cores: each core is shared by the ranks bound to it.
+
+    Called by all ranks.
+    """
+    own = platform.node(), bound_cores()
+    ranks = Counter((host, core) for host, cores in comm.share(comm.gather(own)) for core in cores)
+    return round(sum(1 / ranks[own[0], core] for core in own[1]), 6)
+
+
+def bound_cores() -> set[int]:
+    """The cores that this process may run on."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
 def choose_device(wanted: str, local_rank: int) -> torch.device:

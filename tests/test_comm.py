@@ -12,6 +12,7 @@ from verdict import mpi_assert
 from hpcfl import comm as wire
 from hpcfl.comm import Alone, Communicator, connect
 from hpcfl.errors import EnvironmentFault, LayoutError, NonFiniteError
+from hpcfl.launchers import LAUNCHERS, STEPS
 from hpcfl.statistics import Statistics, Sums, Total, Uploads
 from hpcfl.tree import Tree, equal, nbytes
 
@@ -118,7 +119,7 @@ def test_one_process_is_a_rank_of_its_own():
 
 def test_without_mpi4py_one_process_works_and_a_launcher_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "mpi4py", None)
-    for name in (*wire.LAUNCHERS, *wire.STEPS):
+    for name in (*LAUNCHERS, *STEPS):
         monkeypatch.delenv(name, raising=False)
     assert connect().size == 1
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")

@@ -1,0 +1,50 @@
+"""Wording: ranks, reasons, bytes and seconds as people read them."""
+import math
+from collections.abc import Mapping, Sequence
+
+
+def shares(found: Mapping[str, Sequence[int]]) -> str:
+    """What is alike of which ranks, in words; without the ranks where it is alike of all."""
+    if len(found) == 1:
+        return next(iter(found))
+    return "; ".join(f"{spoken(ranks)}: {trait}" for trait, ranks in found.items())
+
+
+def reasons(faults: Mapping[int, str]) -> str:
+    """Ranks and what each says, those together that say the same."""
+    found: dict[str, list[int]] = {}
+    for rank, said in faults.items():
+        found.setdefault(said, []).append(rank)
+    return "; ".join(f"{spoken(ranks)}: {said}" for said, ranks in found.items())
+
+
+def spoken(ranks: Sequence[int]) -> str:
+    """Ranks in words: "rank 3", "ranks 0-3, 6"."""
+    spans: list[list[int]] = []
+    for rank in sorted(ranks):
+        if spans and rank == spans[-1][-1] + 1:
+            spans[-1][1:] = [rank]
+        else:
+            spans.append([rank])
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join('-'.join(map(str, span)) for span in spans)}"
+
+
+def counted(count: int, word: str, plural: str = "s") -> str:
+    """A number and its noun: "1 rank", "4 ranks"."""
+    return f"{count} {word}{plural if count != 1 else ''}"
+
+
+def size(count: float) -> str:
+    """Bytes in three digits: "64 B", "1.05 MB"."""
+    power = min(4, int(math.log10(count) // 3)) if count >= 1 else 0
+    return f"{_digits(count / 1000 ** power)} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in three digits: "12.3 us", "4.1 ms", "2.5 s"."""
+    unit, factor = next(((unit, factor) for unit, factor in (("s", 1), ("ms", 1e3)) if seconds * factor >= 1), ("us", 1e6))
+    return f"{_digits(seconds * factor)} {unit}"
+
+
+def _digits(number: float) -> str:
+    return f"{number:.3g}" if number < 999.5 else f"{number:.0f}"

@@ -16,7 +16,7 @@ LAYERS = (                                                         # a file impo
     {"losses", "matching", "group", "optimizers", "engines", "fit", "synthesise", "evaluate", "membership", "likeness", "latent"},
     {"algorithms"},
     {"placement", "world", "federation", "simulation", "checkpoint", "ledger", "record", "recording", "console", "figures",
-     "pictures", "page", "report", "inspect", "information", "audit", "audit_generator", "audit_images", "references", "launch", "bench", "bench_fedconv", "cli", "__main__"},
+     "pictures", "page", "report", "inspect", "information", "audit", "audit_generator", "audit_images", "references", "lead", "launch", "slurm", "bench", "bench_fedconv", "cli", "__main__"},
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 TOP_LEVEL = {"setup.py", "hpcfl", "jobs", "tests", "slurm", "README.md", ".ci", "pyproject.toml", "LICENSE", ".gitignore"}

@@ -1,4 +1,4 @@
-"""The command line: run, report, inspect, information, audit, data, bench, doctor."""
+"""The command line: run, slurm, report, inspect, information, audit, data, bench, doctor."""
 import argparse
 import json
 import sys
@@ -45,6 +45,18 @@ def _dry_run(job, comm) -> int:
             print(f"# phase {phase.name}: {phase.rounds} round(s) of {', '.join(type(step).__name__ for step in phase.steps)}")
         for client, rank in enumerate(world.home):
             print(f"# client {client}: {world.problem.architectures[client]} on rank {rank}, {len(world.split.train[client])} training images")
+    return 0
+
+
+def _slurm(arguments: argparse.Namespace) -> int:
+    from hpcfl import slurm
+    request = slurm.Request(arguments.nodes, arguments.ranks, arguments.gpus, arguments.cpus, arguments.time, arguments.lead, arguments.partition,
+                            arguments.srun)
+    job = slurm.checked(arguments.job, arguments.set, arguments.vary)
+    seeds = slurm.seeds(arguments.array) if arguments.array else (job.run.seed,)
+    sweep = slurm.Sweep(seeds, tuple(map(tuple, arguments.vary))) if arguments.array or arguments.vary else None
+    text = slurm.script(arguments.job, job.run.name, request, arguments.set, arguments.out, sweep, slurm.environment())
+    print(slurm.submit(text) if arguments.submit else text, end="\n" if arguments.submit else "")
     return 0
 
 
@@ -170,6 +182,25 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--may-differ", action="append", default=[], metavar="SECTION.KEY", help="a setting that may differ from the checkpoint's")
     run.add_argument("--dry-run", action="store_true", help="check the job, print it with every default and who would train where, train nothing")
     run.set_defaults(command=_speaking(_run))
+
+    slurm = commands.add_parser("slurm", help="print a job as a script for sbatch, or submit it")
+    slurm.add_argument("job", type=Path, help="a job file (TOML)")
+    slurm.add_argument("--nodes", type=int, default=1, metavar="N")
+    slurm.add_argument("--ranks", type=int, default=0, metavar="R", help="on all nodes together (default: one per GPU, without GPUs one per node)")
+    slurm.add_argument("--gpus", type=int, default=0, metavar="G", help="on all nodes together (default: none)")
+    slurm.add_argument("--cpus", type=int, default=0, metavar="C", help="cores of each rank (default: the site's)")
+    slurm.add_argument("--time", default="01:00:00", metavar="T", help="limit of one start, as for sbatch (default: 01:00:00)")
+    slurm.add_argument("--lead", type=int, default=120, metavar="S", help="seconds from the signal to the time limit (default: 120); a round must fit into it")
+    slurm.add_argument("--partition", default="", metavar="P")
+    slurm.add_argument("--srun", default="", metavar="PMI", help="launch by srun --mpi=PMI (pmix, pmi2, ...) instead of mpirun")
+    slurm.add_argument("--array", default="", metavar="SEEDS", help="a run for each seed, for example 0-2 or 0,5,7")
+    slurm.add_argument("--vary", action="append", nargs="+", default=[], metavar="SECTION.KEY=VALUE",
+                       help="a run for each seed with these settings; given several times, so many runs for each seed")
+    slurm.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a setting in every run; may be given several times")
+    slurm.add_argument("--out", type=Path, metavar="DIR",
+                       help="the run folder, with --array or --vary the folder of the run folders (default: runs/NAME/slurm-NUMBER)")
+    slurm.add_argument("--submit", action="store_true", help="hand the script to sbatch instead of printing it")
+    slurm.set_defaults(command=_speaking(_slurm))
 
     report = commands.add_parser("report", help="figures and one HTML page for one run or several")
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run folder")

@@ -12,6 +12,7 @@ from hpcfl.errors import CheckpointError, LayoutError, Stopped
 from hpcfl.evaluate import bind, correct, model_of
 from hpcfl.federation import Exchange, Place, State, begin, rounds, schedule
 from hpcfl.group import Group
+from hpcfl.lead import Lead
 from hpcfl.ledger import Ledger
 from hpcfl.record import Record
 from hpcfl.world import World
@@ -34,6 +35,7 @@ class Simulation:
         self.lines: dict[str, float] = {}
         self.answered: dict[str, tuple[tuple[weakref.ref[torch.Tensor], ...], Answers]] = {}
         self.sent_bytes = 0
+        self.lead = Lead()
 
     def run(self, state: State | None) -> None:
         """Carry the run to its end, from a state or (None) from its beginning.
@@ -155,7 +157,9 @@ class Simulation:
         accounts = self.comm.gather({**self.ledger.close(), "sent_bytes": self.sent_bytes - before})
         if self.comm.is_server:
             self.record.finish_round(place.phase.name, place.round, accounts, self.world.answers(place.phase, place.row))
-            self.console.round(place, len(self.places), self.record.rows[-1], self.lines)
+            row = self.record.rows[-1]
+            self.console.round(place, len(self.places), row, self.lines)
+            self.lead.watch(row["wall_s"], float(row["seconds"]["checkpoint"].max()))
             self.lines = {}
 
     def _sample(self, state: State, place: Place) -> None:

@@ -3,6 +3,7 @@ import os
 import sys
 from pathlib import Path
 
+import cluster
 import pytest
 import torch
 
@@ -51,6 +52,7 @@ class Voices:
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device, skipped where torch sees none")
+    config.addinivalue_line("markers", "slurm: brings up a SLURM of its own, skipped where SLURM is not installed or root is missing")
     if config.getoption("--with-mpi"):
         from mpi4py import MPI
         config.pluginmanager.register(Voices(config, MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size))
@@ -66,3 +68,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("torch sees no CUDA device")
+    if item.get_closest_marker("slurm") and (reason := cluster.missing()):
+        pytest.skip(reason)

@@ -339,6 +339,11 @@ class Submitted:
             assert time.monotonic() < until, f"{self.cluster.job(self.number)}\n{self.text()}"
             time.sleep(0.1)
 
+    def gone_after_restart(self) -> None:
+        """Wait until the job is requeued and nothing of its first start is left, which might otherwise finish the run in its place."""
+        self.waits_for(lambda: self.cluster.job(self.number)["Restarts"] == "1")
+        self.waits_for(lambda: not self.cluster.processes(str(self.folder / "run"), f"slurmstepd: [{self.number}."))
+
     def text(self) -> str:
         """What all its starts printed so far."""
         return "\n".join(path.read_text(errors="replace") for path in sorted(self.folder.glob("it-*.out")))
@@ -389,7 +394,7 @@ def test_a_job_whose_launcher_loses_a_node_before_slurm_does_goes_on(cluster, tm
     job.waits_for((tmp_path / "last").exists)
     daemons = [(each, each.environ()) for each in cluster.processes("prted", "orted")]
     next(each for each, variables in daemons if (variables.get("SLURM_JOB_ID"), variables.get("SLURMD_NODENAME")) == (job.number, "n2")).kill()
-    job.waits_for(lambda: cluster.job(job.number)["Restarts"] == "1")
+    job.gone_after_restart()
     (tmp_path / "go").touch()
     cluster.reaches(job.number, "COMPLETED", restarts=1)
     assert "did it lose a node?" in job.text() and "resumed after round" in job.text() and (tmp_path / "run" / "STATUS").read_text() == "done\n", job.text()
@@ -429,8 +434,7 @@ def test_a_sweep_of_three_seeds_is_one_array_and_one_table(cluster, tmp_path):
 
 @pytest.mark.slurm
 def test_a_job_whose_node_goes_down_is_requeued_and_goes_on(cluster, widowed):
-    widowed.waits_for(lambda: cluster.job(widowed.number)["Restarts"] == "1")
-    widowed.waits_for(lambda: not cluster.processes(str(widowed.folder / "run"), f"slurmstepd: [{widowed.number}."))       # of the first start
+    widowed.gone_after_restart()
     cluster.begin_node("n4")
     (widowed.folder / "go").touch()
     cluster.reaches(widowed.number, "COMPLETED", restarts=1)

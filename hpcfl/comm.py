@@ -191,6 +191,10 @@ class Communicator:
         results = {key: result for outcome in outcomes for key, result in outcome.results.items()}
         return {key: results[key] for key in items}
 
+    def condensed(self, statistics: Statistics) -> Statistics:
+        """Statistics that are to be combined after others were added: with sums carried out so far, in the room of one total, if their order is free."""
+        return statistics if self._deterministic else statistics.reduced()
+
     def combine(self, statistics: Statistics | None) -> dict[str, Total | Uploads] | None:
         """The statistics of all ranks, in host memory at rank 0: a Total per name of Sums, Uploads in ascending client order; None elsewhere.
 
@@ -338,6 +342,8 @@ def _engine() -> Alone | Ranks:
 def _labelled(name: str, part: Sums | Uploads) -> list[tuple[str, Any, Tree]]:
     if isinstance(part, Uploads):
         return [(name, client, uploaded) for client, uploaded in part.trees.items()]
+    if part.partial:
+        raise RuntimeError(f"'{name}' is reduced already, and what is to be added in client order must come unsummed; see Communicator.condensed")
     return [(name, contribution.clients, contribution.packed()) for contribution in part.contributions]
 
 

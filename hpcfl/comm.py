@@ -121,7 +121,7 @@ class Communicator:
 
     def __init__(self, engine: Alone | Ranks, deterministic: bool = False) -> None:
         """`deterministic`: totals have the same bits for any number of ranks, at the price of gathering what would be reduced."""
-        self._engine, self._deterministic = engine, deterministic
+        self._engine, self.deterministic = engine, deterministic
         self._help_with: HelpWith | None = None
         self._waiting: Callable[[], AbstractContextManager] = nullcontext
         self.rank, self.size = engine.rank, engine.size
@@ -191,10 +191,6 @@ class Communicator:
         results = {key: result for outcome in outcomes for key, result in outcome.results.items()}
         return {key: results[key] for key in items}
 
-    def condensed(self, statistics: Statistics) -> Statistics:
-        """Statistics that are to be combined after others were added: with sums carried out so far, in the room of one total, if their order is free."""
-        return statistics if self._deterministic else statistics.reduced()
-
     def combine(self, statistics: Statistics | None) -> dict[str, Total | Uploads] | None:
         """The statistics of all ranks, in host memory at rank 0: a Total per name of Sums, Uploads in ascending client order; None elsewhere.
 
@@ -208,7 +204,7 @@ class Communicator:
         headers = self._engine.allgather({name: header(part) for name, part in parts.items()})
         check_alike(headers, lambda name: self._engine.allgather(parts[name].layout() if name in parts else None))
         kinds = {name: kind for each in headers for name, (kind, _, _) in each.items()}
-        reduced = [] if self._deterministic else sorted(name for name, kind in kinds.items() if kind == "Sums")
+        reduced = [] if self.deterministic else sorted(name for name, kind in kinds.items() if kind == "Sums")
         sums = self._reduce(reduced, headers, parts) if reduced else {}
         whole = {name: kind for name, kind in sorted(kinds.items()) if name not in reduced}
         gathered = self._gather(whole, parts) if whole else {}
@@ -342,9 +338,7 @@ def _engine() -> Alone | Ranks:
 def _labelled(name: str, part: Sums | Uploads) -> list[tuple[str, Any, Tree]]:
     if isinstance(part, Uploads):
         return [(name, client, uploaded) for client, uploaded in part.trees.items()]
-    if part.partial:
-        raise RuntimeError(f"'{name}' is reduced already, and what is to be added in client order must come unsummed; see Communicator.condensed")
-    return [(name, contribution.clients, contribution.packed()) for contribution in part.contributions]
+    return [(name, contribution.clients, contribution.packed()) for contribution in part.apart()]
 
 
 def _rebuilt(label: Any, each: Tree) -> Contribution | Uploads:

@@ -121,6 +121,12 @@ class Sums:
         """The same sum in the room of one total: nothing of a contribution is kept, and what is added later is added after it."""
         return Sums((), (self.total(),), self.simulated_bytes()) if self.contributions or len(self.partial) > 1 else self
 
+    def apart(self) -> tuple[Contribution, ...]:
+        """The contributions. Raises LayoutError where some are reduced already."""
+        if self.partial:
+            raise LayoutError(f"the sum of '{self.layout()[0][0]}' is reduced already; what is to be added in ascending client order must come unsummed")
+        return self.contributions
+
     def add_to(self, out: Total) -> None:
         """Add partial sums and then every contribution to `out`, leaves in host memory, in ascending client order."""
         for path, value_out in out.values.items():

@@ -64,12 +64,12 @@ def load(folder: Path, world: World, may_differ: Sequence[str] = ()) -> State | 
     files = {client: name for name, entry in manifest["files"].items() for client in entry["clients"]}
     if missing := set(world.mine) - files.keys():
         raise CheckpointError(f"{checkpoint}: holds no state of client {min(missing)}")
-    for name in {files[client] for client in world.mine} | ({"server.h5"} if comm.is_server else set()):
+    for name in sorted({files[client] for client in world.mine} | ({"server.h5"} if comm.is_server else set())):
         _verify(checkpoint / name, manifest["files"][name]["sha256"])
     groups, received = [], {}
     for architecture, clients in world.teams(manifest["rows"] - 1):
         trees: dict[int, tree.Tree] = {}
-        for name in {files[client] for client in clients}:
+        for name in sorted({files[client] for client in clients}):
             found = _read(checkpoint / name, [f"{client:06d}" for client in clients if files[client] == name])
             trees |= {int(client): state for client, state in found.items()}
         received |= {client: {name: int(version) for name, version in tree.part(state, "received").items()} for client, state in trees.items()}

@@ -29,14 +29,14 @@ CLIENTS = (10, 100, 1000)
 ARCHITECTURES = ("cnn2", "cnn8", "cnn9")                           # 0.16, 0.43 and 0.47 MB
 IMAGES, TESTED = 10, 10                                            # of a client, and of the official test set
 CHUNK = {"device": 0, "host": 20, "disk": 20}                      # device: the default settings
-ROUNDS = 3                                                         # that are timed, between a first and a last one
+ROUNDS = 3                                                         # that are timed, after a first one
 
 
 def clients(comm: Communicator, arguments: Namespace) -> dict[str, Any]:
     """FedAvg of clients with 10 images of 3x32x32 and one of three architectures each, by whole runs with a checkpoint.
 
-    `round_s`: median of the rounds but the first, and the last, which evaluates all clients on 10 images and writes the checkpoint. `peak_memory_bytes`: resident,
-    of the rank that had most; `before_bytes`: before there are states. `state_bytes`: of all clients together.
+    `round_s`: median of the rounds but the first, without evaluation; at the end of the last all clients are evaluated on 10 images. `peak_memory_bytes`:
+    resident, of the rank that had most, evaluation and checkpoint included; `before_bytes`: before there are states. `state_bytes`: of all clients.
     Raises: JobError where ranks that were started together are to measure several cases; EnvironmentFault where the process of a case fails.
     """
     cases = list(product(arguments.ranks or (comm.size,), arguments.residency or tuple(RESIDENCIES), arguments.clients or CLIENTS))
@@ -51,10 +51,10 @@ def clients(comm: Communicator, arguments: Namespace) -> dict[str, Any]:
 def measured(comm: Communicator, arguments: Namespace, residency: str, count: int) -> dict[str, Any]:
     """One case, in this process."""
     repetitions, chunk = arguments.rounds or ROUNDS, CHUNK[residency] if arguments.chunk is None else arguments.chunk
-    never = repetitions + 2
+    never = repetitions + 1
     job = resolve({"run": {"name": "clients", "threads": arguments.threads, "device": arguments.device},
                    "data": {"name": "random", "validation": 0.0, "test": 0.0}, "models": {"names": list(ARCHITECTURES)},
-                   "federation": {"clients": count, "rounds": repetitions + 2}, "clients": {"residency": residency, "chunk": chunk},
+                   "federation": {"clients": count, "rounds": repetitions + 1}, "clients": {"residency": residency, "chunk": chunk},
                    "training": {"batch": IMAGES}, "algorithm": {"name": "fedavg"}, "evaluation": {"every": never, "personal": False},
                    "checkpoint": {"every": never}}, CONFIGS)
     launch.set_threads(job, comm)
@@ -68,9 +68,10 @@ def measured(comm: Communicator, arguments: Namespace, residency: str, count: in
         comm.barrier()                                             # the folder goes when all have written
     if not comm.is_server:
         return {}
+    rounds_s = [row["wall_s"] - float(row["seconds"]["evaluate"].max()) for row in rows[1:]]
     states = {name: tree.nbytes(world.problem.structure(name).state_dict()) for name in ARCHITECTURES}
-    return {"ranks": comm.size, "residency": residency, "chunk": chunk, "clients": count, "round_s": round(median(row["wall_s"] for row in rows[1:-1]), 3),
-            "last_round_s": round(rows[-1]["wall_s"], 3), "peak_memory_bytes": max(peaks), "before_bytes": max(before),
+    return {"ranks": comm.size, "residency": residency, "chunk": chunk, "clients": count, "round_s": round(median(rounds_s), 3),
+            "peak_memory_bytes": max(peaks), "before_bytes": max(before),
             "state_bytes": sum(states[name] for name in world.problem.architectures)}
 
 

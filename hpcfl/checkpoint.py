@@ -17,8 +17,8 @@ from hpcfl.record import Record, seconds_taken
 from hpcfl.world import World
 
 FORMAT = 2
-FREE_TO_DIFFER = ("checkpoint.every", "checkpoint.keep", "clients.chunk", "clients.folder", "clients.residency", "evaluation.batch", "run.name", "timeouts.collective",
-                  "timeouts.heartbeat")                            # settings that no result depends on (clients that are trained by vmap: but for rounding)
+FREE_TO_DIFFER = ("checkpoint.every", "checkpoint.keep", "clients.chunk", "clients.folder", "clients.residency", "evaluation.batch", "run.name",
+                  "timeouts.collective", "timeouts.heartbeat")     # settings that no result depends on; on clients.chunk by rounding, with vmap
 
 
 def save(folder: Path, world: World, state: State, record: Record, score: float | None) -> None:

@@ -112,7 +112,7 @@ class Written:
 class Scratch:
     """A file for leaves that need not outlive the process. It has no name, so that nothing is left of it however the process ends.
 
-    Bare bytes, because HDF5 takes 0.2 ms for a leaf, ten times as long as a small one takes here, and cannot go on behind a full disk; nothing is flushed.
+    Bare bytes: HDF5 took 4 ms to write 16 leaves (0.6 MB) and 2 ms to read them, this 0.1 ms for either. Nothing is flushed to the disk.
     """
 
     def __init__(self, folder: str):
@@ -159,8 +159,8 @@ class Scratch:
             raise self._fault(error) from error
 
     def _fault(self, error: OSError) -> EnvironmentFault:
-        return EnvironmentFault(f"clients.folder: client states (clients.residency = 'disk') cannot be kept in a file in {self._folder}, with {self._end} bytes "
-                                f"there: {error.strerror}; free space, name another folder on a disk of this node, or set clients.residency = 'host'")
+        return EnvironmentFault(f"clients.folder: client states (clients.residency = 'disk') cannot be kept in a file in {self._folder}, with {self._end} "
+                                f"bytes there: {error.strerror}; free space, name another folder on a disk of this node, or set clients.residency = 'host'")
 
 
 def sync(path: Path) -> None:

@@ -134,7 +134,7 @@ def test_two_ranks_share_the_rounds_of_gefl_and_time_nothing_else(tmp_path):
     assert figures["generator_step_ms"] == pytest.approx(1000 * figures["generator_round_s"], abs=0.1), "one client on each"
 
 
-COLUMNS = ["ranks", "residency", "chunk", "clients", "round_s", "last_round_s", "peak_memory_bytes", "before_bytes", "state_bytes"]
+COLUMNS = ["ranks", "residency", "chunk", "clients", "round_s", "peak_memory_bytes", "before_bytes", "state_bytes"]
 
 
 def test_each_case_of_many_clients_has_a_process_of_its_own(tmp_path):

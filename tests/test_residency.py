@@ -18,9 +18,11 @@ from test_runs import agree, alone
 from hpcfl import checkpoint, simulation
 from hpcfl.comm import Communicator, connect
 from hpcfl.errors import EnvironmentFault
+from hpcfl.estimate import load_of, model_bytes
 from hpcfl.federation import begin, regrouped, rounds
 from hpcfl.group import Group
 from hpcfl.job import Clients
+from hpcfl.launch import revisit
 from hpcfl.residency import RESIDENCIES, Disk, Host
 from hpcfl.storage import Scratch
 
@@ -137,8 +139,8 @@ def watched(monkeypatch) -> Iterator[list[int]]:
 
 def wide(clients: int, where: str):
     """FedAvg of clients of two architectures whose states are larger than anything else."""
-    return lying(tiny("fedavg", federation={"clients": clients, "participation": 1.0}, data={"fraction": 0.5, "partition": "iid"}, models={"names": ["mlp2", "mlp3"]},
-                      evaluation={"every": 1}, checkpoint={"every": 1, "keep": 100}), where, 1)
+    return lying(tiny("fedavg", federation={"clients": clients, "participation": 1.0}, data={"fraction": 0.5, "partition": "iid"},
+                      models={"names": ["mlp2", "mlp3"]}, evaluation={"every": 1}, checkpoint={"every": 1, "keep": 100}), where, 1)
 
 
 def most(job, out, monkeypatch, **how) -> int:
@@ -203,6 +205,14 @@ def test_what_is_summed_is_kept_once_unless_its_order_matters(exact, monkeypatch
     assert set(account["up"].values()) == {model + 8}
 
 
+def test_what_a_rank_needs_follows_from_where_the_states_lie():
+    def needed(**clients) -> int:
+        return load_of(looping.world(looping.job("fedavg", federation={"clients": 12}, models={"names": ["mlp2"]}, clients=clients))).needed_bytes
+    one = model_bytes(looping.world(looping.job("fedavg")), "mlp2")
+    assert needed() - needed(residency="disk", chunk=1) == (2 * 12 - 3) * one
+    assert needed() == needed(residency="host", chunk=1), "on a CPU the host's memory is the device's"
+
+
 # where states lie
 
 @pytest.mark.parametrize("kind", [Host, Disk])
@@ -241,7 +251,8 @@ def test_models_that_did_not_change_are_not_evaluated_again(tmp_path, monkeypatc
     evaluated = []
     bound = simulation.model_of
     monkeypatch.setattr(simulation, "model_of", lambda group, modules, client: evaluated.append(client) or bound(group, modules, client))
-    job = tiny("gefl", algorithm={"generator_rounds": 3, "generator_epochs": 1, "latent": 4}, evaluation={"every": 1}, federation={"participation": 1.0, "rounds": 1})
+    job = tiny("gefl", algorithm={"generator_rounds": 3, "generator_epochs": 1, "latent": 4}, evaluation={"every": 1},
+               federation={"participation": 1.0, "rounds": 1})
     counts = []
     for where in ("device", "disk"):
         evaluated.clear()
@@ -322,10 +333,10 @@ def test_a_full_disk_says_so_and_the_checkpoint_before_it_stays(tmp_path, whole,
 
 
 def test_the_folder_of_a_run_need_not_exist_where_its_states_are_looked_at(tmp_path):
-    from hpcfl.launch import revisit
     (tmp_path / "scratch").mkdir()
     folder = carry_out(lying(tiny("fedavg"), "disk", 2, tmp_path / "scratch"), tmp_path / "run")
     (tmp_path / "scratch").rmdir()
     _, state = revisit(folder)
     held = {client: own for group in state.groups for client, own in group.fetch().states().items()}
-    assert all(torch.equal(leaf, held[client][path]) for client, own in outcome(folder).clients.items() for path, leaf in own.items() if not path.startswith("received/"))
+    assert all(torch.equal(leaf, held[client][path]) for client, own in outcome(folder).clients.items()
+               for path, leaf in own.items() if not path.startswith("received/"))

@@ -74,10 +74,13 @@ def render(found: Mapping[str, Any]) -> str:
 
 def _classifiers(world: World, state: State, clients: Sequence[int], pool: Shard) -> list[Found]:
     rows = {}
-    for group in state.groups:
-        chosen = [client for client in group.clients if client in clients]
-        references, told = _references(world, state, group.architecture, chosen, pool) if chosen else ([], {})
-        rows |= {client: _classifier(world, group, client, pool, references, told) for client in chosen}
+    audited = [parked for parked in state.groups if set(parked.clients) & set(clients)]
+    for architecture in {parked.architecture for parked in audited}:
+        groups = [parked for parked in audited if parked.architecture == architecture]
+        chosen = [client for parked in groups for client in parked.clients if client in clients]
+        references, told = _references(world, state, architecture, chosen, pool)
+        for group in (parked.fetch() for parked in groups):
+            rows |= {client: _classifier(world, group, client, pool, references, told) for client in group.clients if client in chosen}
     return [rows[client] for client in sorted(rows)]
 
 

@@ -14,6 +14,7 @@ from hpcfl import launch
 from hpcfl.algorithms import CONFIGS
 from hpcfl.algorithms.base import ClientSite, ServerSite
 from hpcfl.algorithms.fedvtc import FedVTC
+from hpcfl.bench_clients import clients
 from hpcfl.bench_fedconv import fedconv
 from hpcfl.bench_gefl import gefl
 from hpcfl.comm import Alone, Communicator, connect
@@ -115,4 +116,4 @@ CLIENTS, PASS = 4, 5                                               # clients, an
 IMAGES = CLIENTS * PASS * 64                                       # of the 1,437 digits, so that all batches have one shape
 FEW_STEPS = {"cpu": PASS, "cuda": 200}
 WORKS = {"vtc": generating, "classifier": classifying}
-BENCHES = {"w1": w1, "vtc": vtc, "fedconv": fedconv, "gefl": gefl}
+BENCHES = {"w1": w1, "vtc": vtc, "fedconv": fedconv, "gefl": gefl, "clients": clients}

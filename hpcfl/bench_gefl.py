@@ -46,7 +46,7 @@ def gefl(comm: Communicator, arguments: Namespace) -> dict[str, Any]:
     is sampled compiled too. `rows`: where the server's rank spends a round.
     """
     device = launch.choose_device(arguments.device, comm.local_rank)
-    clients, repetitions, count = arguments.clients or CLIENTS, arguments.rounds or REPETITIONS, arguments.epochs or EPOCHS
+    clients, repetitions, count = (arguments.clients or (CLIENTS,))[0], arguments.rounds or REPETITIONS, arguments.epochs or EPOCHS
     job = resolve({"run": {"name": "gefl", "threads": arguments.threads, "compile": "off"},
                    "data": {"size": 32, "values": "unit", "validation": 0.0, "test": 0.0},
                    "models": {"names": [f"cnn{number}" for number in range(1, min(clients, ARCHITECTURES) + 1)], "assignment": "blocks", "features": 0},

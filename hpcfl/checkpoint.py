@@ -1,7 +1,7 @@
 """Checkpoints: every rank writes its clients, the server its state; the manifest comes last and makes them count."""
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +17,8 @@ from hpcfl.record import Record, seconds_taken
 from hpcfl.world import World
 
 FORMAT = 2
-FREE_TO_DIFFER = ("checkpoint.every", "checkpoint.keep", "evaluation.batch", "run.name", "timeouts.collective", "timeouts.heartbeat")   # settings that no result depends on
+FREE_TO_DIFFER = ("checkpoint.every", "checkpoint.keep", "clients.chunk", "clients.folder", "clients.residency", "evaluation.batch", "run.name",
+                  "timeouts.collective", "timeouts.heartbeat")     # settings that no result depends on; on clients.chunk by rounding, with vmap
 
 
 def save(folder: Path, world: World, state: State, record: Record, score: float | None) -> None:
@@ -30,14 +31,11 @@ def save(folder: Path, world: World, state: State, record: Record, score: float 
     comm, target = world.comm, folder / "checkpoints" / f"round-{state.rows:06d}"
     written, failure = {}, None
     try:
-        received = {client: tree.join(received={name: torch.tensor(version) for name, version in known.items()}) for client, known in state.received.items()}
-        clients = {f"{client:06d}": tree.row(group.state, position) | received[client]
-                   for group in state.groups for position, client in enumerate(group.clients)}
         name = f"rank-{comm.rank:04d}.h5"
-        written[name] = {"sha256": storage.write_trees(target / name, clients), "clients": list(world.mine)}
+        written[name] = {"sha256": storage.write_trees(target / name, _clients(state)), "clients": list(world.mine)}
         if comm.is_server:
             record.write(folder / "metrics.h5")                    # before the manifest: a record may run ahead of its checkpoint, never behind
-            written["server.h5"] = {"sha256": storage.write_trees(target / "server.h5", {"server": state.server}), "clients": []}
+            written["server.h5"] = {"sha256": storage.write_trees(target / "server.h5", [("server", state.server)]), "clients": []}
     except CheckpointError as error:
         failure = str(error)
     reports = comm.gather((written, failure))
@@ -63,19 +61,21 @@ def load(folder: Path, world: World, may_differ: Sequence[str] = ()) -> State | 
         return None
     checkpoint, manifest = Path(found[0]), found[1]
     _check(checkpoint, manifest, world, may_differ)
-    trees: dict[int, tree.Tree] = {}
-    for name, entry in manifest["files"].items():
-        wanted = set(entry["clients"]) & set(world.mine)
-        if wanted:
-            trees |= {int(client): state for client, state in _read(checkpoint / name, entry["sha256"]).items() if int(client) in wanted}
-    missing = set(world.mine) - trees.keys()
-    if missing:
+    files = {client: name for name, entry in manifest["files"].items() for client in entry["clients"]}
+    if missing := set(world.mine) - files.keys():
         raise CheckpointError(f"{checkpoint}: holds no state of client {min(missing)}")
-    received = {client: {name: int(version) for name, version in tree.part(state, "received").items()} for client, state in trees.items()}
-    trees = {client: {path: leaf for path, leaf in state.items() if not path.startswith("received/")} for client, state in trees.items()}
-    groups = [Group.of(architecture, {client: trees[client] for client in clients}).to(world.problem.device)
-              for architecture, clients in world.architectures(world.mine, manifest["rows"] - 1).items()]
-    server = _read(checkpoint / "server.h5", manifest["files"]["server.h5"]["sha256"])["server"] if comm.is_server else None
+    for name in sorted({files[client] for client in world.mine} | ({"server.h5"} if comm.is_server else set())):
+        _verify(checkpoint / name, manifest["files"][name]["sha256"])
+    groups, received = [], {}
+    for architecture, clients in world.teams(manifest["rows"] - 1):
+        trees: dict[int, tree.Tree] = {}
+        for name in sorted({files[client] for client in clients}):
+            found = _read(checkpoint / name, [f"{client:06d}" for client in clients if files[client] == name])
+            trees |= {int(client): state for client, state in found.items()}
+        received |= {client: {name: int(version) for name, version in tree.part(state, "received").items()} for client, state in trees.items()}
+        trees = {client: {path: leaf for path, leaf in state.items() if not path.startswith("received/")} for client, state in trees.items()}
+        groups.append(world.park(Group.of(architecture, trees).to(world.problem.device)))
+    server = _read(checkpoint / "server.h5", ["server"])["server"] if comm.is_server else None
     return State(server, tuple(groups), received, manifest["rows"], manifest["version"], manifest["versions"])
 
 
@@ -145,15 +145,25 @@ def _check(checkpoint: Path, manifest: dict, world: World, may_differ: Sequence[
                               + " ".join(f"--may-differ {key}" for key in changed))
 
 
-def _read(path: Path, wanted: str) -> dict[str, tree.Tree]:
+def _clients(state: State) -> Iterator[tuple[str, tree.Tree]]:
+    """Every client's own Tree, and the versions that it received, one group in memory at a time."""
+    for parked in state.groups:
+        for client, own in parked.fetch().states().items():
+            yield f"{client:06d}", own | tree.join(received={name: torch.tensor(version) for name, version in state.received[client].items()})
+
+
+def _verify(path: Path, wanted: str) -> None:
     try:
         got = storage.sha256(path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}; {_earlier(path.parent)}") from None
     if got != wanted:
         raise CheckpointError(f"{path}: is damaged or truncated: its SHA-256 is {got[:12]}..., the manifest says {wanted[:12]}...; {_earlier(path.parent)}")
+
+
+def _read(path: Path, names: Collection[str]) -> dict[str, tree.Tree]:
     try:
-        return storage.read_trees(path)
+        return storage.read_trees(path, names)
     except HpcflError as error:
         raise CheckpointError(f"{error}; {_earlier(path.parent)}") from None
 

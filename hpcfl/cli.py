@@ -158,6 +158,20 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return launch.guarded(body, comm)
 
 
+def _numbers(text: str) -> tuple[int, ...]:
+    numbers = tuple(map(int, text.split(",")))
+    if min(numbers) < 1:
+        raise ValueError
+    return numbers
+
+
+def _residencies(text: str) -> tuple[str, ...]:
+    from hpcfl.residency import RESIDENCIES
+    if not RESIDENCIES.keys() >= set(text.split(",")):
+        raise ValueError
+    return tuple(text.split(","))
+
+
 def _speaking(command):
     """What goes wrong where no rank is guarded (no communicator, or none yet) is printed and becomes the exit code."""
     def wrapped(arguments: argparse.Namespace) -> int:
@@ -247,16 +261,20 @@ def _parser() -> argparse.ArgumentParser:
     own.set_defaults(command=_speaking(_data_import))
 
     bench = commands.add_parser("bench", help="benchmarks on the real loop")
-    bench.add_argument("name", choices=["w1", "vtc", "fedconv", "gefl"],
+    bench.add_argument("name", choices=["w1", "vtc", "fedconv", "gefl", "clients"],
                        help="w1: FedAvg of ten small clients; vtc: generator and classifier steps, eager against compiled; "
                             "fedconv: the server's steps, validation excluded, and its rounds, spread over the ranks; "
-                            "gefl: rounds of generator and headers beside bare PyTorch, and samples per second")
-    bench.add_argument("--rounds", type=int, default=0, help="w1: rounds that are timed (0: 15); fedconv, gefl: repetitions (0: 5, 3)")
+                            "gefl: rounds of generator and headers beside bare PyTorch, and samples per second; "
+                            "clients: rounds and peak memory against the number of clients, by clients.residency, a process to a case")
+    bench.add_argument("--rounds", type=int, default=0, help="w1: rounds that are timed (0: 15); fedconv, gefl, clients: repetitions (0: 5, 3, 3)")
     bench.add_argument("--deterministic", action="store_true", help="w1: with run.deterministic = true, to see what it costs")
     bench.add_argument("--steps", type=int, default=0,
                        help="vtc: steps of each client that are timed (0: 5 on a CPU, 200 on CUDA); fedconv: steps of an epoch (0: 30, 94); "
                             "gefl: full batches that a client has (0: its images are 600)")
-    bench.add_argument("--clients", type=int, default=0, help="gefl: clients (0: 10)")
+    bench.add_argument("--clients", type=_numbers, metavar="N[,N...]", help="gefl: clients (default: 10); clients: one case for each (default: 10,100,1000)")
+    bench.add_argument("--residency", type=_residencies, metavar="R[,R...]", help="clients: where states lie (default: device,host,disk)")
+    bench.add_argument("--chunk", type=int, help="clients: clients.chunk (default: 0 for device, else 20)")
+    bench.add_argument("--ranks", type=_numbers, metavar="N[,N...]", help="clients: started by mpirun for each case (default: 1)")
     bench.add_argument("--epochs", type=int, default=0, help="gefl: epochs of a generator round (0: 1, published are 5)")
     bench.add_argument("--compile", action="store_true", help="vtc, sampling of gefl: compiled too where that is not done anyway (a minute on a CPU)")
     bench.add_argument("--threads", type=int, default=0, help="per rank; 0: cores / ranks on the node")

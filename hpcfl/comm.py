@@ -121,7 +121,7 @@ class Communicator:
 
     def __init__(self, engine: Alone | Ranks, deterministic: bool = False) -> None:
         """`deterministic`: totals have the same bits for any number of ranks, at the price of gathering what would be reduced."""
-        self._engine, self._deterministic = engine, deterministic
+        self._engine, self.deterministic = engine, deterministic
         self._help_with: HelpWith | None = None
         self._waiting: Callable[[], AbstractContextManager] = nullcontext
         self.rank, self.size = engine.rank, engine.size
@@ -204,7 +204,7 @@ class Communicator:
         headers = self._engine.allgather({name: header(part) for name, part in parts.items()})
         check_alike(headers, lambda name: self._engine.allgather(parts[name].layout() if name in parts else None))
         kinds = {name: kind for each in headers for name, (kind, _, _) in each.items()}
-        reduced = [] if self._deterministic else sorted(name for name, kind in kinds.items() if kind == "Sums")
+        reduced = [] if self.deterministic else sorted(name for name, kind in kinds.items() if kind == "Sums")
         sums = self._reduce(reduced, headers, parts) if reduced else {}
         whole = {name: kind for name, kind in sorted(kinds.items()) if name not in reduced}
         gathered = self._gather(whole, parts) if whole else {}
@@ -338,7 +338,7 @@ def _engine() -> Alone | Ranks:
 def _labelled(name: str, part: Sums | Uploads) -> list[tuple[str, Any, Tree]]:
     if isinstance(part, Uploads):
         return [(name, client, uploaded) for client, uploaded in part.trees.items()]
-    return [(name, contribution.clients, contribution.packed()) for contribution in part.contributions]
+    return [(name, contribution.clients, contribution.packed()) for contribution in part.apart()]
 
 
 def _rebuilt(label: Any, each: Tree) -> Contribution | Uploads:

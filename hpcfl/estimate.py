@@ -23,6 +23,7 @@ from hpcfl.world import World, resolved
 
 BATCHES, ENOUGH_S = 5, 2.0                                         # batches that are timed of each architecture, and when fewer will do
 GENTLE = 1e-6                                                      # a learning rate that leaves noise what it is
+TIMES_AT_WORK = 3                                                  # states of a group that was fetched: its own, those of who takes part, and what became of them
 SMALL_CALLS = 20                                                   # headers, barriers and agreements of a round, each like a collective of 8 bytes
 
 
@@ -84,13 +85,17 @@ def load_of(world: World) -> Load:
                for architecture, clients in hosted.items()}
     batch_s = {architecture: time_batch(world, architecture, min(job.training.batch, max(sizes[client] for client in clients)))
                for architecture, clients in hosted.items()}
-    at_once = {architecture: len(clients) if problem.device.type == "cuda" else 1 for architecture, clients in hosted.items()}
+    held = {architecture: min(len(clients), job.clients.chunk or len(clients)) for architecture, clients in hosted.items()}
+    at_once = {architecture: count if problem.device.type == "cuda" else 1 for architecture, count in held.items()}
     parts = (world.split.train, world.split.validation, world.split.test)
     images = len(world.corpus.test_labels) + sum(len(part[client]) for part in parts for client in world.mine)
-    states = sum(len(clients) * model_bytes(world, architecture) for architecture, clients in hosted.items())
+    if job.clients.residency == "disk" or (job.clients.residency == "host" and problem.device.type == "cuda"):
+        states = max((TIMES_AT_WORK * count * model_bytes(world, architecture) for architecture, count in held.items()), default=0)
+    else:
+        states = 2 * sum(len(clients) * model_bytes(world, architecture) for architecture, clients in hosted.items())    # before and after an update
     training = max((problem.sizes.memory(architecture) * count for architecture, count in at_once.items()), default=0)
     return Load({architecture: len(clients) for architecture, clients in hosted.items()}, batches, batch_s,
-                2 * states + training + images * math.prod(world.corpus.shape))          # twice: before and after an update
+                states + training + images * math.prod(world.corpus.shape))
 
 
 def time_batch(world: World, architecture: str, images: int) -> float:

@@ -2,8 +2,6 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import reduce
-from operator import add
 
 from torch import Tensor
 
@@ -11,6 +9,7 @@ from hpcfl.algorithms.base import Algorithm, Phase, Totals, Update
 from hpcfl.flops import counting
 from hpcfl.group import Group
 from hpcfl.ledger import Ledger
+from hpcfl.residency import Parked
 from hpcfl.statistics import Statistics
 from hpcfl.tree import Tree
 from hpcfl.world import World
@@ -29,7 +28,7 @@ class State:
     """
 
     server: Tree | None                                            # on the server's rank only
-    groups: tuple[Group, ...]                                      # this rank's clients, by architecture
+    groups: tuple[Group | Parked, ...]                             # this rank's clients, by architecture, put away where they are not at work
     received: dict[int, Versions]
     rows: int = 0                                                  # rounds finished, over all phases
     version: int = 0
@@ -57,26 +56,35 @@ def begin(world: World) -> State:
     return State(world.comm.at_server(world.found), tuple(world.join()), {client: {} for client in world.mine})
 
 
-def rounds(exchange: "Exchange", state: State) -> Iterator[tuple[State, Place]]:
-    """Run what is left of the plan, yielding the state after each round."""
+def rounds(exchange: "Exchange", state: State | None = None) -> Iterator[tuple[State, Place]]:
+    """Run what is left of the plan, from a state or its beginning, yielding the state after each round."""
+    state = state or begin(exchange.world)
     for place in schedule(exchange.world)[state.rows:]:
         exchange.wait()                                            # nobody leaves a barrier before all have come: the round begins at one time everywhere
         exchange.ledger.open()
         state = regrouped(exchange.world, state, place.row)
         for step in place.phase.steps:
-            state = exchange(step, state, place)
+            for half in (exchange.collect, exchange.refine):       # the state before each is let go with it: of a client there are two at most
+                state = half(step, state, place)
         state = replace(state, rows=state.rows + 1)
         yield state, place
 
 
 def regrouped(world: World, state: State, row: int) -> State:
-    """The state with each client in the Group of its architecture of this round; a client that changes it begins anew, with nothing downloaded."""
-    wanted = world.architectures(world.mine, row)
-    if wanted == {group.architecture: group.clients for group in state.groups}:
+    """The state with each client in a Group of its architecture of this round; a client that changes it begins anew, with nothing downloaded."""
+    wanted, begun = world.teams(row), []
+    if wanted == [(group.architecture, group.clients) for group in state.groups]:
         return state
-    kept = {client: own for group in state.groups for client, own in group.states().items() if client in wanted.get(group.architecture, ())}
-    begun = {client: own for group in world.join(row, [client for client in world.mine if client not in kept]) for client, own in group.states().items()}
-    groups = tuple(Group.of(architecture, {client: (kept | begun)[client] for client in clients}) for architecture, clients in wanted.items())
+
+    def formed(architecture: str, clients: tuple[int, ...]) -> Group:
+        states: dict[int, Tree] = {}
+        for group in state.groups:
+            stay = set(clients).intersection(group.clients) if group.architecture == architecture else ()
+            states |= group.fetch().select(stay).states() if stay else {}
+        new = [client for client in clients if client not in states]
+        begun.extend(new)
+        return Group.of(architecture, states | (world.begun(architecture, new).states() if new else {}))
+    groups = tuple(world.park(formed(*team)) for team in wanted)
     return replace(state, groups=groups, received=state.received | {client: {} for client in begun})
 
 
@@ -121,7 +129,8 @@ class Exchange:
     before_refine: Callable[[State, Place], None]
     published: dict[Algorithm, Message] = field(default_factory=dict, init=False)
 
-    def __call__(self, step: Algorithm, state: State, place: Place) -> State:
+    def collect(self, step: Algorithm, state: State, place: Place) -> State:
+        """The first half: prepare, publish, train, combine, aggregate."""
         answers = self.world.answers(place.phase, place.row)
         if step.overrides("prepare"):
             state = self.serve(step.prepare, step, state, place)
@@ -136,9 +145,14 @@ class Exchange:
                     totals = self.world.comm.combine(statistics)
                 if step.overrides("aggregate"):
                     state = self.serve(step.aggregate, step, state, place, totals)
+        return state
+
+    def refine(self, step: Algorithm, state: State, place: Place) -> State:
+        """The second half: publish, refine."""
         if step.overrides("refine"):
             message = self.publish(step, state)
             self.before_refine(state, place)
+            answers = self.world.answers(place.phase, place.row)
             state, _ = self.work(step.refine, step, message, state, place, answers.answered, "refine")
             self.wait()
         return state
@@ -203,24 +217,31 @@ class Exchange:
     def work(self, verb: Callable[..., Update], step: Algorithm, message: Message, state: State, place: Place, cohort: tuple[int, ...],
              name: str) -> tuple[State, Statistics]:
         """This rank's share of those who take part under one verb, group by group; what goes down and up is counted per client."""
-        world, groups, received, statistics = self.world, list(state.groups), dict(state.received), []
-        for position, whole in enumerate(groups):
-            present = [client for client in whole.clients if client in cohort]
-            if not present:
-                continue
-            group = whole.select(present)
-            download = self.hand_out(step, message, group.architecture, group.clients, received)
-            site = world.client_site(group, place.phase, place.round)
-            with counting(world.job.evaluation.flops and place.round == 0) as counter:
-                start = time.perf_counter()
-                with self.ledger(name):
-                    update = verb(group, download, site)
-                costs = {"seconds": time.perf_counter() - start} | ({"flops": counter.flops} if counter else {})
-            share = site.sizes(group) / site.sizes(group).sum()    # a client's part of its group's, by images
-            self.ledger.measured(name, group.clients, update.metrics)
-            self.ledger.spent(name, group.clients, {cost: spent * share for cost, spent in costs.items()})
-            statistics.append(update.statistics)
-            groups[position] = whole.updated(update.group)
-        total = reduce(add, statistics, Statistics())
+        groups, received, total = list(state.groups), dict(state.received), Statistics()
+        for position, group in enumerate(groups):
+            present = [client for client in group.clients if client in cohort]
+            if present:
+                download = self.hand_out(step, message, group.architecture, present, received)
+                groups[position], statistics = self.at_work(verb, group, present, download, place, name)
+                with self.ledger("combine"):                       # sums in the room of one, unless they are to be added in client order
+                    total = total + statistics if self.world.comm.deterministic else (total + statistics).reduced()
         self.ledger.uploaded(total.simulated_bytes())
         return replace(state, groups=tuple(groups), received=received), total
+
+    def at_work(self, verb: Callable[..., Update], parked: Group | Parked, present: Sequence[int], download: Tree, place: Place,
+                name: str) -> tuple[Group | Parked, Statistics]:
+        """A group after the work of those of its clients who take part, put away again, and what they send up."""
+        world = self.world
+        with counting(world.job.evaluation.flops and place.round == 0) as counter:
+            start = time.perf_counter()
+            with self.ledger(name):
+                whole = parked.fetch()
+                group = whole.select(present)
+                site = world.client_site(group, place.phase, place.round)
+                update = verb(group, download, site)
+                parked = world.park(whole.updated(update.group))
+            costs = {"seconds": time.perf_counter() - start} | ({"flops": counter.flops} if counter else {})
+        share = site.sizes(group) / site.sizes(group).sum()        # a client's part of its group's, by images
+        self.ledger.measured(name, group.clients, update.metrics)
+        self.ledger.spent(name, group.clients, {cost: spent * share for cost, spent in costs.items()})
+        return parked, update.statistics

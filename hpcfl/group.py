@@ -55,6 +55,10 @@ class Group:
         """The Group on a device."""
         return replace(self, state=tree.to(self.state, device))
 
+    def fetch(self) -> Group:
+        """The Group itself: it lies where work is done, unlike one that was put away (see hpcfl.residency)."""
+        return self
+
     def states(self) -> dict[int, Tree]:
         """{client: its Tree}, as views of the stacked state."""
         return {client: tree.row(self.state, index) for index, client in enumerate(self.clients)}

@@ -66,6 +66,13 @@ class Federation:
 
 
 @dataclass(frozen=True)
+class Clients:
+    residency: str = choice("device", "host", "disk")              # where the states of clients lie that are not at work; no result depends on it
+    chunk: int = integer(0, 0)                                     # clients of one architecture that are on the device and trained together at most; 0: all
+    folder: str = text("")                                         # disk: where; it may be local to the node; empty: the system's temporary folder
+
+
+@dataclass(frozen=True)
 class Training:
     epochs: int = integer(1, 1)                                    # local epochs per round
     batch: int = integer(32, 1)
@@ -108,6 +115,7 @@ class Job:
     data: Data
     models: Models
     federation: Federation
+    clients: Clients
     training: Training
     algorithm: Any
     evaluation: Evaluation
@@ -133,7 +141,7 @@ class Job:
         return "\n".join(lines)
 
 
-SECTIONS = {"run": Run, "data": Data, "models": Models, "federation": Federation, "training": Training,
+SECTIONS = {"run": Run, "data": Data, "models": Models, "federation": Federation, "clients": Clients, "training": Training,
             "algorithm": None, "evaluation": Evaluation, "checkpoint": Checkpoint, "timeouts": Timeouts}
 
 

@@ -10,6 +10,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -54,7 +55,8 @@ def run(job: Job, comm: Communicator, out: Path | None, resume: str, may_differ:
         console.say(f"{job.run.name}: {job.algorithm_name} on {job.data.name}, {world.clients} clients on {comm.size} rank(s), "
                     f"{sum(phase.rounds for phase in world.plan)} rounds -> {folder}")
         simulation = Simulation(world, folder, console, stop_requested)
-        state = simulation.resumed(resume_from, may_differ) if resume_from else None       # before anything is written: a refusal changes nothing
+        if resume_from:
+            simulation.resume(resume_from, may_differ)             # before anything is written: a refusal changes nothing
         environments = comm.gather(_environment(comm, device))
         if comm.is_server:
             storage.sweep(folder)
@@ -63,7 +65,7 @@ def run(job: Job, comm: Communicator, out: Path | None, resume: str, may_differ:
             storage.write_text(folder / "STATUS", "running\n")
         try:
             with console.beating(job.timeouts.heartbeat, simulation.so_far):
-                simulation.run(state)
+                simulation.run()
         except BaseException as error:
             status = "stopped" if isinstance(error, Stopped) else "failed"
             if status == "failed" or comm.is_server:
@@ -84,7 +86,9 @@ def revisit(run: str | Path) -> tuple[World, State]:
     folder = Path(run)
     if not (folder / "job.toml").is_file():
         raise JobError(f"{folder}: has no job.toml; wanted the folder of a run")
-    world = World(load(folder / "job.toml", CONFIGS), Communicator(Alone()), choose_device("auto", 0))
+    job = load(folder / "job.toml", CONFIGS)
+    job = replace(job, clients=replace(job.clients, folder=""))    # that of the run may be on another machine
+    world = World(job, Communicator(Alone()), choose_device("auto", 0))
     state = checkpoint.load(folder, world)
     if state is None:
         raise CheckpointError(f"{folder}: has no checkpoint yet; run the job for at least checkpoint.every rounds")

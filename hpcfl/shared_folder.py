@@ -99,7 +99,7 @@ def write(file: Path) -> float:
     Raises: CheckpointError where the disk does not take it or gives back something else.
     """
     written, start = {"x": torch.arange(WRITTEN, dtype=torch.float32)}, time.perf_counter()
-    storage.write_trees(file, {"probe": written})
+    storage.write_trees(file, [("probe", written)])
     if not storage.read_trees(file)["probe"]["x"].equal(written["x"]):
         raise CheckpointError(f"{file}: what is read is not what was written")
     return time.perf_counter() - start

@@ -10,11 +10,12 @@ from hpcfl import checkpoint, tree
 from hpcfl.console import Console
 from hpcfl.errors import CheckpointError, LayoutError, Stopped
 from hpcfl.evaluate import bind, correct, model_of
-from hpcfl.federation import Exchange, Place, State, begin, rounds, schedule
+from hpcfl.federation import Exchange, Place, State, rounds, schedule
 from hpcfl.group import Group
 from hpcfl.lead import Lead
 from hpcfl.ledger import Ledger
 from hpcfl.record import Record
+from hpcfl.residency import Parked
 from hpcfl.world import World
 
 Answers = dict[int, dict[str, np.ndarray]]                         # client -> {"generalization_correct": (C,), ...}
@@ -29,20 +30,20 @@ class Simulation:
         self.stop_requested = stop_requested
         self.ledger = Ledger(world.problem.device)
         self.exchange = Exchange(world, self.ledger, self._before_refine)
-        self.places = schedule(world)
+        self.places, self.ahead = schedule(world), rounds(self.exchange)
         self.record = Record(_attributes(world), _fixed(world) if self.comm.is_server else {}, world.clients, world.comm.size)
         self.score: float | None = None
         self.lines: dict[str, float] = {}
-        self.answered: dict[str, tuple[tuple[weakref.ref[torch.Tensor], ...], Answers]] = {}
+        self.answered: dict[tuple[int, ...], tuple[tuple[weakref.ref, ...], Answers]] = {}         # clients -> their models' leaves, and how they did
         self.sent_bytes = 0
         self.lead = Lead()
 
-    def run(self, state: State | None) -> None:
-        """Carry the run to its end, from a state or (None) from its beginning.
+    def run(self) -> None:
+        """Carry the run to its end, from its beginning or from where it was resumed.
 
         Raises: Stopped after a checkpoint when a signal asked for it, and whatever training, data or the disk raise.
         """
-        for state, place in rounds(self.exchange, state or begin(self.world)):
+        for state, place in self.ahead:
             self.score = None
             if self._due(place):
                 self._evaluate("end", state, self._global_right_answers(state, place))
@@ -56,6 +57,7 @@ class Simulation:
                     checkpoint.save(self.folder, self.world, state, self.record, self.score)
             if stop and not end:
                 raise Stopped(f"{self.folder}: stopped on a signal after round {state.rows} of {len(self.places)}; a checkpoint is there, the same command resumes")
+            del state                                              # not to be kept beside those of the next round
 
     def so_far(self) -> tuple[float, str]:
         """Seconds of the round that is open, and in what it spends them at the server."""
@@ -64,8 +66,8 @@ class Simulation:
         parts = ", ".join(f"{kind} {spent:.1f} s" for kind, spent in seconds.items() if spent >= 0.05)
         return round_s, f"{where}: {round_s:.0f} s so far ({parts})"
 
-    def resumed(self, resume_from: Path, may_differ: tuple[str, ...]) -> State:
-        """The state of the last checkpoint in a run folder, or of one checkpoint, with the record up to there.
+    def resume(self, resume_from: Path, may_differ: tuple[str, ...]) -> None:
+        """Go on from the last checkpoint in a run folder, or from one checkpoint, with the record up to there.
 
         Raises: CheckpointError as `checkpoint.load` and `Record.read` do, and where the checkpoint lies elsewhere in the plan.
         """
@@ -74,8 +76,8 @@ class Simulation:
             origin = resume_from if (resume_from / "LATEST").is_file() else resume_from.parent.parent
             self.record.read(origin / "metrics.h5", state.rows)
             self._check_place(resume_from, state.rows)
+        self.ahead = rounds(self.exchange, state)
         self.console.say(f"resumed after round {state.rows} of {len(self.places)}")
-        return state
 
     def _check_place(self, resume_from: Path, rows: int) -> None:
         """A plan with other rounds may have another phase at the checkpoint's row; then its state is none of this plan's."""
@@ -98,7 +100,7 @@ class Simulation:
         `global_share`: those of the federation's own models, name -> (C,), over this rank's share of the official test set.
         """
         with self.ledger("evaluate"):
-            self.answered = {group.architecture: (tuple(map(weakref.ref, group.part("model").values())), self._right_answers(group)) for group in state.groups}
+            self.answered = {group.clients: (tuple(map(weakref.ref, group.part("model").values())), self._right_answers(group)) for group in state.groups}
             mine = {client: row for _, answers in self.answered.values() for client, row in answers.items()}
         with self.ledger("idle"):
             counts = self.comm.gather((mine, global_share))
@@ -137,13 +139,13 @@ class Simulation:
                 found[name] = correct(predict, world.test, world.problem.classes, batch, self.comm.rank, self.comm.size).numpy()
         return found
 
-    def _right_answers(self, group: Group) -> Answers:
+    def _right_answers(self, parked: Group | Parked) -> Answers:
         """Those of a group's clients; a group whose models are still those of the last evaluation gives the same again."""
         world, settings = self.world, self.world.job.evaluation
-        models, answers = self.answered.get(group.architecture, ((), {}))
-        if len(models) and all(before() is leaf for before, leaf in zip(models, group.part("model").values(), strict=True)):
+        models, answers = self.answered.get(parked.clients, ((), {}))
+        if len(models) and all(before() is leaf for before, leaf in zip(models, parked.part("model").values(), strict=True)):
             return answers
-        answers = {}
+        group, answers = parked.fetch(), {}
         for client in group.clients:
             predict = model_of(group, world.modules[group.architecture], client)
             shards = {"generalization": world.test, "validation": world.holdings[client].validation}
@@ -168,14 +170,15 @@ class Simulation:
         if not step.overrides("draw"):
             return
         message = self.comm.from_server(step.publish, state.server)
-        shown = [group.select([client]) for group in state.groups for client in group.clients if client < SAMPLED_CLIENTS]
-        for group in shown:
+        shown = [(parked, client) for parked in state.groups for client in parked.clients if client < SAMPLED_CLIENTS]
+        for parked, client in shown:
+            group = parked.fetch().select([client])
             site, own = self.world.client_site(group, place.phase, place.round), step.receive(message, group.architecture)
             sample = step.draw(group, own, site, SAMPLES_PER_CLASS)
             if sample is not None:
                 real = torch.stack([step.seen(group, own, site, images) for images in _real(self.world)])
                 brightest = max(1.0, float(sample[0].max()))       # maps of an extractor, which people see as images too, have no upper bound
-                drawn[group.clients[0]] = {"synthetic": _bytes(sample[0] / brightest), "has": sample[1].cpu().numpy(), "real": _bytes(real / brightest)}
+                drawn[client] = {"synthetic": _bytes(sample[0] / brightest), "has": sample[1].cpu().numpy(), "real": _bytes(real / brightest)}
         gathered = self.comm.gather(drawn)
         if self.comm.is_server:
             samples = {client: part[client] for part in gathered for client in part}

@@ -29,6 +29,10 @@ class Total:
         paths = [path for path, _, _ in layout]
         return cls(dict(zip(paths, leaves[:len(paths)], strict=True)), dict(zip(paths, leaves[len(paths):], strict=True)))
 
+    def layout(self) -> SumLayout:
+        """What `over` made it of."""
+        return tuple((path, tuple(self.values[path].shape), tuple(self.counts[path].shape)) for path in sorted(self.values))
+
     def mean(self) -> Tree:
         """sum / count in float64, 0 where the count is 0: nobody had a say there, which `has` tells apart from a mean of 0."""
         return {path: torch.where(self.counts[path] > 0, value / self.counts[path], 0.0) for path, value in self.values.items()}
@@ -59,13 +63,15 @@ class Contribution:
 
 @dataclass(frozen=True)
 class Sums:
-    """A weighted sum over clients that is not carried out before `total`.
+    """A weighted sum over clients that is not carried out before `total`, or `reduced`.
 
     The contributions stay apart, so that they can be added in ascending client order whatever the order of `+`. A client of one rank may contribute
     more than once: its contributions are added in the order in which they came.
     """
 
     contributions: tuple[Contribution, ...]
+    partial: tuple[Total, ...] = ()                                # what has been added up before these
+    sent: Mapping[int, int] = field(default_factory=dict)          # client -> bytes of what is in `partial`
 
     @classmethod
     def weighted(cls, clients: Sequence[int], values: Tree, weights: Tensor | Tree, weights_sent: bool = True, sent_bytes: int | None = None) -> "Sums":
@@ -92,6 +98,8 @@ class Sums:
 
     def layout(self) -> SumLayout:
         """What the total will look like."""
+        if self.partial:
+            return self.partial[0].layout()
         first = self.contributions[0]
         return tuple((path, tuple(first.values[path].shape[1:]), tuple(first.weights[path].shape[1:])) for path in sorted(first.values))
 
@@ -100,7 +108,7 @@ class Sums:
         if self.layout() != other.layout():
             path, got, want = difference(self.layout(), other.layout())
             raise LayoutError(f"cannot add Sums: '{path}' is {got} on one side, {want} on the other; clients of one sum must share paths and shapes")
-        return Sums(self.contributions + other.contributions)
+        return Sums(self.contributions + other.contributions, self.partial + other.partial, _added_bytes(self.sent, other.sent))
 
     def total(self) -> Total:
         """The sum, in float64 and in ascending client order: the same bits however the contributions were put together."""
@@ -109,8 +117,24 @@ class Sums:
         self.add_to(total)
         return total
 
+    def reduced(self) -> "Sums":
+        """The same sum in the room of one total: nothing of a contribution is kept, and what is added later is added after it."""
+        return Sums((), (self.total(),), self.simulated_bytes()) if self.contributions or len(self.partial) > 1 else self
+
+    def apart(self) -> tuple[Contribution, ...]:
+        """The contributions. Raises LayoutError where some are reduced already."""
+        if self.partial:
+            raise LayoutError(f"the sum of '{self.layout()[0][0]}' is reduced already; what is to be added in ascending client order must come unsummed")
+        return self.contributions
+
     def add_to(self, out: Total) -> None:
-        """Add every contribution to `out`, leaves in host memory, in ascending client order."""
+        """Add partial sums and then every contribution to `out`, leaves in host memory, in ascending client order."""
+        for path, value_out in out.values.items():
+            for partial in self.partial:
+                value_out.add_(partial.values[path])
+                out.counts[path].add_(partial.counts[path])
+        if not self.contributions:
+            return
         clients = [client for contribution in self.contributions for client in contribution.clients]
         order = sorted(range(len(clients)), key=clients.__getitem__)                     # stable: a client's own contributions stay in order
         for path, value_out in out.values.items():
@@ -122,10 +146,10 @@ class Sums:
 
     def simulated_bytes(self) -> dict[int, int]:
         """What each client would send on a real network, bytes; by default its values in their own type, and its weights where they are sent."""
-        sent: dict[int, int] = {}
+        sent = self.sent
         for contribution in self.contributions:
-            sent |= {client: sent.get(client, 0) + contribution.sent_bytes for client in contribution.clients}
-        return sent
+            sent = _added_bytes(sent, dict.fromkeys(contribution.clients, contribution.sent_bytes))
+        return dict(sent)
 
 
 @dataclass(frozen=True)
@@ -156,11 +180,15 @@ class Statistics:
         """Both, name by name. Raises LayoutError where one name is Sums here and Uploads there, or where layouts differ."""
         return Statistics({**self.parts, **{name: _added(name, self.parts.get(name), piece) for name, piece in other.parts.items()}})
 
+    def reduced(self) -> "Statistics":
+        """The same with every sum in the room of one total; Uploads as they are."""
+        return Statistics({name: piece.reduced() if isinstance(piece, Sums) else piece for name, piece in self.parts.items()})
+
     def simulated_bytes(self) -> dict[int, int]:
         """What each client would send on a real network, bytes over all names."""
         sent: dict[int, int] = {}
         for piece in self.parts.values():
-            sent |= {client: sent.get(client, 0) + each for client, each in piece.simulated_bytes().items()}
+            sent = _added_bytes(sent, piece.simulated_bytes())
         return sent
 
 
@@ -217,6 +245,10 @@ def _words(shapes: Sequence[Shape] | None, counted: bool) -> str:
     if shapes is None:
         return "absent"
     return f"{shapes[0]} with counts {shapes[1]}" if counted else str(shapes[0])
+
+
+def _added_bytes(one: Mapping[int, int], other: Mapping[int, int]) -> dict[int, int]:
+    return {**one, **{client: one.get(client, 0) + count for client, count in other.items()}}
 
 
 def _added(name: str, one: Sums | Uploads | None, other: Sums | Uploads) -> Sums | Uploads:

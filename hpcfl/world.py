@@ -1,5 +1,5 @@
 """World: everything that follows from the job alone (data, partition, architectures, placement, plan), and this rank's share of it."""
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 
@@ -21,6 +21,7 @@ from hpcfl.models import zoo
 from hpcfl.models.sizes import Sizes
 from hpcfl.optimizers import STEP, Optimizer
 from hpcfl.placement import Past, place, resettle
+from hpcfl.residency import RESIDENCIES, Parked
 from hpcfl.tree import Tree
 
 
@@ -42,6 +43,8 @@ class World:
         for step in self._steps():
             step.accept(self.split.counts(self.corpus.train_labels, self.problem.classes))
         self.home = self._home(past)
+        residence = RESIDENCIES[job.clients.residency](device, job.clients.folder)
+        self.park: Callable[[Group], Group | Parked] = residence.park                    # a Group put away until its next turn at work
 
     @cached_property
     def mine(self) -> tuple[int, ...]:
@@ -104,6 +107,12 @@ class World:
             found.setdefault(self.problem.architecture(client, row), []).append(client)
         return {architecture: tuple(found[architecture]) for architecture in sorted(found)}
 
+    def teams(self, row: int = 0) -> list[tuple[str, tuple[int, ...]]]:
+        """Which of this rank's clients share a Group in a round, with their architecture: `clients.chunk` at most, all in order."""
+        hosted = self.architectures(self.mine, row)
+        return [(architecture, clients[start:start + size]) for architecture, clients in hosted.items()
+                for size in [self.job.clients.chunk or len(clients)] for start in range(0, len(clients), size)]
+
     def cohort(self, phase: Phase, row: int) -> tuple[int, ...]:
         """The clients that are asked to take part in a round, a pure function of the seed and the round's row."""
         size = self.clients if phase.everyone else max(1, round(self.job.federation.participation * self.clients))
@@ -133,15 +142,16 @@ class World:
             server |= step.found(site)
         return server
 
-    def join(self, row: int = 0, clients: Sequence[int] | None = None) -> list[Group]:
-        """Clients as they begin, by their architecture of a round: this rank's, or some of these."""
-        groups = []
-        for architecture, members in self.architectures(self.mine if clients is None else clients, row).items():
-            group = Group(architecture, members, {})
-            for step in self._steps():
-                group = step.join(group, self.client_site(group, self.plan[0], 0))
-            groups.append(group.to(self.problem.device))
-        return groups
+    def join(self) -> list[Group | Parked]:
+        """This rank's clients as they begin, put away."""
+        return [self.park(self.begun(architecture, clients)) for architecture, clients in self.teams()]
+
+    def begun(self, architecture: str, clients: Sequence[int]) -> Group:
+        """Clients of an architecture as they begin."""
+        group = Group(architecture, tuple(clients), {})
+        for step in self._steps():
+            group = step.join(group, self.client_site(group, self.plan[0], 0))
+        return group.to(self.problem.device)
 
     def _steps(self):
         return [step for phase in self.plan for step in phase.steps]

@@ -82,7 +82,7 @@ def gefl(monkeypatch):
     monkeypatch.setattr(bench_gefl, "measured", lambda world: worlds.append(world) or measured(world))
 
     def carry_out(**changes):
-        arguments = {"device": "cpu", "threads": 1, "clients": 2, "epochs": 1, "steps": 1, "rounds": 1, "compile": False}
+        arguments = {"device": "cpu", "threads": 1, "clients": (2,), "epochs": 1, "steps": 1, "rounds": 1, "compile": False}
         with undisturbed():
             return bench.gefl(Communicator(Alone()), Namespace(**arguments | changes)), worlds[0]
     return carry_out
@@ -110,7 +110,7 @@ def test_the_bare_loops_take_as_many_steps_as_the_rounds(gefl, monkeypatch):
 
 
 def test_the_bare_generator_learns_what_the_only_client_learns(gefl, monkeypatch):
-    _, world = gefl(clients=1, steps=2)
+    _, world = gefl(clients=(1,), steps=2)
     found, made = looping.run(world), []
     monkeypatch.setattr(bench_gefl, "Modules", lambda networks: made.append(Modules(networks)) or made[0])
     assert bench_gefl.bare_generator(world, found.states[1], found.places[0], fused=True) > 0
@@ -132,3 +132,25 @@ def test_two_ranks_share_the_rounds_of_gefl_and_time_nothing_else(tmp_path):
         figures = json.loads(process.text())
     assert list(figures) == [*COMMON, "rows"] and figures["ranks"] == 2
     assert figures["generator_step_ms"] == pytest.approx(1000 * figures["generator_round_s"], abs=0.1), "one client on each"
+
+
+COLUMNS = ["ranks", "residency", "chunk", "clients", "round_s", "peak_memory_bytes", "before_bytes", "state_bytes"]
+
+
+def test_each_case_of_many_clients_has_a_process_of_its_own(tmp_path):
+    with started(tmp_path, "bench", "clients", "--clients", "3,4", "--residency", "disk", "--rounds", "1", "--threads", "1", "--json") as process:
+        assert process.ends() == 0, process.text()
+        rows = json.loads(process.text())["rows"]
+    assert [list(row) for row in rows] == [COLUMNS] * 2
+    assert [(row["ranks"], row["residency"], row["chunk"], row["clients"]) for row in rows] == [(1, "disk", 20, 3), (1, "disk", 20, 4)]
+    assert all(row["peak_memory_bytes"] >= row["before_bytes"] > row["state_bytes"] > 0 and row["round_s"] > 0 for row in rows)
+    assert rows[0]["state_bytes"] < rows[1]["state_bytes"]
+
+
+def test_ranks_measure_one_case_and_refuse_several(tmp_path):
+    with started(tmp_path, "bench", "clients", "--clients", "3", "--residency", "disk", "--chunk", "1", "--rounds", "1", "--threads", "1", "--json", ranks=2) as process:
+        assert process.ends() == 0, process.text()
+        figures = json.loads(process.text())
+    assert list(figures) == COLUMNS and (figures["ranks"], figures["chunk"]) == (2, 1)
+    with started(tmp_path, "bench", "clients", "--clients", "3,4", "--residency", "disk", ranks=2) as process:
+        assert process.ends() == 2 and "2 cases under mpirun, but a peak of memory belongs to a process" in process.text(), process.text()

@@ -15,9 +15,9 @@ LAYERS = (                                                         # a file impo
     {"data", "models", "generators", "maps", "resize"},
     {"losses", "matching", "group", "optimizers", "engines", "fit", "synthesise", "evaluate", "membership", "likeness", "latent"},
     {"algorithms"},
-    {"placement", "conditions", "world", "federation", "simulation", "checkpoint", "ledger", "record", "recording", "trace", "console", "figures",
+    {"placement", "conditions", "residency", "world", "federation", "simulation", "checkpoint", "ledger", "record", "recording", "trace", "console", "figures",
      "pictures", "page", "report", "inspect", "information", "audit", "audit_generator", "audit_images", "references", "watchdog", "lead", "launch", "slurm", "bench",
-     "bench_fedconv", "bench_gefl", "allotment", "probes", "shared_folder", "estimate", "wording", "finding", "verdicts", "verdicts_run", "doctor",
+     "bench_clients", "bench_fedconv", "bench_gefl", "allotment", "probes", "shared_folder", "estimate", "wording", "finding", "verdicts", "verdicts_run", "doctor",
      "cli", "__main__"},
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}

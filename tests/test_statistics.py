@@ -148,3 +148,32 @@ def test_ranks_that_disagree_are_named_with_path_and_shapes():
 
 def test_the_first_differing_path_is_the_first_by_name():
     assert difference((("a", (1,), ()), ("b", (2,), ())), (("a", (3,), ()), ("b", (4,), ()))) == ("a", "(1,)", "(3,)")
+
+
+def test_a_reduced_sum_goes_on_as_the_whole_one_would_and_keeps_no_contribution():
+    stacked, weights = values(6), torch.rand(6)
+
+    def of(*clients: int) -> Sums:
+        return Sums.weighted(clients, {path: value[list(clients)] for path, value in stacked.items()}, weights[list(clients)])
+    whole = of(0, 1, 2, 3, 4, 5)
+    reduced = ((of(0, 1).reduced() + of(2)).reduced() + of(3, 4, 5)).reduced()
+    assert same_bits(reduced.total(), whole.total()) and reduced.contributions == () and len(reduced.partial) == 1
+    assert reduced.layout() == whole.layout() and reduced.simulated_bytes() == whole.simulated_bytes() and header(reduced) == header(whole)
+    assert reduced.reduced() is reduced, "work is done twice"
+    both = of(0, 1).reduced() + of(2, 3, 4, 5).reduced()
+    assert both.simulated_bytes() == whole.simulated_bytes()
+    for path, value in whole.total().values.items():
+        np.testing.assert_allclose(both.total().values[path].numpy(), value.numpy(), rtol=1e-12, atol=1e-12)
+    assert (of(0).reduced() + of(0)).simulated_bytes()[0] == 2 * of(0).simulated_bytes()[0], "what a client sends twice counts twice"
+
+
+def test_statistics_are_reduced_name_by_name_and_uploads_are_left_alone():
+    uploads = Uploads({3: {"x": torch.ones(2)}})
+    statistics = Statistics({"sum": Sums.weighted([3], {"x": torch.ones(1, 2)}, torch.ones(1)), "whole": uploads})
+    reduced = statistics.reduced()
+    assert reduced.parts["whole"] is uploads and reduced.parts["sum"].contributions == () and reduced.simulated_bytes() == statistics.simulated_bytes()
+
+
+def test_what_is_reduced_cannot_be_put_in_client_order_any_more():
+    with pytest.raises(LayoutError, match="the sum of 'x' is reduced already; .* must come unsummed"):
+        Sums.weighted([3], {"x": torch.ones(1, 2)}, torch.ones(1)).reduced().apart()

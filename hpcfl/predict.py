@@ -22,6 +22,7 @@ from hpcfl.report import aligned
 from hpcfl.wording import counted, duration, size
 
 GOOD = 0.8                                                         # of the seconds of all ranks spent as one rank would spend them
+TRIES = 8                                                          # numbers of clients per rank that are tried, each a fourth larger
 SMALL_BYTES = 8
 NEEDED = ("clients/forward_flops", "partition/train", "bytes/simulated_up", "seconds/spread", "wire/item_s", *(f"wire/{kind}" for kind in EXCHANGES))
 ASSUMPTIONS = (
@@ -104,8 +105,7 @@ class Round:
 def predict(round_: Round, wire: Wire, ranks: int, clients: int) -> dict[str, Any]:
     """A round on so many ranks with so many clients, those of the run over and over: its seconds by part, its speed-up over one rank, and what limits it.
 
-    `compute` and `evaluation` are the mean rank's, `waiting` is what the busiest rank has more; `clients_per_rank` are needed for an efficiency of GOOD
-    where they are spread evenly, None where no number of them is enough.
+    `compute` and `evaluation` are the mean rank's, `waiting` is what the busiest rank has more; `clients_per_rank` as of `enough`.
     """
     alone, parts = (parts_of(round_, wire, count, clients) for count in (1, ranks))
     speed_up = sum(alone.values()) / sum(parts.values())
@@ -127,16 +127,24 @@ def parts_of(round_: Round, wire: Wire, ranks: int, clients: int) -> dict[str, f
 
 
 def enough(round_: Round, wire: Wire, ranks: int) -> int | None:
-    """The fewest clients per rank with which so many ranks have an efficiency of GOOD; None where the server or the wire grow as fast as the clients.
+    """The fewest clients per rank with which so many ranks have an efficiency of GOOD; None where the server, the wire or an uneven placement keep them from it.
 
-    Seconds are a + b c with c clients per rank: (a_1 + b_1 c) / (P (a_P + b_P c)) >= GOOD.
+    Spread evenly, clients take a + b c seconds with c of them per rank: (a_1 + b_1 c) / (P (a_P + b_P c)) >= GOOD. From that c on they are placed.
     """
-    def seconds(count: int, each: int) -> float:
+    def even_s(count: int, each: int) -> float:
         clients = ranks * each
         return clients / count * round_.per_client() + sum(round_.for_all(wire, count, clients).values())
-    (a_1, b_1), (a_p, b_p) = ((seconds(count, 1) - slope, slope) for count in (1, ranks) for slope in [seconds(count, 2) - seconds(count, 1)])
+    (a_1, b_1), (a_p, b_p) = ((even_s(count, 1) - slope, slope) for count in (1, ranks) for slope in [even_s(count, 2) - even_s(count, 1)])
     gained, lacking = b_1 - GOOD * ranks * b_p, GOOD * ranks * a_p - a_1
-    return None if gained <= 0 else max(1, math.ceil(lacking / gained))
+    if gained <= 0:
+        return None
+    each = max(1, math.ceil(lacking / gained))
+    for _ in range(TRIES):
+        alone, parts = (sum(parts_of(round_, wire, count, each * ranks).values()) for count in (1, ranks))
+        if alone >= GOOD * ranks * parts:
+            return each
+        each += 1 + each // 4
+    return None
 
 
 def typical(values: np.ndarray) -> float:

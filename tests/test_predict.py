@@ -135,6 +135,14 @@ def test_so_many_clients_per_rank_are_enough_and_one_less_is_not(tmp_path, ranks
     assert predicted(folder, ranks, over, (enough - 1) * ranks)["efficiency"] < predict.GOOD
 
 
+def test_uneven_clients_need_more_of_them_per_rank(tmp_path):
+    folder = record(tmp_path / "run", [5.0, 1.0, 1.0, 1.0])
+    assert predicted(folder, 4)["efficiency"] == pytest.approx(0.4) and predicted(folder, 4, clients=8)["efficiency"] == pytest.approx(0.8)
+    assert predicted(folder, 4)["clients_per_rank"] == 2
+    misjudged = record(tmp_path / "misjudged", [5.0, 1.0, 1.0, 1.0], flops=[7, 7, 7, 7])
+    assert predicted(misjudged, 4)["clients_per_rank"] is None     # taken to be alike, one rank gets all the slow ones, however many there are
+
+
 def test_spread_work_is_as_short_as_one_item_at_best(tmp_path):
     folder = record(tmp_path / "run", [1.0], aggregate=0.25, spread=4.0, wire={"item_s": 0.5})
     assert [predicted(folder, ranks)["server_s"] for ranks in (1, 2, 64)] == pytest.approx([4.25, 2.25, 0.75])

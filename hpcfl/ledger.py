@@ -82,8 +82,8 @@ class Ledger:
             booked.update((client, booked.get(client, 0.0) + value) for client, value in zip(clients, values.tolist(), strict=True))
 
     def helped(self, items: int, seconds: float) -> None:
-        """Book that so many items of spread work took so long here: one of them after the other is what no number of ranks can shorten."""
-        self._item_s += seconds / items
+        """Book that so many items of spread work, perhaps none, took so long here: those of one item is what no number of ranks can shorten."""
+        self._item_s += seconds / max(1, items)
 
     def note(self, name: str, value: float) -> None:
         """Book one number of the round that belongs to no client."""

@@ -1,4 +1,4 @@
-"""The command line: run, slurm, report, inspect, information, audit, data, bench, doctor."""
+"""The command line: run, slurm, report, predict, inspect, information, audit, data, bench, doctor."""
 import argparse
 import json
 import sys
@@ -74,6 +74,14 @@ def _report(arguments: argparse.Namespace) -> int:
     page = report.write(arguments.runs, arguments.out or arguments.runs[0])
     print(report.table(arguments.runs))
     print(f"report: {page}")
+    return 0
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    from hpcfl import predict
+    wire = predict.wire_of(arguments.doctor, arguments.latency, arguments.bandwidth)
+    found = predict.table(arguments.run, wire, arguments.ranks, arguments.clients, arguments.phase)
+    print(json.dumps(found, indent=1) if arguments.json else predict.render(found))
     return 0
 
 
@@ -183,6 +191,10 @@ def _speaking(command):
     return wrapped
 
 
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hpcfl", description=hpcfl.__doc__)
     parser.add_argument("--version", action="version", version=f"hpcfl {hpcfl.__version__}")
@@ -224,6 +236,17 @@ def _parser() -> argparse.ArgumentParser:
     only.add_argument("--trace", nargs="?", const="", metavar="FILE",
                       help="write when each rank did what, for ui.perfetto.dev, and no page (default: trace.json in DIR)")
     report.set_defaults(command=_speaking(_report))
+
+    predict = commands.add_parser("predict", help="what a round of a run would take on other numbers of ranks")
+    predict.add_argument("run", type=Path, metavar="RUN", help="a run folder; best of a run on one rank")
+    predict.add_argument("--doctor", type=Path, metavar="FILE", help="what `mpirun -n 2 hpcfl doctor --json` printed where the ranks would be: the speed of the wire")
+    predict.add_argument("--latency", type=float, metavar="S", help="seconds of an empty message between two ranks, instead of the doctor's")
+    predict.add_argument("--bandwidth", type=float, metavar="B", help="bytes per second between two ranks, instead of the doctor's")
+    predict.add_argument("--ranks", type=_numbers, default="1,2,4,64,512", metavar="N,N,...", help="default: 1,2,4,64,512")
+    predict.add_argument("--clients", type=int, metavar="K", help="so many clients, those of the run over and over (default: those of the run)")
+    predict.add_argument("--phase", metavar="NAME", help="of a run in phases (default: the one that took longest)")
+    predict.add_argument("--json", action="store_true", help="one object on standard output")
+    predict.set_defaults(command=_speaking(_predict))
 
     inspect = commands.add_parser("inspect", help="what an HDF5 file holds")
     inspect.add_argument("file", type=Path)

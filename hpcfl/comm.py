@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpcfl import tree
+from hpcfl import packing, tree
 from hpcfl.errors import EnvironmentFault
 from hpcfl.launchers import RELAUNCH, launched
-from hpcfl.statistics import Contribution, Header, Statistics, Sums, Total, Uploads, check_alike, header
-from hpcfl.tree import Layout, Tree
+from hpcfl.packing import LINE
+from hpcfl.statistics import Contribution, Header, Statistics, Sums, Total, Uploads, check_alike, floats, header
+from hpcfl.tree import Tree
 
-LINE = 64                                                          # bytes; buffers travel in cache lines: Trees lie aligned, 2^31 lines are 128 GiB
+EXCHANGES = ("bcast", "reduce", "gatherv", "send")                 # kinds of `carried`
 REDUCE_FLOATS = 1 << 26                                            # per Reduce, 512 MiB: far below what MPI libraries count in 32 bits
 
 Parts = Mapping[str, Sums | Uploads]
@@ -116,7 +117,9 @@ class Communicator:
     """What the run sees of the other ranks.
 
     Every method but `spread` is called by all ranks in the same order. `sent_bytes` is the payload that left this rank so far: a broadcast counts
-    once per receiver at rank 0, a reduction or gathering once at every other rank; headers are not counted.
+    once per receiver at rank 0, a reduction or gathering once at every other rank; headers are not counted. `carried` has for each of EXCHANGES the
+    payload itself, the same for any number of ranks, one included: at rank 0 each message of a broadcast and each total of a reduction once, and what spread
+    work takes and gives; at every rank what its clients bring to a gathering.
     """
 
     def __init__(self, engine: Alone | Ranks, deterministic: bool = False) -> None:
@@ -128,6 +131,7 @@ class Communicator:
         self.local_rank, self.local_size = engine.local_rank, engine.local_size      # among the ranks of this host
         self.library, self.standard = engine.library, engine.standard
         self.sent_bytes = 0
+        self.carried = dict.fromkeys(EXCHANGES, 0)
 
     @property
     def is_server(self) -> bool:
@@ -155,17 +159,17 @@ class Communicator:
 
         The others receive host tensors. An error in `function` is the server's: the others wait until it ends the job.
         """
-        if self.size == 1:
-            return function(*args)
         if not self.is_server:
             layout = self._engine.bcast(None)
-            buffer = _buffer([layout])
+            buffer = packing.empty([layout])
             self._engine.bcast_lines(buffer)
             return tree.unpack(buffer, layout)
         message = function(*args)
-        self._engine.bcast(tree.layout(message))
-        self._engine.bcast_lines(_pack([message]))
-        self.sent_bytes += tree.nbytes(message) * (self.size - 1)
+        self.carried["bcast"] += tree.nbytes(message)
+        if self.size > 1:
+            self._engine.bcast(tree.layout(message))
+            self._engine.bcast_lines(packing.pack([message]))
+            self.sent_bytes += tree.nbytes(message) * (self.size - 1)
         return message
 
     def spread(self, verb: str, items: Mapping[int, Tree], costs: Mapping[int, float] | None = None) -> dict[int, Tree]:
@@ -176,8 +180,13 @@ class Communicator:
         """
         if self._help_with is None:
             raise RuntimeError(f"rank {self.rank}: spread('{verb}') was called where the other ranks do not attend; call it at rank 0, inside at_server(..., help_with=...)")
-        if self.size == 1 or len(items) < 2:
+        if len(items) < 2:
             return self._help_with(verb, dict(items))
+        results = self._helped(verb, items, costs) if self.size > 1 else self._help_with(verb, dict(items))
+        self.carried["send"] += sum(tree.nbytes(each) for moved in (items, results) for each in moved.values())
+        return results
+
+    def _helped(self, verb: str, items: Mapping[int, Tree], costs: Mapping[int, float] | None) -> dict[int, Tree]:
         shares = _shares(costs or {key: tree.nbytes(item) for key, item in items.items()}, self.size)
         self._engine.bcast(verb)
         for rank in range(1, self.size):
@@ -200,7 +209,7 @@ class Communicator:
         """
         parts = {} if statistics is None else statistics.parts
         if self.size == 1:
-            return {name: part.total() if isinstance(part, Sums) else _ordered([part]) for name, part in sorted(parts.items())}
+            return {name: self._alone(name, part) for name, part in sorted(parts.items())}
         headers = self._engine.allgather({name: header(part) for name, part in parts.items()})
         check_alike(headers, lambda name: self._engine.allgather(parts[name].layout() if name in parts else None))
         kinds = {name: kind for each in headers for name, (kind, _, _) in each.items()}
@@ -259,14 +268,22 @@ class Communicator:
 
     def _send(self, trees: Mapping[int, Tree], rank: int, error: Exception | None = None) -> None:
         self._engine.send(({key: tree.layout(each) for key, each in trees.items()}, error), rank)
-        self._engine.send_lines(_pack(list(trees.values())), rank)
+        self._engine.send_lines(packing.pack(list(trees.values())), rank)
         self.sent_bytes += sum(map(tree.nbytes, trees.values()))
 
     def _receive(self, rank: int) -> tuple[dict[int, Tree], Exception | None]:
         layouts, error = self._engine.receive(rank)
-        buffer = _buffer(list(layouts.values()))
+        buffer = packing.empty(list(layouts.values()))
         self._engine.receive_lines(buffer, rank)
-        return dict(zip(layouts, _unpack(buffer, list(layouts.values())), strict=True)), error
+        return dict(zip(layouts, packing.unpack(buffer, list(layouts.values())), strict=True)), error
+
+    def _alone(self, name: str, part: Sums | Uploads) -> Total | Uploads:
+        """What one rank has instead of a combination."""
+        if isinstance(part, Sums) and not self.deterministic:
+            self.carried["reduce"] += 8 * floats(part.layout())
+        else:
+            self.carried["gatherv"] += sum(tree.nbytes(each) for _, _, each in _labelled(name, part))
+        return part.total() if isinstance(part, Sums) else _ordered([part])
 
     def _reduce(self, names: Sequence[str], headers: Sequence[dict[str, Header]], parts: Parts) -> dict[str, Total]:
         sizes = {name: size for each in headers for name, (_, _, size) in each.items()}
@@ -280,20 +297,24 @@ class Communicator:
         for name in parts.keys() & set(names):
             parts[name].add_to(totals[name])
         self._engine.reduce(buffer)
-        self.sent_bytes += 0 if self.is_server else buffer.nbytes
+        if self.is_server:
+            self.carried["reduce"] += buffer.nbytes
+        else:
+            self.sent_bytes += buffer.nbytes
         return totals
 
     def _gather(self, kinds: Mapping[str, str], parts: Parts) -> dict[str, Total | Uploads]:
         labelled = [labelled for name in kinds if name in parts for labelled in _labelled(name, parts[name])]
         trees = [each for _, _, each in labelled]
+        self.carried["gatherv"] += sum(map(tree.nbytes, trees))
         told = self._engine.gather([(name, label, tree.layout(each)) for name, label, each in labelled])
         if not self.is_server:
-            self._engine.gather_lines(_pack(trees))
+            self._engine.gather_lines(packing.pack(trees))
             self.sent_bytes += sum(map(tree.nbytes, trees))
             return {}
         layouts = [[layout for _, _, layout in each] for each in told]
-        lines = [0, *(sum(map(_lines, each)) for each in layouts[1:])]                   # rank 0 need not send to itself
-        arrived = _unpack(self._engine.gather_lines(_pack([]), lines), sum(layouts[1:], []))
+        lines = [0, *(sum(map(packing.lines, each)) for each in layouts[1:])]            # rank 0 need not send to itself
+        arrived = packing.unpack(self._engine.gather_lines(packing.pack([]), lines), sum(layouts[1:], []))
         pieces: dict[str, list] = {name: [] for name in kinds}
         for (name, label, _), each in zip(sum(told, []), [*trees, *arrived], strict=True):
             pieces[name].append(_rebuilt(label, each))
@@ -375,26 +396,3 @@ def _survives_pickling(error: Exception) -> bool:
         return type(pickle.loads(pickle.dumps(error))) is type(error)
     except Exception:                                              # an error type may fail in any way when rebuilt from its arguments
         return False
-
-
-def _lines(layout: Layout) -> int:
-    return -(-sum(torch.Size(shape).numel() * dtype.itemsize for _, shape, dtype in layout) // LINE)
-
-
-def _buffer(layouts: Sequence[Layout], pinned: bool = False) -> Tensor:
-    return torch.empty(sum(map(_lines, layouts)) * LINE, dtype=torch.uint8, pin_memory=pinned)
-
-
-def _pack(trees: Sequence[Tree]) -> Tensor:
-    """Trees as one host buffer in which each begins at a line; pinned where leaves come from a GPU."""
-    layouts = [tree.layout(each) for each in trees]
-    buffer = _buffer(layouts, pinned=any(leaf.is_cuda for each in trees for leaf in each.values()))
-    for each, views in zip(trees, _unpack(buffer, layouts), strict=True):
-        for path, view in views.items():
-            view.copy_(each[path].detach())
-    return buffer
-
-
-def _unpack(buffer: Tensor, layouts: Sequence[Layout]) -> list[Tree]:
-    pieces = buffer.split([_lines(layout) * LINE for layout in layouts])
-    return [tree.unpack(piece, layout) for piece, layout in zip(pieces, layouts, strict=True)]

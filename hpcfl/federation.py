@@ -163,8 +163,11 @@ class Exchange:
         site = world.server_site(place.phase, place.round, self.ledger, place.row)
 
         def help_with(shared: str, items: dict[int, Tree]) -> dict[int, Tree]:
-            with self.ledger("aggregate"):
-                return getattr(step, shared)(items, site)
+            start = time.perf_counter()
+            with self.ledger("spread"):
+                results = getattr(step, shared)(items, site)
+            self.ledger.helped(len(items), time.perf_counter() - start)
+            return results
         with self.ledger("aggregate" if comm.is_server else "idle"):
             server = comm.at_server(verb, state.server, *what, site, help_with=help_with, waiting=lambda: self.ledger("idle"))
         news = comm.share(changed(state.server, server) if comm.is_server else None)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SECONDS = ("train", "idle", "combine", "aggregate", "publish", "refine", "evaluate", "checkpoint")
+SECONDS = ("train", "idle", "combine", "aggregate", "publish", "refine", "evaluate", "checkpoint", "spread")
 SHORTEST_S = 1e-5                                                  # of an interval that is remembered; the seconds count all of them
 
 
@@ -37,6 +37,7 @@ class Ledger:
         self._up: dict[int, int] = defaultdict(int)
         self._metrics: dict[str, dict[int, float]] = defaultdict(dict)
         self._notes: dict[str, float] = {}
+        self._item_s = 0.0
 
     @contextmanager
     def __call__(self, kind: str) -> Iterator[None]:
@@ -80,6 +81,10 @@ class Ledger:
             booked = self._metrics[_named(verb, name)]
             booked.update((client, booked.get(client, 0.0) + value) for client, value in zip(clients, values.tolist(), strict=True))
 
+    def helped(self, items: int, seconds: float) -> None:
+        """Book that so many items of spread work, perhaps none, took so long here: those of one item is what no number of ranks can shorten."""
+        self._item_s += seconds / max(1, items)
+
     def note(self, name: str, value: float) -> None:
         """Book one number of the round that belongs to no client."""
         self._notes[name] = float(value)
@@ -92,17 +97,18 @@ class Ledger:
         return now - self._start, seconds
 
     def close(self) -> dict:
-        """The round's account: {"wall_s", "opened_s", "intervals", "seconds", "down", "up", "metrics", "notes"}.
+        """The round's account: {"wall_s", "opened_s", "intervals", "seconds", "down", "up", "metrics", "notes", "item_s"}.
 
         `opened_s`: when the round began, counted from the first one; `intervals`: what was done when, {"kind": (n,) index in SECONDS, "start_s": (n,)
-        counted from the beginning of this round, "duration_s": (n,)}, in order of time and none of two kinds at once.
+        counted from the beginning of this round, "duration_s": (n,)}, in order of time and none of two kinds at once; `item_s`: of one item of each
+        piece of spread work, the mean over those carried out here.
         """
         self._first = self._start if self._first is None else self._first
         kinds, starts, durations = zip(*self._intervals, strict=True) if self._intervals else ((), (), ())
         intervals = {"kind": np.array(kinds, np.uint8), "start_s": np.array(starts, np.float64) - self._start, "duration_s": np.array(durations, np.float32)}
         account = {"wall_s": time.perf_counter() - self._start, "opened_s": self._start - self._first, "intervals": intervals,
                    "seconds": self._seconds, "down": dict(self._down), "up": dict(self._up),
-                   "metrics": {name: dict(values) for name, values in self._metrics.items()}, "notes": self._notes}
+                   "metrics": {name: dict(values) for name, values in self._metrics.items()}, "notes": self._notes, "item_s": self._item_s}
         self._clear()
         self.open()                                                # what follows belongs to the next round, as long as nobody opens that
         return account

@@ -15,7 +15,7 @@ IMAGES_PICTURED = 4                                                # of a class 
 CLIENTS_PICTURED = 3
 DILATION = "aggregate_dilation_accuracy"                           # measured at the server for each client
 NOT_TRAINING = (DILATION, "flops", "refine_flops")                 # metrics of clients that are no curves of their training
-PHASES = ("train", "refine", "aggregate", "combine", "publish", "evaluate", "checkpoint")              # stacked in this order, waiting last
+PHASES = ("train", "refine", "aggregate", "spread", "combine", "publish", "evaluate", "checkpoint")    # stacked in this order, waiting last
 
 
 @dataclass(frozen=True)

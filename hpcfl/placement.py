@@ -1,4 +1,5 @@
 """Placement: which rank hosts which client, by expected or measured cost, largest first."""
+import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,11 +22,11 @@ def place(costs: Sequence[float], ranks: int, server: str = "shared") -> tuple[i
     is another rank. A pure function: all ranks compute it and agree.
     """
     hosts = list(range(1, ranks)) if server == "dedicated" and ranks > 1 else list(range(ranks))
-    load = dict.fromkeys(hosts, 0.0)
+    loads = [(0.0, rank) for rank in hosts]                        # a heap: the least loaded rank first, of equals the lowest
     home = [0] * len(costs)
     for client in sorted(range(len(costs)), key=lambda k: (-costs[k], k)):
-        home[client] = min(hosts, key=lambda rank: (load[rank], rank))
-        load[home[client]] += costs[client]
+        load, home[client] = loads[0]
+        heapq.heapreplace(loads, (load + costs[client], home[client]))
     return tuple(home)
 
 

@@ -7,6 +7,7 @@ import h5py
 import numpy as np
 
 from hpcfl import storage
+from hpcfl.comm import EXCHANGES
 from hpcfl.conditions import Answers
 from hpcfl.errors import CheckpointError
 from hpcfl.ledger import SECONDS
@@ -52,7 +53,9 @@ class Record:
                           "up": by_client("up"), "down": by_client("down"), "metrics": metrics,
                           "notes": {name: value for account in accounts for name, value in account["notes"].items()},
                           "transported": np.array([account["sent_bytes"] for account in accounts], np.int64),
-                          "seconds": {kind: np.array([account["seconds"][kind] for account in accounts]) for kind in SECONDS}})
+                          "seconds": {kind: np.array([account["seconds"][kind] for account in accounts]) for kind in SECONDS},
+                          "wire": {kind: sum(account["carried"][kind] for account in accounts) for kind in EXCHANGES},
+                          "item_s": max(account["item_s"] for account in accounts)})
         began_s = self._resumed_s + accounts[0]["opened_s"]
         tables = [{"rank": np.full(len(own["kind"]), rank), "row": np.full(len(own["kind"]), len(self.rows) - 1), **own, "start_s": began_s + own["start_s"]}
                   for rank, own in enumerate(account["intervals"] for account in accounts)]
@@ -100,13 +103,16 @@ class Record:
                 raise CheckpointError(f"{path}: holds {len(file['rounds/round'])} rounds, the checkpoint is at {rows}; the record is older than the checkpoint")
             get = {name: file[name][()] for name in _names(file)}
         phases = [phase.decode() for phase in get["rounds/phase"]]
+        unknown = np.zeros((rows, self.ranks))                     # for what an earlier version did not record
         simulated = [name for name in get if name.startswith("conditions/")]
         for t in range(rows):
             self.rows.append({"conditions": {name[11:]: get[name][t] for name in simulated} or self._conditions(None), "phase": phases[t], "round": int(get["rounds/round"][t]), "wall_s": float(get["rounds/wall_s"][t]),
                               "up": get["bytes/simulated_up"][t], "down": get["bytes/simulated_down"][t], "transported": self._fit(get["bytes/transported"][t]),
                               "metrics": {name[6:]: get[name][t] for name in get if name.startswith("train/") and not np.isnan(get[name][t]).all()},
                               "notes": {name[7:]: float(get[name][t]) for name in get if name.startswith("server/") and not np.isnan(get[name][t])},
-                              "seconds": {kind: self._fit(get[f"seconds/{kind}"][t]) for kind in SECONDS}})
+                              "seconds": {kind: self._fit(get.get(f"seconds/{kind}", unknown)[t]) for kind in SECONDS},
+                              "wire": {kind: int(get.get(f"wire/{kind}", unknown[:, 0])[t]) for kind in EXCHANGES},
+                              "item_s": float(get.get("wire/item_s", unknown[:, 0])[t])})
         kinds = [name[11:] for name in get if name.startswith("evaluation/") and name.endswith("_correct") and name != GLOBAL]
         models = [name.decode() for name in get.get("evaluation/global_names", ())]
         for e, at in enumerate(get.get("evaluation/at", ())):
@@ -138,6 +144,8 @@ class Record:
         notes = sorted({name for row in rows for name in row["notes"]})
         columns |= {f"server/{name}": np.array([row["notes"].get(name, np.nan) for row in rows], np.float64) for name in notes}
         columns |= {f"seconds/{kind}": np.array([row["seconds"][kind] for row in rows], np.float64).reshape(-1, self.ranks) for kind in SECONDS}
+        columns |= {f"wire/{kind}": np.array([row["wire"][kind] for row in rows], np.int64) for kind in EXCHANGES}
+        columns["wire/item_s"] = np.array([row["item_s"] for row in rows], np.float64)
         columns |= {f"trace/{name}": column for name, column in _joined(self._intervals).items()}
         columns["trace/kinds"] = np.array(SECONDS, dtype=text)
         if any((row["conditions"]["answered"] >= 0).any() for row in rows):

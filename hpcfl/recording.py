@@ -14,7 +14,7 @@ from hpcfl.inspect import foreign
 
 SCHEMA = 1
 SHAPES = {                                                         # of a dataset, or of all datasets of a group
-    "rounds": "R", "train": "RK", "bytes": "RK", "bytes/transported": "R.", "seconds": "R.", "server": "R",
+    "rounds": "R", "train": "RK", "bytes": "RK", "bytes/transported": "R.", "seconds": "R.", "wire": "R", "server": "R",
     "evaluation": "EKC", "evaluation/at": "E", "evaluation/stage": "E", "evaluation/global_correct": "EGC", "evaluation/global_names": "G",
     "evaluation/generalization_count": "C", "evaluation/personal_count": "KC", "evaluation/validation_count": "KC", "partition": "KC", "clients": "K",
     "trace": "I", "trace/kinds": ".", "conditions": "RK", "conditions/duration_s": "R",

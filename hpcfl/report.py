@@ -16,7 +16,7 @@ TABLE = ("run", "algorithm", "status", "seed", "rounds", "before fine-tuning", "
 WAYS = {                                                           # of reading one accuracy for each architecture out of a run, and what people read
     "final": "Final", "selected": "Selected by validation", "best_on_test": "Best on test, as published; selects by test data"}
 FLOPS = {"training": "flops", "refining": "refine_flops"}          # of which metric a client's operations are
-WORK = ("train", "refine", "aggregate", "evaluate")                 # kinds of seconds that are work; the rest is waiting and moving
+WORK = ("train", "refine", "aggregate", "spread", "evaluate")       # kinds of seconds that are work; the rest is waiting and moving
 WORDS = 3                                                          # columns of words, aligned on the left
 
 

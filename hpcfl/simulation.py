@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from hpcfl import checkpoint, tree
+from hpcfl.comm import EXCHANGES
 from hpcfl.console import Console
 from hpcfl.errors import CheckpointError, LayoutError, Stopped
 from hpcfl.evaluate import bind, correct, model_of
@@ -35,7 +36,7 @@ class Simulation:
         self.score: float | None = None
         self.lines: dict[str, float] = {}
         self.answered: dict[tuple[int, ...], tuple[tuple[weakref.ref, ...], Answers]] = {}         # clients -> their models' leaves, and how they did
-        self.sent_bytes = 0
+        self.sent_bytes, self.carried = 0, dict.fromkeys(EXCHANGES, 0)
         self.lead = Lead()
 
     def run(self) -> None:
@@ -155,8 +156,10 @@ class Simulation:
         return answers
 
     def _finish_round(self, place: Place) -> None:
-        before, self.sent_bytes = self.sent_bytes, self.comm.sent_bytes
-        accounts = self.comm.gather({**self.ledger.close(), "sent_bytes": self.sent_bytes - before})
+        sent, self.sent_bytes = self.sent_bytes, self.comm.sent_bytes
+        carried, self.carried = self.carried, dict(self.comm.carried)
+        accounts = self.comm.gather({**self.ledger.close(), "sent_bytes": self.sent_bytes - sent,
+                                     "carried": {kind: count - carried[kind] for kind, count in self.carried.items()}})
         if self.comm.is_server:
             self.record.finish_round(place.phase.name, place.round, accounts, self.world.answers(place.phase, place.row))
             row = self.record.rows[-1]

@@ -62,7 +62,7 @@ VARIANTS: dict[str, tuple[str, Tables]] = {                        # other ways 
     "fedvtc, sums": ("fedvtc", {"algorithm": {"statistics": "sums", "sigma_source": "learnable", "finetune": "every_round", "vtc_sync_every": 2}})}
 CASES: dict[str, tuple[str, Tables]] = {name: (name, {}) for name in PLANS} | VARIANTS
 OF_THE_MOMENT = ("seconds/", "trace/", "rounds/wall_s", "bytes/transported", "clients/rank", "train/seconds",
-                 "train/refine_seconds")                           # metrics that differ between equal runs
+                 "train/refine_seconds", "wire/")                  # metrics that differ between equal runs
 
 
 def merged(*layers: Tables) -> dict[str, dict[str, object]]:

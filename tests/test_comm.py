@@ -117,6 +117,22 @@ def test_one_process_is_a_rank_of_its_own():
     assert comm.sent_bytes == 0
 
 
+@pytest.mark.mpi(min_size=1)
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_what_is_carried_does_not_depend_on_the_number_of_ranks(deterministic):
+    comm = connect(deterministic)
+    clients = [client for client in range(4) if client % comm.size == comm.rank]
+    comm.from_server(lambda: {"x": torch.zeros(5, 3)})
+    comm.combine(Statistics({"s": Sums.weighted(clients, {"x": torch.zeros(len(clients), 7)}, torch.ones(len(clients))),
+                             "u": Uploads({client: {"y": torch.zeros(client + 1)} for client in clients})}) if clients else None)
+    spread(comm, doubled, items(2))
+    spread(comm, doubled, items(1))                                # stays where it is
+    carried = {kind: sum(each[kind] for each in comm.share(comm.gather(comm.carried))) for kind in comm.carried}
+    sums = 4 * (7 * 4 + 8) if deterministic else 0                 # each client's float32 values and its weight
+    moved = 2 * (3 * 8 + 3 * 8 + 8)                                # of each item and each result
+    mpi_assert(comm, carried == {"bcast": 60, "reduce": 0 if deterministic else 8 * 8, "gatherv": 4 * (1 + 2 + 3 + 4) + sums, "send": moved}, f"{carried}")
+
+
 def test_without_mpi4py_one_process_works_and_a_launcher_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "mpi4py", None)
     for name in (*LAUNCHERS, *STEPS):

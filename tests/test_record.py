@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from hpcfl import record as record_module
+from hpcfl.comm import EXCHANGES
 from hpcfl.errors import CheckpointError
 from hpcfl.ledger import SECONDS
 from hpcfl.record import SCHEMA, Record
@@ -16,7 +17,7 @@ def account(rank: int, clients: list[int], opened_s: float = 0.0, **metrics: flo
     return {"wall_s": 1.0 + rank, "seconds": {kind: float(10 * rank + number) for number, kind in enumerate(SECONDS)}, "up": {client: 100 + client for client in clients},
             "down": {client: 10 + client for client in clients}, "metrics": {name: {client: value + client for client in clients} for name, value in metrics.items()},
             "opened_s": opened_s, "intervals": {"kind": np.array([rank, 3]), "start_s": np.array([-0.25, 1.0 + rank]), "duration_s": np.array([0.25, 0.5])},
-            "sent_bytes": 1000 + rank, "notes": {f"share of rank {rank}": 0.25 + rank}}
+            "sent_bytes": 1000 + rank, "carried": {kind: 10 * number + rank for number, kind in enumerate(EXCHANGES)}, "item_s": 0.5 + rank, "notes": {f"share of rank {rank}": 0.25 + rank}}
 
 
 def empty(ranks: int = 2) -> Record:
@@ -55,6 +56,9 @@ def test_a_row_holds_what_all_ranks_booked(tmp_path):
     assert table(tmp_path / "metrics.h5", "train/loss").tolist() == [[0.5, 1.5, 2.5]] * 3
     for number, kind in enumerate(SECONDS):
         assert table(tmp_path / "metrics.h5", f"seconds/{kind}").tolist() == [[number, 10 + number]] * 3
+    for number, kind in enumerate(EXCHANGES):
+        assert table(tmp_path / "metrics.h5", f"wire/{kind}").tolist() == [20 * number + 1] * 3
+    assert table(tmp_path / "metrics.h5", "wire/item_s").tolist() == [1.5] * 3             # of the rank with the slowest
     with h5py.File(tmp_path / "metrics.h5") as file:
         assert file.attrs["schema"] == SCHEMA and file.attrs["algorithm"] == "none" and file["clients/rank"][()].tolist() == [0, 1, 0]
 

@@ -74,6 +74,13 @@ def test_a_round_begins_with_no_intervals_of_the_round_before():
     assert len(account["intervals"]["kind"]) == 0 and account["opened_s"] >= 0.01
 
 
+def test_spread_work_leaves_the_seconds_of_one_item_of_each_piece():
+    ledger = Ledger(torch.device("cpu"))
+    for items, seconds in ((4, 2.0), (0, 0.25), (2, 1.0)):
+        ledger.helped(items, seconds)
+    assert [ledger.close()["item_s"], ledger.close()["item_s"]] == [1.25, 0.0]
+
+
 def test_no_rank_does_two_things_at_once_and_ranks_wait_for_each_other(late):
     table = {name: values for name, values in outcome(late).metrics.items() if name.startswith("trace/")}
     rank, kind, start, duration = (table[f"trace/{name}"] for name in ("rank", "kind", "start_s", "duration_s"))

@@ -22,14 +22,14 @@ from hpcfl.report import aligned
 from hpcfl.wording import counted, duration, size
 
 GOOD = 0.8                                                         # of the seconds of all ranks spent as one rank would spend them
-TRIES = 8                                                          # numbers of clients per rank that are tried, each a fourth larger
+TRIES, MOST_CLIENTS = 8, 200_000                                   # numbers of clients per rank that are tried, each a fourth larger; and of all ranks
 SMALL_BYTES = 8
 NEEDED = ("clients/forward_flops", "partition/train", "bytes/simulated_up", "seconds/spread", "wire/item_s", *(f"wire/{kind}" for kind in EXCHANGES))
 ASSUMPTIONS = (
     "every rank has the device, the cores and the memory bandwidth that a rank of the run had: ranks that share them take longer",
     "a client takes as long as in the run, wherever it is; clients are placed by expected cost, as a run begins",
     "collectives overlap with nothing, and no two messages compete for a link; headers and barriers are {small} collectives of {bytes} bytes",
-    "the server works alone but for what it spreads; its seconds grow with the clients where it is sent each client's own upload, and not where it is sent sums",
+    "the server works alone but for what it spreads; its seconds grow with the clients where each client's own upload reaches it, and not where sums do",
     "a checkpoint takes as long as in the run; start-up, compilation, and what the server does in Python for each rank are not counted")
 
 
@@ -119,7 +119,7 @@ def parts_of(round_: Round, wire: Wire, ranks: int, clients: int) -> dict[str, f
     home = np.array(place(round_.costs[again], ranks, round_.server))
     mean, waiting = {}, 0.0
     for name, seconds in round_.work_s.items():
-        loads = np.stack([np.bincount(home, row, ranks) for row in seconds[:, again]])                  # (R, ranks)
+        loads = np.stack([np.bincount(home, row[again], ranks) for row in seconds])                     # (R, ranks)
         mean[name] = typical(loads.sum(1)) / ranks
         waiting += typical(loads.max(1)) - mean[name]
     evaluation = mean.pop("evaluate")
@@ -127,23 +127,25 @@ def parts_of(round_: Round, wire: Wire, ranks: int, clients: int) -> dict[str, f
 
 
 def enough(round_: Round, wire: Wire, ranks: int) -> int | None:
-    """The fewest clients per rank with which so many ranks have an efficiency of GOOD; None where the server, the wire or an uneven placement keep them from it.
+    """The fewest clients per rank with which so many ranks have an efficiency of GOOD; None where server, wire or an uneven placement keep them from it.
 
-    Spread evenly, clients take a + b c seconds with c of them per rank: (a_1 + b_1 c) / (P (a_P + b_P c)) >= GOOD. From that c on they are placed.
+    Spread evenly, P ranks take a_P + b_P c seconds with c clients each: (a_1 + b_1 c) / (P (a_P + b_P c)) >= GOOD. From that c on they are placed.
     """
     def even_s(count: int, each: int) -> float:
         clients = ranks * each
         return clients / count * round_.per_client() + sum(round_.for_all(wire, count, clients).values())
-    (a_1, b_1), (a_p, b_p) = ((even_s(count, 1) - slope, slope) for count in (1, ranks) for slope in [even_s(count, 2) - even_s(count, 1)])
+
+    def line(count: int) -> tuple[float, float]:
+        one, two = even_s(count, 1), even_s(count, 2)
+        return 2 * one - two, two - one
+    (a_1, b_1), (a_p, b_p) = line(1), line(ranks)
     gained, lacking = b_1 - GOOD * ranks * b_p, GOOD * ranks * a_p - a_1
-    if gained <= 0:
-        return None
-    each = max(1, math.ceil(lacking / gained))
-    for _ in range(TRIES):
+    each, tries = max(1, math.ceil(lacking / gained)) if gained > 0 else MOST_CLIENTS, 0
+    while tries < TRIES and each * ranks < MOST_CLIENTS:
         alone, parts = (sum(parts_of(round_, wire, count, each * ranks).values()) for count in (1, ranks))
         if alone >= GOOD * ranks * parts:
             return each
-        each += 1 + each // 4
+        each, tries = each + 1 + each // 4, tries + 1
     return None
 
 
@@ -160,7 +162,7 @@ def round_of(recording: Recording, wire: Wire, phase: str | None = None) -> Roun
     """
     arrays = recording.arrays
     if recording.rounds == 0:
-        raise JobError(f"{recording.folder}: has no finished round to predict from; wanted one or more in its metrics.h5, so let the job run until a checkpoint")
+        raise JobError(f"{recording.folder}: has no finished round to predict from; wanted one at least in its metrics.h5, so let the job reach a checkpoint")
     if missing := [name for name in NEEDED if name not in arrays]:
         raise JobError(f"{recording.folder}: its metrics.h5 has no '{missing[0]}'; it was written by an earlier hpcfl, so run some rounds of the job anew")
     phases = arrays["rounds/phase"]
@@ -244,8 +246,8 @@ def wire_of(doctor: Path | None, latency_s: float | None, bandwidth: float | Non
     Raises: JobError for a file of another kind, and where latency or bandwidth are known from neither.
     """
     if doctor is None and (latency_s is None or bandwidth is None):
-        raise JobError("predict: nothing says how fast the wire is; wanted --doctor FILE (mpirun -n 2 hpcfl doctor --json > FILE), or --latency and --bandwidth "
-                       "of a data sheet, for example --latency 2e-6 --bandwidth 12.5e9 for HDR100 InfiniBand")
+        raise JobError("predict: nothing says how fast the wire is; wanted --doctor FILE (mpirun -n 2 hpcfl doctor --json > FILE), or --latency and "
+                       "--bandwidth of a data sheet, for example --latency 2e-6 --bandwidth 12.5e9 for HDR100 InfiniBand")
     if (latency_s is not None and not 0 <= latency_s < math.inf) or (bandwidth is not None and not 0 < bandwidth < math.inf):
         raise JobError(f"predict: --latency {latency_s} --bandwidth {bandwidth}: wanted seconds from 0 and bytes per second above 0")
     wire = fitted(told_by(doctor), doctor) if doctor else Wire(dict.fromkeys(ALGORITHMS, Line(0.0, 0.0)), "")
@@ -290,8 +292,8 @@ def render(found: dict[str, Any]) -> str:
     """The prediction for people."""
     was, parts = found["measured"], ("compute", "waiting", "evaluation", "server", "wire", "checkpoint")
     rows = [("ranks", "round", *parts, "speed-up", "efficiency", "most is", f"clients/rank for {GOOD:.0%}")]
-    rows += [(str(row["ranks"]), duration(row["round_s"]), *(duration(row[f"{part}_s"]) if row[f"{part}_s"] else "0" for part in parts), f"{row['speed_up']:.3g}",
-              f"{row['efficiency']:.0%}", row["limit"], str(row["clients_per_rank"] or "none")) for row in found["predicted"]]
+    rows += [(str(row["ranks"]), duration(row["round_s"]), *(duration(row[f"{part}_s"]) if row[f"{part}_s"] else "0" for part in parts),
+              f"{row['speed_up']:.3g}", f"{row['efficiency']:.0%}", row["limit"], str(row["clients_per_rank"] or "none")) for row in found["predicted"]]
     lines = {name: f"{name} {duration(line['latency_s'])} + bytes * {1e9 * line['byte_s']:.3g} ns" for name, line in found["wire"].items() if name != "source"}
     return "\n".join([
         f"{found['run']}, phase {found['phase']}: {duration(was['round_s'])} measured, over {counted(found['rounds'], 'round')} of "

@@ -23,9 +23,9 @@ def wire(latency_s: float = 0.0, byte_s: float = 0.0) -> Wire:
     return Wire(dict.fromkeys(ALGORITHMS, Line(latency_s, byte_s)), "a toy")
 
 
-def record(folder: Path, train_s: list[float], flops: list[int] | None = None, rounds: int = 3, ranks: int = 1, server: str = "shared", wall_s: float | None = None,
-           wire: dict[str, float] | None = None, uploaded: int = 1, change=lambda file: None, **seconds: float) -> Path:
-    """A run in which each round is like the others: what clients train, beside that `seconds` by kind at rank 0; expected costs are as measured if not given."""
+def record(folder: Path, train_s: list[float], flops: list[int] | None = None, rounds: int = 3, ranks: int = 1, server: str = "shared",
+           wall_s: float | None = None, wire: dict[str, float] | None = None, change=lambda file: None, **seconds: float) -> Path:
+    """A run in which each round is like the others: what clients train, beside that `seconds` by kind at every rank; costs are as measured if not given."""
     clients, booked = len(train_s), {"train": sum(train_s) / ranks} | seconds
     folder.mkdir(parents=True)
     with h5py.File(folder / "metrics.h5", "w") as file:
@@ -34,7 +34,7 @@ def record(folder: Path, train_s: list[float], flops: list[int] | None = None, r
         busy_s = sum(spent for kind, spent in booked.items() if kind != "checkpoint")
         file["rounds/round"], file["rounds/wall_s"] = np.arange(rounds), np.full(rounds, wall_s or busy_s)
         file["train/seconds"] = np.tile(np.array(train_s), (rounds, 1))
-        file["bytes/simulated_up"] = np.full((rounds, clients), uploaded)
+        file["bytes/simulated_up"] = np.ones((rounds, clients), int)
         file["clients/forward_flops"] = flops or [int(1000 * each) for each in train_s]
         file["partition/train"] = np.ones((clients, 1), int)
         for kind in SECONDS:
@@ -143,6 +143,10 @@ def test_uneven_clients_need_more_of_them_per_rank(tmp_path):
     assert predicted(misjudged, 4)["clients_per_rank"] is None     # taken to be alike, one rank gets all the slow ones, however many there are
 
 
+def test_a_wire_that_more_clients_than_anybody_has_would_not_pay_for_is_said_so(tmp_path):
+    assert predicted(record(tmp_path / "run", [1e-6]), 512, wire(latency_s=0.02))["clients_per_rank"] is None
+
+
 def test_spread_work_is_as_short_as_one_item_at_best(tmp_path):
     folder = record(tmp_path / "run", [1.0], aggregate=0.25, spread=4.0, wire={"item_s": 0.5})
     assert [predicted(folder, ranks)["server_s"] for ranks in (1, 2, 64)] == pytest.approx([4.25, 2.25, 0.75])
@@ -226,7 +230,8 @@ def test_a_fit_is_by_relative_errors_and_never_negative():
 
 def test_the_source_of_the_wire_is_said_and_a_data_sheet_overrides_it(tmp_path):
     lines = dict.fromkeys(ALGORITHMS, Line(1e-5, 1e-9))
-    assert "shared memory of one host (n1), no network; timed on 2 ranks, fitted to within 0%" in predict.wire_of(said(tmp_path, told(lines)), None, None).source
+    one_host = predict.wire_of(said(tmp_path, told(lines)), None, None).source
+    assert "shared memory of one host (n1), no network; timed on 2 ranks, fitted to within 0%" in one_host
     assert "between 2 hosts" in predict.wire_of(said(tmp_path, told(lines, 4, 2)), None, None).source
     half = predict.wire_of(said(tmp_path, told(lines)), 2e-6, None)
     assert half.source.endswith("; but latency 2 us as given")

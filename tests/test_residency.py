@@ -4,7 +4,6 @@ import json
 import os
 import resource
 import time
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,7 +18,7 @@ from hpcfl import checkpoint, simulation
 from hpcfl.comm import Communicator, connect
 from hpcfl.errors import EnvironmentFault
 from hpcfl.estimate import load_of, model_bytes
-from hpcfl.federation import begin, regrouped, rounds
+from hpcfl.federation import begin, regrouped
 from hpcfl.group import Group
 from hpcfl.job import Clients
 from hpcfl.launch import revisit
@@ -173,19 +172,18 @@ def test_neither_does_a_run_that_is_resumed_hold_more(tmp_path, monkeypatch):
     assert peaks[1] - peaks[0] < 2 * state
 
 
-def test_between_two_halves_of_a_round_a_client_has_two_states_at_most(monkeypatch):
-    world, alive, counts = looping.world(looping.job("fedavg", federation={"clients": 6}, clients={"residency": "host", "chunk": 1})), [], []
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_run_takes_twice_the_states_on_disk_those_before_and_after_a_step(resumed, tmp_path, monkeypatch):
+    first, used, write = carry_out(wide(6, "device"), tmp_path / "first"), [], Scratch.write
 
-    def put(self, leaf, put=Host.put):
-        there = put(self, leaf)
-        alive.append(weakref.ref(there))
-        counts.append(sum(reference() is not None for reference in alive))
+    def written(self, leaf):
+        there = write(self, leaf)
+        used.append(os.fstat(self._file.fileno()).st_size)
         return there
-    monkeypatch.setattr(Host, "put", put)
-    for state, _ in rounds(looping.Exchange(world, looping.Ledger(CPU), lambda state, place: None)):
-        leaves = sum(len(group.leaves) for group in state.groups)
-        del state
-    assert max(counts) <= 2 * leaves
+    monkeypatch.setattr(Scratch, "write", written)
+    carry_out(wide(6, "disk"), tmp_path / "run", resume=checkpoint_of(first, 1) if resumed else "auto")
+    states = sum(leaf.nbytes for own in outcome(first).clients.values() for path, leaf in own.items() if not path.startswith("received/"))
+    assert states < used[-1] <= 2 * states
 
 
 # early reduction

@@ -16,7 +16,7 @@ LAYERS = (                                                         # a file impo
     {"losses", "matching", "group", "optimizers", "engines", "fit", "synthesise", "evaluate", "membership", "likeness", "latent"},
     {"algorithms"},
     {"placement", "conditions", "world", "federation", "simulation", "checkpoint", "ledger", "record", "recording", "trace", "console", "figures",
-     "pictures", "page", "report", "inspect", "information", "audit", "audit_generator", "audit_images", "references", "watchdog", "lead", "launch", "slurm", "bench",
+     "pictures", "page", "report", "inspect", "information", "audit", "audit_generator", "audit_images", "references", "watchdog", "lead", "signals", "launch", "slurm", "bench",
      "bench_fedconv", "bench_gefl", "allotment", "probes", "shared_folder", "estimate", "wording", "finding", "verdicts", "verdicts_run", "doctor",
      "cli", "__main__"},
 )

@@ -141,9 +141,12 @@ def test_never_does_not_enter_a_folder_with_anything_in_it(stopped, tmp_path):
         assert contents(folder) == before
 
 
-def test_a_record_without_a_checkpoint_is_not_overwritten(stopped):
+def test_the_record_of_a_finished_run_without_its_checkpoints_is_not_overwritten(stopped):
     folder, job = stopped
     (folder / "LATEST").unlink()
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "STATUS").write_text("done\n")
+    (folder / "job.toml").write_text("another job")
     before = contents(folder)
     with pytest.raises(JobError, match="holds a run already and nothing is overwritten"):
         carry_out(job, folder)

@@ -81,8 +81,14 @@ def load(folder: Path, world: World, may_differ: Sequence[str] = ()) -> State | 
     return State(server, tuple(groups), received, manifest["rows"], manifest["version"], manifest["versions"])
 
 
-def sweep(folder: Path) -> None:
-    """Remove what killed processes left half-written or half removed in a run folder; for its one owner, before anybody writes."""
+def clear(folder: Path, resume_from: Path | None) -> None:
+    """Remove what killed processes left half-written or half-removed in a run folder; for its one owner, before anybody writes.
+
+    LATEST names from now on where the run goes on from, if that lies here: later checkpoints may be written anew, and one that LATEST names must not be.
+    """
+    begun = latest(resume_from) if resume_from else None
+    if begun and begun.parent.parent.samefile(folder):
+        storage.write_text(folder / "LATEST", f"{begun.name}\n")
     storage.sweep(folder)
     for path in folder.glob("checkpoints/round-*"):
         if not (path / "manifest.json").is_file():
@@ -132,7 +138,7 @@ def _prune(newest: Path, keep: int) -> None:
     scores = {path: json.loads((path / "manifest.json").read_text())["validation_accuracy"] for path in older if (path / "manifest.json").is_file()}
     best = max((path for path in scores if scores[path] is not None), key=lambda path: (scores[path], path.name), default=newest)
     for path in set(older) - {best, *sorted(scores)[-keep:]}:
-        with suppress(OSError):                                    # what does not go now goes later, here or in `sweep`
+        with suppress(OSError):                                    # what does not go now goes later, here or in `clear`
             (path / "manifest.json").unlink(missing_ok=True)       # first: what is half removed is no checkpoint any more
             shutil.rmtree(path)
 

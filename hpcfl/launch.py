@@ -56,7 +56,7 @@ def run(job: Job, comm: Communicator, out: Path | None, resume: str, may_differ:
         state = simulation.resumed(resume_from, may_differ) if resume_from else None       # before anything is written: a refusal changes nothing
         environments = comm.gather(_environment(comm, device))
         if comm.is_server:
-            checkpoint.sweep(folder)
+            checkpoint.clear(folder, resume_from)
             storage.write_text(folder / "job.toml", job.to_toml())
             storage.write_json(folder / "environment.json", {"command": sys.argv, "hpcfl": hpcfl.__version__, "ranks": environments})
             storage.write_text(folder / "STATUS", "running\n")

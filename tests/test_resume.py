@@ -11,6 +11,7 @@ from launching import CASES, apart, carry_out, checkpoint_of, left_half_written,
 from hpcfl.comm import Alone, Communicator
 from hpcfl.errors import CheckpointError, JobError
 from hpcfl.federation import schedule
+from hpcfl.simulation import Simulation
 from hpcfl.world import World
 
 ALL_CHECKPOINTS = {"every": 1, "keep": 100}
@@ -76,6 +77,16 @@ def test_one_checkpoint_of_another_run_is_resumed_in_a_new_folder_and_left_alone
     before = contents(folder)
     carry_out(job, tmp_path / "new", resume=checkpoint_of(folder, 1))
     assert contents(folder) == before and not apart(outcome(tmp_path / "new"), outcome(whole("standalone")))
+
+
+def test_a_run_that_went_back_to_an_earlier_checkpoint_and_died_goes_on_from_there(stopped, whole, monkeypatch):
+    folder, job = stopped
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(Simulation, "run", lambda self, state: (_ for _ in ()).throw(InterruptedError))
+        carry_out(job, folder, resume=checkpoint_of(folder, 1))
+    assert (folder / "LATEST").read_text() == "round-000001\n"
+    carry_out(job, folder)
+    assert not apart(outcome(folder), outcome(whole("standalone")))
 
 
 def test_a_changed_job_is_refused_by_name_and_nothing_is_touched(stopped):

@@ -51,7 +51,7 @@ def ends_with_a_name(whole, folder: Path, job, since: float, rank: int = 1) -> s
     assert (folder / "STATUS").read_text().startswith(f"failed: timeouts.collective = {LIMIT:g} s is over: rank {rank} did not arrive")
     assert (folder / "LATEST").read_text() == "round-000002\n"
     text = " ".join(job.text().split())
-    assert text.count("is over") == 1 and f"Ranks {1 - rank}, 2 wait in barrier (hpcfl/federation.py:" in text
+    assert text.count("is over") == 1 and f"{_listed([1 - rank, 2])} in barrier (hpcfl/federation.py:" in text
     assert "its last checkpoint is round-000002, and the same command goes on from there" in text
     for other in (1 - rank, 2):
         assert "in wait" in (folder / "log" / f"rank-{other:04d}.stack").read_text()

@@ -181,7 +181,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a setting; may be given several times")
     run.add_argument("--out", type=Path, metavar="DIR", help="the run folder itself (default: runs/NAME/UTC-HASH)")
     run.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="auto (default): go on from the last checkpoint of this job if there is one")
-    run.add_argument("--may-differ", action="append", default=[], metavar="SECTION.KEY", help="a setting that may differ from the checkpoint's; hpcfl: the version that wrote it")
+    run.add_argument("--may-differ", action="append", default=[], metavar="SECTION.KEY",
+                     help="a setting that may differ from the checkpoint's; hpcfl: the version that wrote it")
     run.add_argument("--dry-run", action="store_true", help="check the job, print it with every default and who would train where, train nothing")
     run.set_defaults(command=_speaking(_run))
 

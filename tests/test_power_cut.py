@@ -104,17 +104,15 @@ def test_a_run_killed_fifty_times_at_random_moments_always_goes_on_to_the_same_e
     """Moments are uniform over the length of an undisturbed run; a run that ends before it is killed is compared, and another begins."""
     draw = random.Random(SEED)
     path = write_job(tmp_path, tiny("fedvtc", federation={"clients": 3, "rounds": 4}, checkpoint={"every": 1, "keep": 1}))
-    lengths_s = []
-    for _ in range(2):                                             # the first also starts the server of the starts
+    for name in ("first", "whole"):                                # the first also starts the server from which all are forked
         since = time.monotonic()
-        shutil.rmtree(tmp_path / "whole", ignore_errors=True)
-        assert Forked(tmp_path, "run", path, "--out", tmp_path / "whole", fault=SAYS_WHAT_IT_DOES).ends() == 0
-        lengths_s.append(time.monotonic() - since)
+        assert Forked(tmp_path, "run", path, "--out", tmp_path / name, fault=SAYS_WHAT_IT_DOES).ends() == 0
+    whole_s = time.monotonic() - since
     killed, chain, rows = Counter[str](), 0, 0
     while True:
         folder = tmp_path / f"run {chain}"
         run = Forked(tmp_path, "run", path, "--out", folder, fault=SAYS_WHAT_IT_DOES)
-        code = run.ends(within_s=draw.uniform(0, lengths_s[1]) if killed.total() < KILLS else 60)
+        code = run.ends(within_s=draw.uniform(0, whole_s) if killed.total() < KILLS else 60)
         if code is None:
             run.process.kill()
             code = run.ends()

@@ -2,6 +2,7 @@
 import json
 import shutil
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from hpcfl.record import Record, seconds_taken
 from hpcfl.world import World
 
 FORMAT = 2
+VERSION = "hpcfl"                                                  # what --may-differ calls the version that wrote a checkpoint
 FREE_TO_DIFFER = ("checkpoint.every", "checkpoint.keep", "clients.chunk", "clients.folder", "clients.residency", "evaluation.batch", "run.name",
                   "timeouts.collective", "timeouts.heartbeat")     # settings that no result depends on; on clients.chunk by rounding, with vmap
 
@@ -79,6 +81,20 @@ def load(folder: Path, world: World, may_differ: Sequence[str] = ()) -> State | 
     return State(server, tuple(groups), received, manifest["rows"], manifest["version"], manifest["versions"])
 
 
+def clear(folder: Path, resume_from: Path | None) -> None:
+    """Remove what killed processes left half-written or half-removed in a run folder; for its one owner, before anybody writes.
+
+    LATEST names from now on where the run goes on from, if that lies here: later checkpoints may be written anew, and one that LATEST names must not be.
+    """
+    begun = latest(resume_from) if resume_from else None
+    if begun and begun.parent.parent.samefile(folder):
+        storage.write_text(folder / "LATEST", f"{begun.name}\n")
+    storage.sweep(folder)
+    for path in folder.glob("checkpoints/round-*"):
+        if not (path / "manifest.json").is_file():
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def past(folder: Path) -> Past | None:
     """What the latest checkpoint in a run folder (or one checkpoint folder) says of where clients were and how long they took; None where there is none.
 
@@ -95,9 +111,13 @@ def past(folder: Path) -> Past | None:
     return Past(tuple(home[client] for client in sorted(home)), manifest["ranks"], manifest["job"]["federation"]["server"], seconds)
 
 
-def exists(folder: Path) -> bool:
-    """Whether a run folder, or a checkpoint folder itself, has something to resume from."""
-    return (folder / "LATEST").is_file() or (folder / "manifest.json").is_file()
+def latest(folder: Path) -> Path | None:
+    """The checkpoint to go on from in a run folder: what LATEST names, before there is one what has a manifest; or the folder itself if it is a checkpoint."""
+    if (folder / "manifest.json").is_file():
+        return folder
+    if (folder / "LATEST").is_file():
+        return folder / "checkpoints" / (folder / "LATEST").read_text().strip()
+    return max((path.parent for path in folder.glob("checkpoints/round-*/manifest.json")), default=None)
 
 
 def _seal(folder: Path, target: Path, world: World, state: State, score: float | None, files: dict) -> str | None:
@@ -114,18 +134,19 @@ def _seal(folder: Path, target: Path, world: World, state: State, score: float |
 
 def _prune(newest: Path, keep: int) -> None:
     """Remove all checkpoints up to the newest but the last `keep` and the one with the best validation accuracy."""
-    older = sorted(path for path in newest.parent.glob("round-*") if path.name <= newest.name)
+    older = [path for path in newest.parent.glob("round-*") if path.name <= newest.name]
     scores = {path: json.loads((path / "manifest.json").read_text())["validation_accuracy"] for path in older if (path / "manifest.json").is_file()}
     best = max((path for path in scores if scores[path] is not None), key=lambda path: (scores[path], path.name), default=newest)
-    for path in older[:-keep]:
-        if path != best:
-            shutil.rmtree(path, ignore_errors=True)
+    for path in set(older) - {best, *sorted(scores)[-keep:]}:
+        with suppress(OSError):                                    # what does not go now goes later, here or in `clear`
+            (path / "manifest.json").unlink(missing_ok=True)       # first: what is half removed is no checkpoint any more
+            shutil.rmtree(path)
 
 
 def _manifest(folder: Path) -> tuple[str, dict] | None:
-    if not exists(folder):
+    checkpoint = latest(folder)
+    if checkpoint is None:
         return None
-    checkpoint = folder if (folder / "manifest.json").is_file() else folder / "checkpoints" / (folder / "LATEST").read_text().strip()
     try:
         return str(checkpoint), json.loads((checkpoint / "manifest.json").read_text())
     except (OSError, ValueError) as error:
@@ -133,9 +154,11 @@ def _manifest(folder: Path) -> tuple[str, dict] | None:
 
 
 def _check(checkpoint: Path, manifest: dict, world: World, may_differ: Sequence[str]) -> None:
-    if manifest.get("format") != FORMAT:
+    readable = manifest.get("format") == FORMAT
+    if not readable or (manifest["hpcfl"] != hpcfl.__version__ and VERSION not in may_differ):
+        otherwise = f", or, where its results need not be those of one version, allow it with --may-differ {VERSION}" if readable else ""
         raise CheckpointError(f"{checkpoint}: written by hpcfl {manifest.get('hpcfl')} in checkpoint format {manifest.get('format')}, this is hpcfl "
-                              f"{hpcfl.__version__} with format {FORMAT}; resume with the version that wrote it")
+                              f"{hpcfl.__version__} with format {FORMAT}; nothing was changed. Resume with the version that wrote it{otherwise}")
     if manifest["data_sha256"] != world.corpus.sha256:
         raise CheckpointError(f"{checkpoint}: was made with data set '{world.job.data.name}' of SHA-256 {manifest['data_sha256'][:12]}..., the one here is "
                               f"{world.corpus.sha256[:12]}...; resume with the data it was made with")

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import hpcfl
+from hpcfl import signals
 from hpcfl.errors import HpcflError
 
 DATA_COLUMNS = ("name", "status", "train", "test", "classes", "image", "MB", "")
@@ -17,6 +18,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    stop_requested = signals.listen()                              # before the imports below, which take seconds
     from hpcfl import launch
     from hpcfl.algorithms import CONFIGS
     from hpcfl.comm import connect
@@ -27,7 +29,7 @@ def _run(arguments: argparse.Namespace) -> int:
         if arguments.dry_run:
             return _dry_run(job, comm)
         engine = connect(deterministic=True) if job.run.deterministic else comm
-        launch.run(job, engine, arguments.out, arguments.resume, tuple(arguments.may_differ))
+        launch.run(job, engine, arguments.out, arguments.resume, tuple(arguments.may_differ), stop_requested)
         return 0
     comm = connect()
     return launch.guarded(body, comm)
@@ -205,7 +207,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a setting; may be given several times")
     run.add_argument("--out", type=Path, metavar="DIR", help="the run folder itself (default: runs/NAME/UTC-HASH)")
     run.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="auto (default): go on from the last checkpoint of this job if there is one")
-    run.add_argument("--may-differ", action="append", default=[], metavar="SECTION.KEY", help="a setting that may differ from the checkpoint's")
+    run.add_argument("--may-differ", action="append", default=[], metavar="SECTION.KEY",
+                     help="a setting that may differ from the checkpoint's; hpcfl: the version that wrote it")
     run.add_argument("--dry-run", action="store_true", help="check the job, print it with every default and who would train where, train nothing")
     run.set_defaults(command=_speaking(_run))
 

@@ -3,7 +3,6 @@ import fcntl
 import logging
 import os
 import platform
-import signal
 import sys
 import time
 import traceback
@@ -31,19 +30,19 @@ from hpcfl.watchdog import watching
 from hpcfl.world import World, resolved
 
 log = logging.getLogger("hpcfl")
-SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
 
-def run(job: Job, comm: Communicator, out: Path | None, resume: str, may_differ: tuple[str, ...] = ()) -> Path:
+def run(job: Job, comm: Communicator, out: Path | None, resume: str, may_differ: tuple[str, ...] = (), stop_requested: Callable[[], bool] = bool) -> Path:
     """Carry out a job in its run folder and return the folder.
 
     out: the run folder itself, by default runs/<name>/<UTC>-<hash8>. resume: "auto" goes on from the folder's last checkpoint (without `out` from the
     newest unfinished run of the same job), "never" wants an empty folder, anything else is the path of a run folder or of one checkpoint.
+    stop_requested: asked after every round; by default never.
     Raises: the errors of hpcfl.errors; Stopped after a checkpoint on a signal.
     """
     job = resolved(job, comm.size)
     folder, resume_from = (Path(path) if path else None for path in comm.share(_folders(job, out, resume) if comm.is_server else None))
-    with _owning(folder, comm), _stop_flag() as stop_requested, watching(comm, folder, job.timeouts.collective, partial(_fail, folder)):
+    with _owning(folder, comm), watching(comm, folder, job.timeouts.collective, partial(_fail, folder)):
         keep_log(folder, comm.rank)
         console = Console(comm.is_server, live=comm.size == 1 and sys.stdout.isatty())     # mpirun gives its ranks a terminal that is none
         if comm.share(comm.is_server and resume_from == folder and _finished(folder, job)):
@@ -59,7 +58,7 @@ def run(job: Job, comm: Communicator, out: Path | None, resume: str, may_differ:
             simulation.resume(resume_from, may_differ)             # before anything is written: a refusal changes nothing
         environments = comm.gather(_environment(comm, device))
         if comm.is_server:
-            storage.sweep(folder)
+            checkpoint.clear(folder, resume_from)
             storage.write_text(folder / "job.toml", job.to_toml())
             storage.write_json(folder / "environment.json", {"command": sys.argv, "hpcfl": hpcfl.__version__, "ranks": environments})
             storage.write_text(folder / "STATUS", "running\n")
@@ -89,7 +88,7 @@ def revisit(run: str | Path) -> tuple[World, State]:
     job = load(folder / "job.toml", CONFIGS)
     job = replace(job, clients=replace(job.clients, folder=""))    # that of the run may be on another machine
     world = World(job, Communicator(Alone()), choose_device("auto", 0))
-    state = checkpoint.load(folder, world)
+    state = checkpoint.load(folder, world, [checkpoint.VERSION])
     if state is None:
         raise CheckpointError(f"{folder}: has no checkpoint yet; run the job for at least checkpoint.every rounds")
     return world, state
@@ -165,21 +164,21 @@ def _folders(job: Job, out: Path | None, resume: str) -> tuple[str, str | None]:
     """(run folder, where to resume from or None), decided at the server."""
     if resume not in ("auto", "never"):
         source = Path(resume)
-        if not checkpoint.exists(source):
+        found = checkpoint.latest(source)
+        if found is None:
             raise JobError(f"--resume {source}: no checkpoint there; wanted a run folder with LATEST or a folder with manifest.json")
-        origin = source if (source / "LATEST").is_file() else source.parent.parent
+        origin = found.parent.parent
         if out and out.resolve() != origin.resolve() and (out / "metrics.h5").exists():
             raise JobError(f"{out}: holds a run already and nothing is overwritten; choose another --out for what goes on from {source}")
         return str(out or origin), str(source)
     if out is None and resume == "auto":
-        unfinished = [path.parent for path in sorted(Path("runs", job.run.name).glob(f"*-{job.digest()}/LATEST")) if not _finished(path.parent)]
+        unfinished = [path for path in sorted(Path("runs", job.run.name).glob(f"*-{job.digest()}")) if checkpoint.latest(path) and not _finished(path)]
         if unfinished:
             return str(unfinished[-1]), str(unfinished[-1])
     folder = out or Path("runs", job.run.name, f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{job.digest()}")
-    if resume == "auto" and checkpoint.exists(folder):
+    if resume == "auto" and checkpoint.latest(folder):
         return str(folder), str(folder)
-    sealed = _finished(folder) or any(folder.glob("checkpoints/*/manifest.json"))
-    died_early = resume == "auto" and not sealed                   # in its first checkpoint: nobody can go on from that record
+    died_early = resume == "auto" and not _finished(folder)        # in its first checkpoint: nobody can go on from that record
     if ((folder / "metrics.h5").exists() and not died_early) or (resume == "never" and folder.is_dir() and any(folder.iterdir())):
         raise JobError(f"{folder}: holds a run already and nothing is overwritten; choose another --out, or --resume auto to go on with it")
     return str(folder), None
@@ -187,15 +186,18 @@ def _folders(job: Job, out: Path | None, resume: str) -> tuple[str, str | None]:
 
 @contextmanager
 def _owning(folder: Path, comm: Communicator) -> Iterator[None]:
-    """Hold the run folder for this run; a second run on it is refused."""
+    """Hold the run folder for this run; a second run on it is refused. The lock goes with the process that holds it, whatever LOCK says."""
     handle, failure = None, None
     if comm.is_server:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            handle = (folder / "LOCK").open("w")
+            storage.make_folder(folder)
+            handle = (folder / "LOCK").open("a+")                  # what another has written there is not to be lost
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            handle.truncate(0)
+            print(f"process {os.getpid()} on {platform.node()}", file=handle, flush=True)
         except BlockingIOError:
-            failure = f"{folder}: another run is at work in this folder; wait for it, or choose another --out"
+            handle.seek(0)
+            failure = f"{folder}: another run is at work in this folder ({handle.read().strip()}); wait for it, or choose another --out"
         except OSError as error:
             failure = None if error.errno in NO_LOCKS else f"{folder}: cannot write there: {error.strerror}; choose a writable folder with --out"
     failure = comm.share(failure)
@@ -206,18 +208,6 @@ def _owning(folder: Path, comm: Communicator) -> Iterator[None]:
     finally:
         if handle:
             handle.close()
-
-
-@contextmanager
-def _stop_flag() -> Iterator[Callable[[], bool]]:
-    """SIGUSR1 and SIGTERM raise a flag that the loop looks at between rounds; a second signal changes nothing."""
-    seen: list[int] = []
-    before = {number: signal.signal(number, lambda got, frame: seen.append(got)) for number in SIGNALS}
-    try:
-        yield lambda: bool(seen)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _finished(folder: Path, job: Job | None = None) -> bool:

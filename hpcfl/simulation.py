@@ -74,8 +74,7 @@ class Simulation:
         """
         state = checkpoint.load(resume_from, self.world, may_differ)
         if self.comm.is_server:
-            origin = resume_from if (resume_from / "LATEST").is_file() else resume_from.parent.parent
-            self.record.read(origin / "metrics.h5", state.rows)
+            self.record.read(checkpoint.latest(resume_from).parent.parent / "metrics.h5", state.rows)
             self._check_place(resume_from, state.rows)
         self.ahead = rounds(self.exchange, state)
         self.console.say(f"resumed after round {state.rows} of {len(self.places)}")

@@ -8,7 +8,7 @@ import tempfile
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         yield temporary
         sync(temporary)
         os.replace(temporary, path)
@@ -37,7 +37,8 @@ def replacing(path: Path) -> Iterator[Path]:
         raise CheckpointError(f"{path}: could not be written: {_reason(error)}; what was there before is untouched. "
                               "Free space or choose another folder with --out, then run again: the run resumes from its last checkpoint") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):                                    # a disk that takes nothing gives nothing away either; `sweep` comes later
+            temporary.unlink(missing_ok=True)
 
 
 def sweep(folder: Path) -> None:
@@ -161,6 +162,14 @@ class Scratch:
     def _fault(self, error: OSError) -> EnvironmentFault:
         return EnvironmentFault(f"clients.folder: client states (clients.residency = 'disk') cannot be kept in a file in {self._folder}, with {self._end} "
                                 f"bytes there: {error.strerror}; free space, name another folder on a disk of this node, or set clients.residency = 'host'")
+
+
+def make_folder(folder: Path) -> None:
+    """A folder, with those above it, that is still there after a power cut."""
+    if not folder.exists():                                        # a file in the way is told by whoever writes below it
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync(folder.parent)
 
 
 def sync(path: Path) -> None:

@@ -21,6 +21,7 @@ from hpcfl.algorithms import CONFIGS, PLANS
 from hpcfl.comm import Alone, Communicator
 from hpcfl.group import OPTIMIZER
 from hpcfl.job import Job, resolve
+from hpcfl.signals import NUMBERS
 from hpcfl.tree import Tree
 
 LIMIT_S = 60                                                       # for a job that takes a few seconds
@@ -90,9 +91,10 @@ def write_job(folder: Path, job: Job) -> Path:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """What a run does to the process (its log, its threads) is undone."""
+    """What a run does to the process (its log, its threads, its signals) is undone."""
     log, threads = logging.getLogger("hpcfl"), torch.get_num_threads()
     handlers, propagate, level = log.handlers[:], log.propagate, log.level
+    heard = {number: signal.getsignal(number) for number in NUMBERS}
     try:
         yield
     finally:
@@ -102,6 +104,8 @@ def undisturbed() -> Iterator[None]:
         log.handlers[:], log.propagate = handlers, propagate
         log.setLevel(level)
         torch.set_num_threads(threads)
+        for number, handler in heard.items():
+            signal.signal(number, handler)
 
 
 def carry_out(job: Job, out: Path, comm: Communicator | None = None, resume: str | Path = "auto", may_differ: Sequence[str] = ()) -> Path:

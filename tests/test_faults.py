@@ -1,17 +1,23 @@
 """What goes wrong ends the whole job soon, with a message and an exit code of its own, and never costs what was there before."""
+import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
+from forking import Forked
 from launching import apart, carry_out, checkpoint_of, deterministic, left_half_written, outcome, started, tiny, undisturbed, write_job
 
-from hpcfl import checkpoint, cli, comm
+from hpcfl import __version__, checkpoint, cli, comm, launch
 from hpcfl.algorithms.base import ClientSite
 from hpcfl.data import store
 from hpcfl.data.embedded import digits
@@ -40,12 +46,12 @@ def sync_or_stick(path):
     sync(path)
 storage.sync = sync_or_stick
 """
-RAISES_ON_RANK_1 = RANK + """
+RAISES = RANK + """
 from hpcfl.algorithms.standalone import Standalone
 train = Standalone.train
 
 def stumble(self, group, message, site):
-    if site.round == 1 and rank == "1":
+    if site.round == 1 and rank == "{rank}":
         Path("raised").touch()
         raise ZeroDivisionError("broken on purpose")
     return train(self, group, message, site)
@@ -85,6 +91,11 @@ def hpcfl(monkeypatch, capsys):
     return call
 
 
+def files(folder: Path) -> dict[Path, tuple[bytes, int]]:
+    """Every file with its content and when it was last written."""
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+
+
 def stopped_at(whole, rows: int, folder: Path) -> None:
     """The run of this file as it is when it ends after so many rounds, whyever."""
     save = checkpoint.save
@@ -107,12 +118,16 @@ def resumes_to_the_same_end(whole, folder):
     assert (folder / "STATUS").read_text() == "done\n" and not left_half_written(folder)
 
 
-def test_a_killed_rank_ends_the_job_and_the_run_resumes(whole, tmp_path):
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_ends_the_job_and_the_run_resumes(rank, whole, tmp_path):
     with started(tmp_path, "run", whole[1], "--out", tmp_path / "run", ranks=2, fault=PAUSES) as job:
         job.reaches("paused-0")
         job.reaches("paused-1")
-        job.rank(1).kill()
-        assert job.ends() != 0
+        other = job.rank(1 - rank)
+        job.rank(rank).kill()
+        assert job.ends() not in (0, 75)
+        psutil.wait_procs([other], timeout=10)
+        assert not other.is_running() or other.status() == psutil.STATUS_ZOMBIE, "a rank outlived the job"
     assert (tmp_path / "run" / "STATUS").read_text() == "running\n"
     resumes_to_the_same_end(whole, tmp_path / "run")
 
@@ -157,14 +172,16 @@ def test_a_signal_stops_a_process_without_mpi_too(whole, tmp_path):
     resumes_to_the_same_end(whole, tmp_path / "run")
 
 
-def test_a_rank_that_raises_ends_all_within_seconds_with_its_own_traceback(tmp_path):
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_raises_ends_all_within_seconds_with_its_own_traceback(rank, tmp_path):
     path = write_job(tmp_path, tiny("standalone", federation={"participation": 1.0}))
-    with started(tmp_path, "run", path, "--out", tmp_path / "run", ranks=3, fault=RAISES_ON_RANK_1) as job:
+    with started(tmp_path, "run", path, "--out", tmp_path / "run", ranks=3, fault=RAISES.format(rank=rank)) as job:
         job.reaches("raised")
         since = time.monotonic()
         assert job.ends() == 1 and time.monotonic() - since < 5, job.text()
         text = job.text()
-    assert "hpcfl: rank 1: Traceback" in text and "ZeroDivisionError: broken on purpose" in text and ", in stumble" in text
+    assert f"hpcfl: rank {rank}: Traceback" in text and text.count("hpcfl: rank") == 1
+    assert "ZeroDivisionError: broken on purpose" in text and ", in stumble" in text
     assert (tmp_path / "run" / "STATUS").read_text() == "failed: broken on purpose\n"
 
 
@@ -272,6 +289,68 @@ def test_a_learning_rate_beyond_reason_is_non_finite_training(hpcfl, tmp_path):
     assert code == 6 and "phase rounds, round 0: training of client" in text and "Traceback" not in text
 
 
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_a_second_job_on_a_run_folder_is_refused_and_told_of_the_first(ranks, whole, tmp_path):
+    folder = tmp_path / "run"
+    with started(tmp_path, "run", whole[1], "--out", folder, ranks=ranks, fault=PAUSES) as first:
+        first.reaches("paused-0")
+        before, holder = files(folder), first.rank(0).pid
+        with started(tmp_path / "second", "run", whole[1], "--out", folder, ranks=ranks) as second:
+            assert second.ends() == 2, second.text()
+        text = " ".join(second.text().split())
+        assert text.count(f"{folder}: another run is at work in this folder (process {holder} on {platform.node()}); wait for it, or choose another --out") == 1
+        assert files(folder) == before and first.process.poll() is None
+        (tmp_path / "go").touch()
+        assert first.ends() == 0, first.text()
+    assert not apart(outcome(folder), outcome(whole[2]))
+
+
+def test_the_lock_of_a_process_that_was_killed_holds_nobody_up(whole, hpcfl, tmp_path):
+    folder = tmp_path / "run"
+    run = Forked(tmp_path, "run", whole[1], "--out", folder, fault=PAUSES)
+    while not (tmp_path / "paused-0").exists():
+        assert run.process.is_alive(), run.text()
+        time.sleep(0.02)
+    run.process.kill()
+    run.ends()
+    assert (folder / "LOCK").read_text() == f"process {run.process.pid} on {platform.node()}\n"
+    code, text = hpcfl("run", whole[1], "--out", folder)
+    assert code == 0 and "resumed after round 2 of 4" in text and not apart(outcome(folder), outcome(whole[2]))
+    assert (folder / "LOCK").read_text() == f"process {os.getpid()} on {platform.node()}\n"
+
+
+def of_another(folder: Path, **written: object) -> None:
+    """A run folder whose newest checkpoint says something else of itself."""
+    path = checkpoint_of(folder, 4) / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | written))
+    (folder / "STATUS").write_text("running\n")
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_a_checkpoint_of_another_format_is_refused_with_both_versions(ranks, whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole[2], folder)
+    of_another(folder, hpcfl="7.8.9", format=99, ranks="in words", files=[])
+    before = {path: content for path, content in files(folder).items() if path.parent.name != "log" and path.name != "LOCK"}
+    with started(tmp_path, "run", whole[1], "--out", folder, ranks=ranks) as job:
+        assert job.ends() == 5, job.text()
+    assert job.text().count(f"{checkpoint_of(folder, 4)}: written by hpcfl 7.8.9 in checkpoint format 99, this is hpcfl {__version__} with format "
+                            f"{checkpoint.FORMAT}; nothing was changed. Resume with the version that wrote it\n") == 1, job.text()
+    assert "--may-differ" not in job.text() and before.items() <= files(folder).items() and not left_half_written(folder)
+
+
+def test_a_checkpoint_of_another_version_is_refused_unless_that_may_be(whole, hpcfl, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole[2], folder)
+    of_another(folder, hpcfl="7.8.9")
+    code, text = hpcfl("run", whole[1], "--out", folder)
+    assert code == 5 and f"written by hpcfl 7.8.9 in checkpoint format {checkpoint.FORMAT}, this is hpcfl {__version__} with" in text
+    assert "allow it with --may-differ hpcfl\n" in text
+    assert launch.revisit(folder)[1].rows == 4, "to look at it is allowed"
+    code, text = hpcfl("run", whole[1], "--out", folder, "--may-differ", "hpcfl")
+    assert code == 0 and "resumed after round 4 of 4" in text
+
+
 def test_a_truncated_checkpoint_is_named_with_an_earlier_one(whole, hpcfl, tmp_path):
     shutil.copytree(whole[2], tmp_path / "run")
     (tmp_path / "run" / "STATUS").write_text("running\n")
@@ -321,6 +400,35 @@ def test_a_full_disk_ends_the_run_and_the_checkpoint_before_stays(whole, small_d
     assert "Traceback" not in job.text() and not left_half_written(disk / "run") and (disk / "run" / "LATEST").read_text() == "round-000002\n"
     shutil.copytree(disk / "run", tmp_path / "run")
     resumes_to_the_same_end(whole, tmp_path / "run")
+
+
+@contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    """Inside the block nobody, not even root, writes what he comes to through the folder; skips where that takes rights that we do not have."""
+    mount = shutil.which("mount")
+    if mount is None or subprocess.run([mount, "--bind", folder, folder], capture_output=True, check=False).returncode:
+        pytest.skip("mounting a folder read-only needs rights that this process does not have")
+    try:
+        subprocess.run([mount, "-o", "remount,bind,ro", folder], check=True)
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_a_folder_that_becomes_read_only_ends_the_run_and_the_checkpoint_before_stays(ranks, whole, tmp_path):
+    folder = tmp_path / "run"
+    with started(tmp_path, "run", whole[1], "--out", folder, ranks=ranks, fault=PAUSES) as job:
+        job.reaches("paused-0")
+        with read_only(folder):
+            (tmp_path / "go").touch()
+            assert job.ends() == 5, job.text()
+            again = Forked(tmp_path / "again", "run", whole[1], "--out", folder)
+            assert again.ends() == 2 and f"{folder}: cannot write there: Read-only file system" in again.text(), again.text()
+    text = job.text()
+    assert "could not be written: Read-only file system; what was there before is untouched" in text and "Traceback" not in text
+    assert (folder / "LATEST").read_text() == "round-000002\n" and (folder / "STATUS").read_text() == "running\n"
+    resumes_to_the_same_end(whole, folder)
 
 
 def test_a_folder_that_cannot_be_written_is_said_before_anything_is_trained(hpcfl, tmp_path):

@@ -15,10 +15,10 @@ LAYERS = (                                                         # a file impo
     {"data", "models", "generators", "maps", "resize"},
     {"losses", "matching", "group", "optimizers", "engines", "fit", "synthesise", "evaluate", "membership", "likeness", "latent"},
     {"algorithms"},
-    {"placement", "conditions", "residency", "world", "federation", "simulation", "checkpoint", "ledger", "record", "recording", "trace", "console", "figures",
-     "pictures", "page", "report", "inspect", "information", "audit", "audit_generator", "audit_images", "references", "watchdog", "lead", "launch", "slurm",
-     "bench", "bench_clients", "bench_fedconv", "bench_gefl", "allotment", "probes", "shared_folder", "estimate", "wording", "finding", "verdicts", "verdicts_run",
-     "doctor", "predict", "cli", "__main__"},
+    {"placement", "conditions", "residency", "world", "federation", "simulation", "checkpoint", "ledger", "record", "recording", "trace", "console",
+     "figures", "pictures", "page", "report", "inspect", "information", "audit", "audit_generator", "audit_images", "references", "watchdog", "lead",
+     "signals", "launch", "slurm", "bench", "bench_clients", "bench_fedconv", "bench_gefl", "allotment", "probes", "shared_folder", "estimate", "wording",
+     "finding", "verdicts", "verdicts_run", "doctor", "predict", "cli", "__main__"},
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 TOP_LEVEL = {"setup.py", "hpcfl", "jobs", "tests", "slurm", "README.md", ".ci", "pyproject.toml", "LICENSE", ".gitignore"}

@@ -11,6 +11,7 @@ from launching import CASES, apart, carry_out, checkpoint_of, left_half_written,
 from hpcfl.comm import Alone, Communicator
 from hpcfl.errors import CheckpointError, JobError
 from hpcfl.federation import schedule
+from hpcfl.simulation import Simulation
 from hpcfl.world import World
 
 ALL_CHECKPOINTS = {"every": 1, "keep": 100}
@@ -78,6 +79,16 @@ def test_one_checkpoint_of_another_run_is_resumed_in_a_new_folder_and_left_alone
     assert contents(folder) == before and not apart(outcome(tmp_path / "new"), outcome(whole("standalone")))
 
 
+def test_a_run_that_went_back_to_an_earlier_checkpoint_and_died_goes_on_from_there(stopped, whole, monkeypatch):
+    folder, job = stopped
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(Simulation, "run", lambda self, state: (_ for _ in ()).throw(InterruptedError))
+        carry_out(job, folder, resume=checkpoint_of(folder, 1))
+    assert (folder / "LATEST").read_text() == "round-000001\n"
+    carry_out(job, folder)
+    assert not apart(outcome(folder), outcome(whole("standalone")))
+
+
 def test_a_changed_job_is_refused_by_name_and_nothing_is_touched(stopped):
     folder, _ = stopped
     before = contents(folder)
@@ -141,9 +152,12 @@ def test_never_does_not_enter_a_folder_with_anything_in_it(stopped, tmp_path):
         assert contents(folder) == before
 
 
-def test_a_record_without_a_checkpoint_is_not_overwritten(stopped):
+def test_the_record_of_a_finished_run_without_its_checkpoints_is_not_overwritten(stopped):
     folder, job = stopped
     (folder / "LATEST").unlink()
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "STATUS").write_text("done\n")
+    (folder / "job.toml").write_text("another job")
     before = contents(folder)
     with pytest.raises(JobError, match="holds a run already and nothing is overwritten"):
         carry_out(job, folder)

@@ -26,7 +26,7 @@ def stay_away():
     {how}
 
 def stumble(self, group, message, site):
-    if site.round == 2 and os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK")) == "1":
+    if site.round == 2 and os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK")) == "{rank}":
         Path("away").touch()
         stay_away()
     return train(self, group, message, site)
@@ -44,39 +44,39 @@ def whole(tmp_path_factory):
     return job, write_job(folder, job), carry_out(job, folder / "run")
 
 
-def ends_with_a_name(whole, folder: Path, job, since: float) -> str:
-    """What a job prints that ends because rank 1 stays away; the run goes on from its last checkpoint."""
+def ends_with_a_name(whole, folder: Path, job, since: float, rank: int = 1) -> str:
+    """What a job prints that ends because a rank stays away; the run goes on from its last checkpoint."""
     assert job.ends() == RankMissing.exit_code == 7, job.text()
     assert time.monotonic() - since < 20
-    assert (folder / "STATUS").read_text().startswith(f"failed: timeouts.collective = {LIMIT:g} s is over: rank 1 did not arrive")
+    assert (folder / "STATUS").read_text().startswith(f"failed: timeouts.collective = {LIMIT:g} s is over: rank {rank} did not arrive")
     assert (folder / "LATEST").read_text() == "round-000002\n"
     text = " ".join(job.text().split())
-    assert text.count("is over") == 1 and "Ranks 0, 2 wait in barrier (hpcfl/federation.py:" in text
+    assert text.count("is over") == 1 and f"{_listed([1 - rank, 2])} in barrier (hpcfl/federation.py:" in text
     assert "its last checkpoint is round-000002, and the same command goes on from there" in text
-    for rank in (0, 2):
-        assert "in wait" in (folder / "log" / f"rank-{rank:04d}.stack").read_text()
+    for other in (1 - rank, 2):
+        assert "in wait" in (folder / "log" / f"rank-{other:04d}.stack").read_text()
     carry_out(whole[0], folder)
     assert not apart(outcome(folder), outcome(whole[2]))
     return text
 
 
-@pytest.mark.parametrize("how", AWAY)
-def test_a_rank_that_does_not_arrive_is_named_and_every_rank_says_where_it_is(how, whole, tmp_path):
+@pytest.mark.parametrize(("how", "rank"), [("sleeps", 1), ("sleeps", 0), ("never lets go of Python", 1)])
+def test_a_rank_that_does_not_arrive_is_named_and_every_rank_says_where_it_is(how, rank, whole, tmp_path):
     folder = tmp_path / "run"
-    with started(tmp_path, "run", whole[1], "--out", folder, ranks=3, fault=STAYS_AWAY.format(how=AWAY[how])) as job:
+    with started(tmp_path, "run", whole[1], "--out", folder, ranks=3, fault=STAYS_AWAY.format(how=AWAY[how], rank=rank)) as job:
         job.reaches("away")
-        text = ends_with_a_name(whole, folder, job, time.monotonic())
-    assert "in stay_away" in (folder / "log" / "rank-0001.stack").read_text(), "the stack of the missing rank"
+        text = ends_with_a_name(whole, folder, job, time.monotonic(), rank)
+    assert "in stay_away" in (folder / "log" / f"rank-{rank:04d}.stack").read_text(), "the stack of the missing rank"
     if how == "sleeps":
-        assert re.search(r"rank 1 did not arrive: for \d+\.\d s, since its last \w+, it has been at work in hpcfl/federation.py:\d+ work", text)
-        assert "rank 1: the others wait for this rank, which is here:" in text and "in stay_away" in text
+        assert re.search(rf"rank {rank} did not arrive: for \d+\.\d s, since its last \w+, it has been at work in hpcfl/federation.py:\d+ work", text)
+        assert f"rank {rank}: the others wait for this rank, which is here:" in text and "in stay_away" in text
     else:
         assert "rank 1 did not arrive and gives no sign: it is gone, stopped, or inside one call that does not let go of Python" in text
 
 
 def test_a_rank_that_is_stopped_gives_no_sign(whole, tmp_path):
     folder = tmp_path / "run"
-    with started(tmp_path, "run", whole[1], "--out", folder, ranks=3, fault=STAYS_AWAY.format(how=AWAY["sleeps"])) as job:
+    with started(tmp_path, "run", whole[1], "--out", folder, ranks=3, fault=STAYS_AWAY.format(how=AWAY["sleeps"], rank=1)) as job:
         job.reaches("away")
         job.rank(1).send_signal(signal.SIGSTOP)
         assert "rank 1 did not arrive and gives no sign" in ends_with_a_name(whole, folder, job, time.monotonic())
@@ -190,7 +190,7 @@ def test_a_long_round_is_heard_of_and_a_new_one_is_short_again(capsys):
 
 def test_a_long_round_of_a_run_says_what_it_spends_its_time_on(tmp_path):
     path = write_job(tmp_path, tiny("standalone", federation={"participation": 1.0}, timeouts={"heartbeat": 0.5}))
-    fault = STAYS_AWAY.format(how="time.sleep(2.5)").replace("get(\"PMI_RANK\")", "get(\"PMI_RANK\", \"1\")")
+    fault = STAYS_AWAY.format(how="time.sleep(2.5)", rank=1).replace("get(\"PMI_RANK\")", "get(\"PMI_RANK\", \"1\")")
     with started(tmp_path, "run", path, "--out", tmp_path / "run", fault=fault) as job:
         assert job.ends() == 0, job.text()
     assert re.search(r"3/3  rounds: \d s so far \(train \d\.\d s", job.text()), job.text()

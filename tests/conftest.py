@@ -59,6 +59,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name != "test_slurm.py")  # first: it takes longest, and most of it is waiting
     for item in items:
         for mark in item.iter_markers("mpi"):
             if mark.args or mark.kwargs.keys() - {"min_size"}:

@@ -92,7 +92,7 @@ class Evaluation:
     every: int = integer(1, 1)                                     # rounds; the last round of a phase is always evaluated
     personal: bool = flag(True)
     batch: int = integer(250, 1)                                   # images per forward pass; the results do not depend on it
-    flops: bool = flag(False)                                      # count the clients' operations in the first round of each phase: up to 2.5 times as long
+    flops: bool = flag(False)                                      # count the clients' operations in the first round of each phase: up to 3 times as long
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ def test_one_checkpoint_of_another_run_is_resumed_in_a_new_folder_and_left_alone
 def test_a_run_that_went_back_to_an_earlier_checkpoint_and_died_goes_on_from_there(stopped, whole, monkeypatch):
     folder, job = stopped
     with monkeypatch.context() as patch, pytest.raises(InterruptedError):
-        patch.setattr(Simulation, "run", lambda self, state: (_ for _ in ()).throw(InterruptedError))
+        patch.setattr(Simulation, "run", lambda self: (_ for _ in ()).throw(InterruptedError))
         carry_out(job, folder, resume=checkpoint_of(folder, 1))
     assert (folder / "LATEST").read_text() == "round-000001\n"
     carry_out(job, folder)

@@ -79,8 +79,8 @@ def test_the_file_has_the_documented_layout_and_sum(tmp_path):
             "train/images": ((30, 3, 6, 5), "uint8"), "train/labels": ((30,), "int64"),
             "test/images": ((6, 3, 6, 5), "uint8"), "test/labels": ((6,), "int64")}
         content = b"".join(given[name].tobytes() for name in ("x_train", "y_train", "x_test", "y_test"))
-        assert file.attrs["sha256"] == hashlib.sha256(content).hexdigest()
-        assert (file.attrs["name"], file.attrs["classes"]) == ("own", 3) and {"source", "licence", "hpcfl_version"} <= set(file.attrs)
+        assert file.attrs["sha256"].decode() == hashlib.sha256(content).hexdigest()
+        assert (file.attrs["name"], file.attrs["classes"]) == (b"own", 3) and {"source", "licence", "hpcfl_version"} <= set(file.attrs)
 
 
 @pytest.mark.parametrize("layout", ["NHWC", "NHW", "column labels"])

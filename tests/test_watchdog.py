@@ -68,7 +68,7 @@ def test_a_rank_that_does_not_arrive_is_named_and_every_rank_says_where_it_is(ho
         text = ends_with_a_name(whole, folder, job, time.monotonic(), rank)
     assert "in stay_away" in (folder / "log" / f"rank-{rank:04d}.stack").read_text(), "the stack of the missing rank"
     if how == "sleeps":
-        assert re.search(rf"rank {rank} did not arrive: for \d+\.\d s, since its last \w+, it has been at work in hpcfl/federation.py:\d+ work", text)
+        assert re.search(rf"rank {rank} did not arrive: for \d+\.\d s, since its last \w+, it has been at work in hpcfl/federation.py:\d+ \w+", text)
         assert f"rank {rank}: the others wait for this rank, which is here:" in text and "in stay_away" in text
     else:
         assert "rank 1 did not arrive and gives no sign: it is gone, stopped, or inside one call that does not let go of Python" in text

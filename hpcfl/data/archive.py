@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -51,7 +52,9 @@ def write(path: Path, name: str, data: Labelled, source: str, licence: str) -> N
             rows = max(1, min(len(images), CHUNK_BYTES // images[0].nbytes))
             file.create_dataset(f"{part}/images", data=images, chunks=(rows, *images.shape[1:]), fletcher32=True)
             file.create_dataset(f"{part}/labels", data=labels.astype("<i8"), chunks=labels.shape, fletcher32=True)
-        file.attrs.update(name=name, classes=data.classes, source=source, licence=licence, sha256=digest(data), hpcfl_version=hpcfl.__version__)
+        texts = {"name": name, "source": source, "licence": licence, "sha256": digest(data), "hpcfl_version": hpcfl.__version__}
+        # Of fixed length: texts of variable length lie in a heap without checksums, and HDF5 may never come back from reading a damaged one.
+        file.attrs.update({key: np.bytes_(text.encode()) for key, text in texts.items()}, classes=data.classes)
 
 
 def header(path: Path) -> Header:
@@ -61,7 +64,7 @@ def header(path: Path) -> Header:
     """
     with _reading(path) as file:
         try:
-            texts = {key: str(file.attrs[key]) for key in ("name", "source", "licence", "sha256")}
+            texts = {key: _text(file.attrs[key]) for key in ("name", "source", "licence", "sha256")}
             classes = int(file.attrs["classes"])
         except (KeyError, ValueError, TypeError) as error:
             raise DataError(f"{path}: is not a data set of hpcfl (attribute {error}); delete it and get or import it again") from error
@@ -87,7 +90,7 @@ def verify(path: Path) -> None:
             for start in range(0, len(images), step):
                 hasher.update(images[start:start + step])
             hasher.update(_dataset(file, path, f"{part}/labels")[:].astype("<i8"))
-        wanted = str(file.attrs.get("sha256", "missing"))
+        wanted = _text(file.attrs.get("sha256", "missing"))
     if hasher.hexdigest() != wanted:
         raise DataError(f"{path}: the SHA-256 of its pixels and labels is {hasher.hexdigest()[:16]}..., it says {wanted[:16]}...; "
                         "the file was damaged or changed. Delete it and get or import it again")
@@ -178,3 +181,7 @@ def _dataset(file: h5py.File, path: Path, name: str) -> h5py.Dataset:
     if place.external or place.is_virtual:
         raise DataError(f"{path}: the values of {name} lie in another file; such files are not followed: import the data itself")
     return place
+
+
+def _text(attribute: Any) -> str:
+    return attribute.decode() if isinstance(attribute, bytes) else str(attribute)

@@ -193,10 +193,6 @@ def _speaking(command):
     return wrapped
 
 
-def _numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hpcfl", description=hpcfl.__doc__)
     parser.add_argument("--version", action="version", version=f"hpcfl {hpcfl.__version__}")

@@ -106,7 +106,8 @@ class Record:
         unknown = np.zeros((rows, self.ranks))                     # for what an earlier version did not record
         simulated = [name for name in get if name.startswith("conditions/")]
         for t in range(rows):
-            self.rows.append({"conditions": {name[11:]: get[name][t] for name in simulated} or self._conditions(None), "phase": phases[t], "round": int(get["rounds/round"][t]), "wall_s": float(get["rounds/wall_s"][t]),
+            self.rows.append({"phase": phases[t], "round": int(get["rounds/round"][t]), "wall_s": float(get["rounds/wall_s"][t]),
+                              "conditions": {name[11:]: get[name][t] for name in simulated} or self._conditions(None),
                               "up": get["bytes/simulated_up"][t], "down": get["bytes/simulated_down"][t], "transported": self._fit(get["bytes/transported"][t]),
                               "metrics": {name[6:]: get[name][t] for name in get if name.startswith("train/") and not np.isnan(get[name][t]).all()},
                               "notes": {name[7:]: float(get[name][t]) for name in get if name.startswith("server/") and not np.isnan(get[name][t])},

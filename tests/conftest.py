@@ -1,6 +1,9 @@
 """What all tests share: one thread, the folder of real data, and one voice for many ranks."""
+import functools
 import os
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import cluster
@@ -22,6 +25,19 @@ def data_folder() -> Path:
     if not folder.is_dir():
         pytest.skip("no real data: HPCFL_TEST_DATA is not set and ../shared/data does not exist")
     return folder
+
+
+@pytest.fixture
+def compile_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Has torch.compile use a backend, "inductor" where there is a C++ compiler for it, with nothing compiled yet."""
+    from hpcfl import engines
+
+    def choose(backend: str) -> None:
+        if backend == "inductor" and shutil.which("g++") is None:
+            pytest.skip("torch.compile needs a C++ compiler, and there is no g++")
+        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+        engines.compiled.cache_clear()
+    return choose
 
 
 class Voices:

@@ -1,7 +1,5 @@
 """Evaluation: the right client's weights, eval mode, the shard's order, compiled or not, and nothing left behind."""
-import functools
 import logging
-import shutil
 
 import pytest
 import torch
@@ -69,11 +67,8 @@ def test_the_mode_comes_back_after_an_exception():
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled_answers_are_the_eager_ones_and_one_compilation_serves_all_states(backend, monkeypatch, caplog):
-    if backend == "inductor" and shutil.which("g++") is None:
-        pytest.skip("torch.compile needs a C++ compiler, and there is no g++")
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-    engines.compiled.cache_clear()
+def test_compiled_answers_are_the_eager_ones_and_one_compilation_serves_all_states(backend, compile_with, caplog):
+    compile_with(backend)
     group, modules = example()
     x, states = shard().pixels(slice(None)), [tree.part(own, "model") for own in group.states().values()]
     with inductor.patch(compile_threads=1):                        # starting workers takes longer than compiling

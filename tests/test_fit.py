@@ -1,8 +1,6 @@
 """fit: both engines against plain torch loops and each other, what may and may not change, and how it fails."""
-import functools
 import logging
 import math
-import shutil
 
 import pytest
 import torch
@@ -378,11 +376,8 @@ def test_arguments_that_do_not_fit_are_refused():
 
 
 @pytest.mark.parametrize(("engine", "backend"), [("sequential", "aot_eager"), ("vmap", "aot_eager"), ("vmap", "inductor")])
-def test_compiled_equals_eager(engine, backend, monkeypatch, caplog):
-    if backend == "inductor" and shutil.which("g++") is None:
-        pytest.skip("torch.compile needs a C++ compiler, and there is no g++")
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-    engines.compiled.cache_clear()
+def test_compiled_equals_eager(engine, backend, compile_with, caplog):
+    compile_with(backend)
     group = Group.of("gan", states(Generator, "generator", 2))
     turn = Turn(("generator",), lambda modules, batch, context: modules.generator(batch["z"]).square().mean(), ADAM)
     with inductor.patch(compile_threads=1):                        # starting workers takes longer than compiling

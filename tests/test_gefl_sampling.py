@@ -1,6 +1,4 @@
 """Sampling in rounds of GeFL: which generators are compiled for it, and that this changes no sample."""
-import functools
-import shutil
 from dataclasses import replace
 
 import looping
@@ -55,11 +53,8 @@ def test_clients_with_less_than_a_batch_still_draw_one(monkeypatch):
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled_samples_are_the_eager_ones_and_pictures_are_drawn_as_they_were(backend, monkeypatch, caplog):
-    if backend == "inductor" and shutil.which("g++") is None:
-        pytest.skip("torch.compile needs a C++ compiler, and there is no g++")
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-    engines.compiled.cache_clear()
+def test_compiled_samples_are_the_eager_ones_and_pictures_are_drawn_as_they_were(backend, compile_with, caplog):
+    compile_with(backend)
     world, step, group, site = targets(DDPM, compile="on")
     message, y = world.found(), torch.arange(BATCH) % 10
     before = counters["stats"]["unique_graphs"]

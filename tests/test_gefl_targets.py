@@ -131,12 +131,13 @@ def test_the_papers_range_mode_leaves_samples_as_they_are_drawn(generator, value
 # What is drawn
 
 
+@pytest.mark.parametrize("name", PLANS)
 @pytest.mark.parametrize("generator", GENERATORS)
-def test_a_whole_run_never_reads_the_official_test_set(generator, monkeypatch):
+def test_a_whole_run_never_reads_the_official_test_set(name, generator, monkeypatch):
     def refuse(self):
         raise AssertionError("the official test set was read")
     monkeypatch.setattr(World, "test", property(refuse))
-    assert tree.first_non_finite(went("gefl", generator, federation={"rounds": 1}).states[-1].server) is None
+    assert tree.first_non_finite(went(name, generator, federation={"rounds": 1}).states[-1].server) is None
 
 
 @pytest.mark.parametrize("phase", ["generator", "targets"])

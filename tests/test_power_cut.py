@@ -10,7 +10,6 @@ from collections import Counter
 from pathlib import Path
 
 import h5py
-import pytest
 from forking import Forked
 from launching import apart, carry_out, checkpoint_of, deterministic, left_half_written, outcome, started, tiny, write_job
 

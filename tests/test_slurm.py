@@ -13,7 +13,7 @@ from cluster import Cluster, started as cluster_started
 from launching import apart, carry_out, outcome, started, tiny, undisturbed, write_job
 
 from hpcfl import cli, report, slurm
-from hpcfl.errors import EnvironmentFault, HpcflError, JobError
+from hpcfl.errors import EnvironmentFault, JobError
 from hpcfl.lead import VARIABLE, Lead
 from hpcfl.slurm import Request, Sweep
 

@@ -200,7 +200,8 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="carry out a job (alone, under mpirun or under srun)")
     run.add_argument("job", type=Path, help="a job file (TOML); jobs/ holds examples")
-    run.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a setting; may be given several times")
+    run.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE",
+                     help="override a setting; may be given several times; another algorithm.name leaves out what only the job's method has")
     run.add_argument("--out", type=Path, metavar="DIR", help="the run folder itself (default: runs/NAME/UTC-HASH)")
     run.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="auto (default): go on from the last checkpoint of this job if there is one")
     run.add_argument("--may-differ", action="append", default=[], metavar="SECTION.KEY",

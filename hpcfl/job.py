@@ -148,6 +148,8 @@ SECTIONS = {"run": Run, "data": Data, "models": Models, "federation": Federation
 def load(path: str | Path, configs: Mapping[str, type], overrides: Sequence[str] = ()) -> Job:
     """Read a job file; `overrides` are strings "section.key=value", the value in TOML notation or a bare word.
 
+    An override of algorithm.name has the file's setting tried with another method: of the file's [algorithm] that keeps what it knows too.
+
     Raises: JobError for a file that cannot be read, a section or key that does not exist (with the nearest match) and a value that is not allowed.
     """
     path = Path(path)
@@ -157,10 +159,14 @@ def load(path: str | Path, configs: Mapping[str, type], overrides: Sequence[str]
         raise JobError(f"{path}: cannot read the job file: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise JobError(f"{path}: not a TOML file: {error}") from None
-    for override in overrides:
-        section, key, value = _override(override)
+    changes = [_override(override) for override in overrides]
+    for section, key, value in changes:
         if not isinstance(tables.setdefault(section, {}), dict):
             raise JobError(f"{path}: '{section}' is a value, wanted a section [{section}]")
+        if (section, key) == ("algorithm", "name"):
+            gone = _settings(tables[section].get("name"), configs) - _settings(value, configs)
+            tables[section] = {name: setting for name, setting in tables[section].items() if name not in gone}
+    for section, key, value in changes:
         tables[section][key] = value
     return resolve(tables, configs, str(path))
 
@@ -200,6 +206,11 @@ def _section(kind: type, table: Mapping[str, Any], section: str, where: str) -> 
         except JobError as error:
             raise JobError(f"{where}: {error}") from None
     return kind(**checked)
+
+
+def _settings(method: Any, configs: Mapping[str, type]) -> set[str]:
+    """The settings of a method, none if there is no such method."""
+    return {entry.name for entry in dataclasses.fields(configs[method])} if isinstance(method, str) and method in configs else set()
 
 
 def _override(override: str) -> tuple[str, str, Any]:

@@ -103,6 +103,24 @@ def test_the_last_of_two_overrides_wins(path):
     assert job.load(path, CONFIGS, ["run.seed=4", "run.seed=5"]).run.seed == 5
 
 
+def test_a_setting_tried_with_another_method_keeps_what_that_method_knows(path):
+    configs = CONFIGS | {"other": dataclasses.make_dataclass("Other", [("mu", float, kinds.real(0.02, 0.0))], frozen=True)}
+    path.write_text(TEXT + 'names = ["b"]')
+    assert job.load(path, configs, ["algorithm.name=other"]).tables()["algorithm"] == {"name": "other", "mu": 0.5}
+    assert job.load(path, configs, ["algorithm.name=standalone"]).tables()["algorithm"] == {"name": "standalone"}
+
+
+@pytest.mark.parametrize("text, overrides, key", [
+    (TEXT, ["algorithm.mu=0.1", "algorithm.name=standalone"], "algorithm.mu"),
+    (TEXT + "nu = 1", ["algorithm.name=standalone"], "algorithm.nu"),
+    (TEXT + "names = ['b']", ["algorithm.name=prox", "algorithm.nu=1"], "algorithm.nu"),
+], ids=["asked for", "unknown to both", "the same method"])
+def test_other_keys_that_the_method_does_not_know_are_refused(path, text, overrides, key):
+    path.write_text(text)
+    with pytest.raises(JobError, match=f"unknown key {key}"):
+        job.load(path, CONFIGS, overrides)
+
+
 @pytest.mark.parametrize("override", ["seed=4", "run.seed", "run.=4", ".seed=4", ""])
 def test_a_malformed_override_is_shown_the_right_form(path, override):
     with pytest.raises(JobError, match="section.key=value"):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hpcfl import audit_generator
 from hpcfl.audit_generator import Blocks, Found, attacked
-from hpcfl.audit_images import matched, part, unseen
+from hpcfl.audit_images import in_place, matched, part, unseen
 from hpcfl.data.shards import Shard
 from hpcfl.errors import JobError
 from hpcfl.evaluate import correct, model_of
@@ -100,7 +100,7 @@ def _classifier(world: World, group: Group, client: int, pool: Shard, references
     shard, test, stream = world.holdings[client].train, world.test, world.problem.stream("audit/members", client)
     mine, theirs = matched(shard.labels, test.labels, len(shard), stream)
     members, others = part(shard, mine), part(test, theirs)
-    control = part(pool, matched(pool.labels, others.labels, len(others), stream.of("unseen"))[0])
+    control = in_place(pool, others, stream.of("unseen"))
     predict = model_of(group, world.modules[group.architecture], client)
     costs = [losses(predict, side) for side in (members, others, *([control] if len(control) else []))]
     right = {name: 100 * int(correct(predict, side, world.problem.classes).sum()) / len(side) for name, side in (("members", members), ("others", others))}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hpcfl import likeness, maps
 from hpcfl.algorithms.base import Algorithm, ClientSite, Problem
-from hpcfl.audit_images import matched, part, shuffled, taken
+from hpcfl.audit_images import in_place, matched, part, shuffled, taken
 from hpcfl.data.shards import Shard
 from hpcfl.evaluate import BATCH, in_batches
 from hpcfl.federation import State, schedule
@@ -57,10 +57,8 @@ class Sampler:
         return in_batches(lambda x: self.step.seen(self.group, self.message, self.site, x), shard)
 
     def losses(self, shard: Shard) -> Tensor:
-        """The generator's own loss of each image, (n,) on the host."""
-        blocks = [slice(start, start + BATCH) for start in range(0, len(shard), BATCH)]
-        return torch.cat([self.step.generator_losses(self.group, self.message, self.site, shard.pixels(block), shard.labels[block]).detach()
-                          for block in blocks]).double().cpu()
+        """The generator's own loss of each image, (n,) float64 on the host."""
+        return self.step.generator_losses(self.group, self.message, self.site, shard).cpu()
 
 
 def measure(world: World, state: State, clients: Sequence[int], pool: Shard, per_class: int) -> tuple[Found, Blocks]:
@@ -129,7 +127,7 @@ def _attacks(sampler: Sampler, judge: Sampler | None, members: Shard, others: Sh
     There a generator trained on other data calibrates; real images of the pool, as many as samples, stand in for it (ours).
     `unseen_auc`: the attack on images of the pool in the place of the members; it is 0.5 but for what tells the training set from the test set.
     """
-    unseen = part(pool, matched(pool.labels, others.labels, len(others), sampler.site.problem.stream("audit/unseen"))[0])
+    unseen = in_place(pool, others, sampler.site.problem.stream("audit/unseen"))
     sides = [members, others, *([unseen] if len(unseen) else [])]
     points = [sampler.seen(side) for side in sides]
     distances = [nearest(each, samples) for each in points]
@@ -140,7 +138,8 @@ def _attacks(sampler: Sampler, judge: Sampler | None, members: Shard, others: Sh
     else:
         found["nearest_calibrated"] = {"left_out": "too few images of a class are left that nobody trained on; take fewer --samples, "
                                                    "or a run with data.fraction below 1"}
-    found["loss"] = attacked([-judge.losses(side) for side in sides]) if judge else {"left_out": "this generator has no loss of single images"}
+    everything = Shard(*(torch.cat([getattr(side, name) for side in sides]) for name in ("images", "labels")), members.scale)
+    found["loss"] = attacked((-judge.losses(everything)).split([len(side) for side in sides])) if judge else {"left_out": "this generator has no loss of single images"}
     return found
 
 

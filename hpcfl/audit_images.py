@@ -22,6 +22,11 @@ def matched(labels: Tensor, others: Tensor, most: int, stream: Stream) -> tuple[
     return taken(labels, here, counts), taken(others, there, counts)
 
 
+def in_place(pool: Shard, others: Shard, stream: Stream) -> Shard:
+    """Images of the pool to put in the place of members: as many of each class as the others have, or as there are."""
+    return part(pool, matched(others.labels, pool.labels, len(others), stream)[1])
+
+
 def taken(labels: Tensor, order: Tensor, counts: Tensor) -> Tensor:
     """The first counts[c] indices of each class c in the order, class by class."""
     ordered = labels[order]

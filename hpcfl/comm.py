@@ -145,13 +145,11 @@ class Communicator:
         `waiting()` is entered at rank 0 while it waits for the shares of others.
         """
         self._help_with, self._waiting = help_with, waiting
-        if not self.is_server:
-            return self._serve(help_with)
         try:
-            return function(*args)
+            return function(*args) if self.is_server else self._serve()
         finally:
             self._help_with = None
-            if self.size > 1:
+            if self.is_server and self.size > 1:
                 self._engine.bcast(None)                           # the others go on even where the server failed
 
     def from_server(self, function: Callable[..., Tree], *args: Any) -> Tree:
@@ -181,8 +179,8 @@ class Communicator:
         if self._help_with is None:
             raise RuntimeError(f"rank {self.rank}: spread('{verb}') was called where the other ranks do not attend; call it at rank 0, inside at_server(..., help_with=...)")
         if len(items) < 2:
-            return self._help_with(verb, dict(items))
-        results = self._helped(verb, items, costs) if self.size > 1 else self._help_with(verb, dict(items))
+            return self._share(verb, dict(items))
+        results = self._helped(verb, items, costs) if self.size > 1 else self._share(verb, dict(items))
         self.carried["send"] += sum(tree.nbytes(each) for moved in (items, results) for each in moved.values())
         return results
 
@@ -191,7 +189,7 @@ class Communicator:
         self._engine.bcast(verb)
         for rank in range(1, self.size):
             self._send({key: items[key] for key in shares[rank]}, rank)
-        outcomes = [_carry_out(self._help_with, verb, {key: items[key] for key in shares[0]}, rank=0)]
+        outcomes = [self._carry_out(verb, {key: items[key] for key in shares[0]})]
         with self._waiting():
             outcomes += [_Outcome(*self._receive(rank)) for rank in range(1, self.size)]
         for outcome in outcomes:                                   # after all have answered, so that the next message finds everybody listening
@@ -261,9 +259,24 @@ class Communicator:
         """Bcast, Reduce and Gatherv of `size` bytes, a multiple of 8, of every rank, by name: bare and uncounted, to be timed; none where there is one rank."""
         return {} if self.size == 1 else self._engine.collectives(size)
 
-    def _serve(self, help_with: HelpWith | None) -> None:
+    def _share(self, verb: str, items: dict[int, Tree]) -> dict[int, Tree]:
+        """This rank's share of spread work, in which nobody attends to work that is spread again."""
+        help_with, self._help_with = self._help_with, None
+        try:
+            return help_with(verb, items)
+        finally:
+            self._help_with = help_with
+
+    def _carry_out(self, verb: str, items: dict[int, Tree]) -> _Outcome:
+        try:
+            return _Outcome(self._share(verb, items) if items else {})
+        except Exception as error:                                 # whatever it is, rank 0 raises it
+            error.add_note(f"raised on rank {self.rank}:\n{traceback.format_exc()}")
+            return _Outcome({}, error if _survives_pickling(error) else RuntimeError(f"rank {self.rank}: {traceback.format_exc()}"))
+
+    def _serve(self) -> None:
         while (verb := self._engine.bcast(None)) is not None:
-            outcome = _carry_out(help_with, verb, self._receive(0)[0], self.rank)
+            outcome = self._carry_out(verb, self._receive(0)[0])
             self._send(outcome.results, 0, outcome.error)
 
     def _send(self, trees: Mapping[int, Tree], rank: int, error: Exception | None = None) -> None:
@@ -326,7 +339,12 @@ def connect(deterministic: bool = False, checked: bool = True) -> Communicator:
 
     Raises: EnvironmentFault where a launcher started several ranks that cannot see each other, unless that is not to be checked.
     """
-    communicator = Communicator(_engine(), deterministic)
+    try:
+        from mpi4py import MPI                                     # here, not above: importing it starts MPI
+    except (ImportError, RuntimeError):                            # not installed; installed, but without a library to load
+        communicator = Communicator(Alone(), deterministic)
+    else:
+        communicator = Communicator(Ranks(MPI, MPI.COMM_WORLD), deterministic)
     if checked:
         communicator.check_launch()
     return communicator
@@ -346,14 +364,6 @@ def carry(device: str) -> None:
     MPI.COMM_SELF.Reduce(sent, total, op=MPI.SUM, root=0)
     if not (received.equal(sent) and total.equal(sent)):
         raise EnvironmentFault(f"what MPI moved between buffers on {device} did not arrive as it was sent")
-
-
-def _engine() -> Alone | Ranks:
-    try:
-        from mpi4py import MPI                                     # here, not above: importing it starts MPI
-    except (ImportError, RuntimeError):                            # not installed; installed, but without a library to load
-        return Alone()
-    return Ranks(MPI, MPI.COMM_WORLD)
 
 
 def _labelled(name: str, part: Sums | Uploads) -> list[tuple[str, Any, Tree]]:
@@ -381,14 +391,6 @@ def _shares(costs: Mapping[int, float], ranks: int) -> list[list[int]]:
         shares[-rank].append(key)
         heapq.heapreplace(loads, (load + max(costs[key], 1), rank))
     return shares
-
-
-def _carry_out(help_with: HelpWith, verb: str, items: dict[int, Tree], rank: int) -> _Outcome:
-    try:
-        return _Outcome(help_with(verb, items) if items else {})
-    except Exception as error:                                     # whatever it is, rank 0 raises it
-        error.add_note(f"raised on rank {rank}:\n{traceback.format_exc()}")
-        return _Outcome({}, error if _survives_pickling(error) else RuntimeError(f"rank {rank}: {traceback.format_exc()}"))
 
 
 def _survives_pickling(error: Exception) -> bool:

@@ -100,7 +100,7 @@ def together(plan: Plan, group: Group, batches: Batches) -> Outcome:
 
 @dataclass(frozen=True)
 class Bound:
-    """One Turn on concrete tensors. Vmapped, a leaf is (K', ...), and `parameters` and slots have its K' rows in its place."""
+    """One Turn on concrete tensors. Vmapped, a leaf is (K', ...), and `parameters` and slots have its K' rows in its place, or itself if `stacked`."""
 
     turn: Turn
     own: Tree                                                      # dotted name -> what the loss reads
@@ -108,6 +108,7 @@ class Bound:
     parameters: list[Tensor]                                       # what is updated
     slots: Slots
     rows: int = 0                                                  # K'; 0: one client, not vmapped
+    stacked: bool = False
 
     def step(self, plan: Plan, batch: Tree) -> Tree:
         """One update in place; the loss and the scalars, () or (K',)."""
@@ -118,14 +119,14 @@ class Bound:
         gradients = [gradients[index] for index in used]
         if self.turn.optimizer.clip and gradients:
             gradients = (vmap(clipped, (0, None)) if self.rows else clipped)(gradients, self.turn.optimizer.clip)
-        if self.rows:
+        if self.rows and not self.stacked:
             gradients = [row for gradient in gradients for row in gradient.unbind()]
         self.turn.optimizer.update_out(parameters, gradients, slots)
         return {"loss": loss, **scalars}
 
     def part(self, used: list[int]) -> tuple[list[Tensor], Slots]:
         """Parameters and slots of some leaves: an update passes over what the loss left out, as in torch.optim."""
-        rows = self.rows or 1
+        rows = 1 if self.stacked else self.rows or 1
         flat = [leaf * rows + row for leaf in used for row in range(rows)]
         return [self.parameters[index] for index in flat], {name: [slot[index] for index in flat] for name, slot in self.slots.items()}
 
@@ -134,17 +135,19 @@ class Selection:
     """Some rows of the stacked state, which take steps together."""
 
     def __init__(self, plan: Plan, state: Tree, clients: int, indices: tuple[int, ...]) -> None:
-        def rows(paths: Iterable[str]) -> list[Tensor]:
-            return [state[path][index] for path in paths for index in indices]
         self.plan, self.state, self.indices = plan, state, indices
         self.index = None if len(indices) == clients else torch.tensor(indices, device=next(iter(state.values())).device)
-        self.targets = [(rows(paths), {slot: rows(names) for slot, names in slots.items()})
-                        for paths, slots in zip(plan.trained, plan.slots, strict=True)]
+        self.stacked = [self.index is None and turn.optimizer.elementwise for turn in plan.turns]
+
+        def leaves(paths: Iterable[str], stacked: bool) -> list[Tensor]:
+            return [state[path] for path in paths] if stacked else [state[path][index] for path in paths for index in indices]
+        self.targets = [(leaves(paths, stacked), {slot: leaves(names, stacked) for slot, names in slots.items()})
+                        for paths, slots, stacked in zip(plan.trained, plan.slots, self.stacked, strict=True)]
         self.whole = [self.bind(number, state) for number in range(len(plan.turns))] if self.index is None else None
 
     def bind(self, number: int, read: Tree) -> Bound:
-        """One Turn that reads `read` (K', ...) and updates the rows of the state itself."""
-        return Bound(self.plan.turns[number], *self.plan.bind(number, read), *self.targets[number], len(self.indices))
+        """One Turn that reads `read` (K', ...) and updates the state itself."""
+        return Bound(self.plan.turns[number], *self.plan.bind(number, read), *self.targets[number], len(self.indices), self.stacked[number])
 
     def step(self, batch: Tree, meter: Meter) -> None:
         """All Turns on one stacked batch; a part of the clients is gathered, and what its modules wrote into their buffers is put back."""

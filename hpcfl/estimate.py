@@ -83,12 +83,12 @@ def load_of(world: World) -> Load:
     sizes = {client: len(world.split.train[client]) for client in world.mine}
     batches = {architecture: job.training.epochs * sum(len(batch_sizes(sizes[client], job.training.batch)) for client in clients)
                for architecture, clients in hosted.items()}
-    batch_s = {architecture: time_batch(world, architecture, min(job.training.batch, max(sizes[client] for client in clients)))
-               for architecture, clients in hosted.items()}
     held = {architecture: min(len(clients), job.clients.chunk or len(clients)) for architecture, clients in hosted.items()}
     at_once = {architecture: count if problem.device.type == "cuda" else 1 for architecture, count in held.items()}
+    batch_s = {architecture: time_batch(world, architecture, min(job.training.batch, max(sizes[client] for client in clients)), at_once[architecture])
+               for architecture, clients in hosted.items()}
     parts = (world.split.train, world.split.validation, world.split.test)
-    images = len(world.corpus.test_labels) + sum(len(part[client]) for part in parts for client in world.mine)
+    images = len(world.corpus.test_labels) + len(world.split.public) + len(world.split.public_validation) + sum(len(part[client]) for part in parts for client in world.mine)
     if job.clients.residency == "disk" or (job.clients.residency == "host" and problem.device.type == "cuda"):
         states = max((TIMES_AT_WORK * count * model_bytes(world, architecture) for architecture, count in held.items()), default=0)
     else:
@@ -98,25 +98,29 @@ def load_of(world: World) -> Load:
                 states + training + images * math.prod(world.corpus.shape))
 
 
-def time_batch(world: World, architecture: str, images: int) -> float:
-    """Seconds of one step of one client's model on a batch of so many images, by the loop and the optimiser of the job, uncompiled."""
+def time_batch(world: World, architecture: str, images: int, clients: int = 1) -> float:
+    """Seconds of one step of one client's model on a batch of so many images, by the loop and the optimiser of the job, uncompiled.
+
+    `clients` train beside each other, and the time is an equal part of theirs.
+    """
     problem, times = world.problem, list[float]()
     generator = problem.stream("doctor").torch()
     batch = {"x": torch.rand(images, *problem.shape, generator=generator).to(problem.device),
              "y": (torch.arange(images) % problem.classes).to(problem.device)}
 
-    def batches(_: int) -> Iterator[Tree]:
+    def batches(client: int) -> Iterator[Tree]:
         for _ in range(BATCHES + 1):
-            if problem.device.type == "cuda":
-                torch.cuda.synchronize(problem.device)
-            times.append(time.perf_counter())
+            if client == 0:                                        # of those who take their steps together the first
+                if problem.device.type == "cuda":
+                    torch.cuda.synchronize(problem.device)
+                times.append(time.perf_counter())
             if len(times) > BATCHES or (len(times) > 2 and times[-1] - times[0] > ENOUGH_S):
                 return
             yield batch
     module = problem.structure(architecture)
-    group = Group(architecture, (0,), tree.stack([tree.join(model=module.state_dict())]))
+    group = Group(architecture, tuple(range(clients)), tree.stack([tree.join(model=module.state_dict())] * clients))
     problem.fit(group, {"model": module}, [Turn(("model",), cross_entropy, Optimizer.of(world.job.training, lr=GENTLE))], batches, where="doctor")
-    return median(later - earlier for earlier, later in zip(times[1:-1], times[2:], strict=True))         # the first warms up
+    return median(later - earlier for earlier, later in zip(times[1:-1], times[2:], strict=True)) / clients         # the first warms up
 
 
 def a_round(world: World, loads: tuple[Load, ...], wire: Sequence[Mapping[str, Any]]) -> Estimate:

@@ -2,6 +2,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from torch import Tensor
 
@@ -63,6 +64,7 @@ def rounds(exchange: "Exchange", state: State | None = None) -> Iterator[tuple[S
         exchange.wait()                                            # nobody leaves a barrier before all have come: the round begins at one time everywhere
         exchange.ledger.open()
         state = regrouped(exchange.world, state, place.row)
+        exchange.forget(place.phase)
         for step in place.phase.steps:
             for half in (exchange.collect, exchange.refine):       # the state before each is let go with it: of a client there are two at most
                 state = half(step, state, place)
@@ -188,6 +190,10 @@ class Exchange:
                 self.published[step] = self.moved(step, state, before or Message({}, {}, -1))
         return self.published[step]
 
+    def forget(self, phase: Phase) -> None:
+        """Let go of what the steps of earlier phases published."""
+        self.published = {step: message for step, message in self.published.items() if step in phase.steps}
+
     def moved(self, step: Algorithm, state: State, before: Message) -> Message:
         """The message of a step at every rank."""
         comm = self.world.comm
@@ -224,26 +230,26 @@ class Exchange:
         for position, group in enumerate(groups):
             present = [client for client in group.clients if client in cohort]
             if present:
-                download = self.hand_out(step, message, group.architecture, present, received)
+                download = partial(self.hand_out, step, message, group.architecture, present, received)
                 groups[position], statistics = self.at_work(verb, group, present, download, place, name)
                 with self.ledger("combine"):                       # sums in the room of one, unless they are to be added in client order
                     total = total + statistics if self.world.comm.deterministic else (total + statistics).reduced()
         self.ledger.uploaded(total.simulated_bytes())
         return replace(state, groups=tuple(groups), received=received), total
 
-    def at_work(self, verb: Callable[..., Update], parked: Group | Parked, present: Sequence[int], download: Tree, place: Place,
-                name: str) -> tuple[Group | Parked, Statistics]:
+    def at_work(self, verb: Callable[..., Update], parked: Group | Parked, present: Sequence[int], download: Callable[[], Tree],
+                place: Place, name: str) -> tuple[Group | Parked, Statistics]:
         """A group after the work of those of its clients who take part, put away again, and what they send up."""
-        world = self.world
-        with counting(world.job.evaluation.flops and place.round == 0) as counter:
-            start = time.perf_counter()
-            with self.ledger(name):
+        world, start = self.world, time.perf_counter()
+        with self.ledger(name):
+            message = download()
+            with counting(world.job.evaluation.flops and place.round == 0) as counter:
                 whole = parked.fetch()
                 group = whole.select(present)
                 site = world.client_site(group, place.phase, place.round)
-                update = verb(group, download, site)
+                update = verb(group, message, site)
                 parked = world.park(whole.updated(update.group))
-            costs = {"seconds": time.perf_counter() - start} | ({"flops": counter.flops} if counter else {})
+        costs = {"seconds": time.perf_counter() - start} | ({"flops": counter.flops} if counter else {})
         share = site.sizes(group) / site.sizes(group).sum()        # a client's part of its group's, by images
         self.ledger.measured(name, group.clients, update.metrics)
         self.ledger.spent(name, group.clients, {cost: spent * share for cost, spent in costs.items()})

@@ -73,6 +73,8 @@ def draw(mean: Tensor, factor: Tensor, labels: Tensor, eps: Tensor) -> Tensor:
         return centre + eps * factor.expand(len(mean), -1)[labels]
     if len(factor) == 1:
         return centre + eps @ factor[0].T
+    if eps.is_cuda:                                                # C times the products, but nothing that waits for the device
+        return centre + (eps @ factor.mT)[labels, torch.arange(len(labels), device=eps.device)]
     noise = torch.empty_like(eps)
     for label in labels.unique().tolist():                         # a factor per sample would be (n, p, p)
         noise[labels == label] = eps[labels == label] @ factor[label].T
@@ -89,6 +91,9 @@ def distance(mean: Tensor, factor: Tensor, labels: Tensor, z: Tensor) -> Tensor:
         return (apart / factor.expand(len(mean), -1)[labels]).square().sum(1)
     if len(factor) == 1:
         return torch.linalg.solve_triangular(factor[0], apart.T, upper=False).square().sum(0)
+    if apart.is_cuda:
+        solved = torch.linalg.solve_triangular(factor, apart.T.expand(len(factor), -1, -1), upper=False)                    # (C, p, n)
+        return solved.square().sum(1)[labels, torch.arange(len(labels), device=apart.device)]
     squared = torch.empty_like(apart[:, 0])
     for label in labels.unique().tolist():
         squared[labels == label] = torch.linalg.solve_triangular(factor[label], apart[labels == label].T, upper=False).square().sum(0)

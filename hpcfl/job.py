@@ -84,7 +84,7 @@ class Training:
     weight_decay: float = real(0.0, 0.0)
     clip: float = real(0.0, 0.0)                                   # gradient norm per client; 0: no clipping
     engine: str = choice("auto", "sequential", "vmap")             # auto: sequential on CPU, vmap on CUDA
-    precision: str = choice("auto", "float32", "bfloat16")         # auto: float32
+    precision: str = choice("auto", "float32", "bfloat16")         # auto: float32, on a GPU without TF32
 
 
 @dataclass(frozen=True)

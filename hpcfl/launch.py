@@ -50,6 +50,9 @@ def run(job: Job, comm: Communicator, out: Path | None, resume: str, may_differ:
             return folder
         set_threads(job, comm)
         device = choose_device(job.run.device, comm.local_rank)
+        if job.run.deterministic and device.type == "cuda":
+            raise JobError("run.deterministic = true promises the same bits, which no GPU keeps, but run.device chose one; set run.device = 'cpu', or "
+                           "run.deterministic = false")
         world = World(job, comm, device, comm.share(checkpoint.past(resume_from) if comm.is_server and resume_from else None))
         console.say(f"{job.run.name}: {job.algorithm_name} on {job.data.name}, {world.clients} clients on {comm.size} rank(s), "
                     f"{sum(phase.rounds for phase in world.plan)} rounds -> {folder}")
@@ -157,6 +160,7 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
         return torch.device("cpu")
     device = torch.device("cuda", local_rank % visible)
     torch.cuda.set_device(device)
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False        # float32 is what its name says, as on a CPU
     return device
 
 

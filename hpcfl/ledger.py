@@ -47,12 +47,12 @@ class Ledger:
         try:
             yield
         finally:
-            if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)
             self._turn_over()
             self._kinds.pop()
 
     def _turn_over(self) -> None:
+        if self._kinds and self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)                   # what is under way belongs to the block that began it
         now = time.perf_counter()
         if self._kinds:
             kind, duration = self._kinds[-1], now - self._since

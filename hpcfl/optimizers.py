@@ -49,6 +49,11 @@ class Optimizer:
         """What the rule remembers of each parameter."""
         return RULES[self.name][0](self)
 
+    @property
+    def elementwise(self) -> bool:
+        """Whether the rule treats every number alike, so that the stacked leaves of many clients are updated as one tensor each."""
+        return STEP not in self.slots
+
     def update_out(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor], slots: Slots) -> None:
         """One update of parameters and slots in place; the kernels read memory flat, so gradients are first laid out like their parameters."""
         if parameters:

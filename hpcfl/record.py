@@ -56,6 +56,15 @@ class Record:
                           "seconds": {kind: np.array([account["seconds"][kind] for account in accounts]) for kind in SECONDS},
                           "wire": {kind: sum(account["carried"][kind] for account in accounts) for kind in EXCHANGES},
                           "item_s": max(account["item_s"] for account in accounts)})
+        self._trace(accounts)
+
+    def add_late(self, accounts: Sequence[Mapping[str, Any]]) -> None:
+        """Add to the last row what all ranks booked after it, where no round follows."""
+        for kind, seconds in self.rows[-1]["seconds"].items():
+            seconds += [account["seconds"][kind] for account in accounts]
+        self._trace(accounts)
+
+    def _trace(self, accounts: Sequence[Mapping[str, Any]]) -> None:
         began_s = self._resumed_s + accounts[0]["opened_s"]
         tables = [{"rank": np.full(len(own["kind"]), rank), "row": np.full(len(own["kind"]), len(self.rows) - 1), **own, "start_s": began_s + own["start_s"]}
                   for rank, own in enumerate(account["intervals"] for account in accounts)]

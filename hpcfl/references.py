@@ -31,6 +31,7 @@ def reference_models(problem: Problem, architecture: str, pool: Shard, size: int
     if epochs < 1 or count < 1:
         raise JobError(f"reference models: got {count} models of {epochs} epochs, wanted at least 1 of each")
     pool, training, name = pool.to(problem.device), problem.job.training, f"{purpose}/{architecture}"
+    augmentation = problem.augmentation(soft_labels=True)
 
     def initial(model: int) -> Tree:
         with problem.stream(f"{name}/init", model).seeding():
@@ -40,7 +41,7 @@ def reference_models(problem: Problem, architecture: str, pool: Shard, size: int
         order = problem.stream(f"{name}/images", model).numpy().permutation(len(pool))
         chosen = torch.from_numpy(order[:size]).to(problem.device)
         drawn = Shard(pool.images[chosen], pool.labels[chosen], pool.scale)
-        return shards.epochs(drawn, training.batch, epochs, problem.stream(f"{name}/batches", model))
+        return shards.epochs(drawn, training.batch, epochs, problem.stream(f"{name}/batches", model), augmentation)
     group = Group(architecture, tuple(range(count)), tree.join(model=tree.stack([initial(model) for model in range(count)]))).to(problem.device)
     modules = {"model": problem.structure(architecture)}
     group, _ = problem.fit(group, modules, [Turn(("model",), cross_entropy, problem.optimizer())], batches,

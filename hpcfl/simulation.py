@@ -56,6 +56,8 @@ class Simulation:
             if end or stop or state.rows % self.world.job.checkpoint.every == 0:
                 with self.ledger("checkpoint"):
                     checkpoint.save(self.folder, self.world, state, self.record, self.score)
+            if end or stop:
+                self._book_last_checkpoint()
             if stop and not end:
                 raise Stopped(f"{self.folder}: stopped on a signal after round {state.rows} of {len(self.places)}; a checkpoint is there, the same command resumes")
             del state                                              # not to be kept beside those of the next round
@@ -165,6 +167,12 @@ class Simulation:
             self.console.round(place, len(self.places), row, self.lines)
             self.lead.watch(row["wall_s"], float(row["seconds"]["checkpoint"].max()))
             self.lines = {}
+
+    def _book_last_checkpoint(self) -> None:
+        accounts = self.comm.gather(self.ledger.close())
+        if self.comm.is_server:
+            self.record.add_late(accounts)
+            self.record.write(self.folder / "metrics.h5")
 
     def _sample(self, state: State, place: Place) -> None:
         """Synthetic images beside real ones, for people to look at."""

@@ -11,7 +11,7 @@ from hpcfl.tree import Tree, digest, floating, join, nbytes, part, transform
 Shape = tuple[int, ...]
 SumLayout = tuple[tuple[str, Shape, Shape], ...]                   # (path, shape of the sum, shape of the count), by path
 Header = tuple[str, str | tuple[int, ...], int]                    # (kind, digest of the layout or clients, floats of the total)
-BLOCK = {"cpu": 1 << 14, "cuda": 1 << 24}                          # elements added at a time: a cache's worth, or a kernel's worth
+BLOCK = {"cpu": 1 << 14, "cuda": 1 << 24}                          # elements added at a time: of each client a cache's worth, or of all a kernel's
 
 
 @dataclass(frozen=True)
@@ -297,7 +297,7 @@ def _add_products(out: Tensor, values: Sequence[Tensor], weights: Sequence[Tenso
     device = values[0].device
     target = out if device.type == "cpu" else torch.zeros(out.shape, dtype=torch.float64, device=device)
     pairs = [(value, weight.to(device)) for value, weight in zip(values, weights, strict=True)]
-    size = BLOCK[device.type]
+    size = max(1, BLOCK[device.type] // (len(order) if device.type == "cuda" else 1))
     for start in range(0, len(out), size):
         block = slice(start, start + size)
         products = [row for value, weight in pairs

@@ -132,12 +132,11 @@ class Scratch:
         """Put a leaf there. Raises EnvironmentFault where the disk does not take it (full)."""
         content = leaf.detach().cpu().reshape(-1).view(torch.uint8).numpy()
         free = self._free[len(content)]
-        start = free[-1] if free else self._end
-        self._transfer(os.pwrite, content, start)
-        if free:
-            free.pop()
+        if free:                                                   # taken before the disk is waited for: meanwhile other places may become free
+            start = free.pop()
         else:
-            self._end += len(content)
+            start, self._end = self._end, self._end + len(content)
+        self._transfer(os.pwrite, content, start)
         written = Written(start, tuple(leaf.shape), leaf.dtype)
         weakref.finalize(written, free.append, start).atexit = False
         return written

@@ -76,14 +76,6 @@ def digest(described: Layout) -> str:
     return hashlib.blake2b(repr(described).encode(), digest_size=16).hexdigest()
 
 
-def pack(tree: Tree) -> Tensor:
-    """A Tree as one contiguous uint8 buffer on the host, (nbytes,); undone by `unpack` with the same layout."""
-    buffer = torch.empty(nbytes(tree), dtype=torch.uint8)
-    for leaf, target in zip(_ordered(tree), unpack(buffer, layout(tree)).values(), strict=True):
-        target.copy_(leaf)
-    return buffer
-
-
 def unpack(buffer: Tensor, described: Layout) -> Tree:
     """The Tree whose leaves are views of `buffer` (uint8, contiguous) in the given layout."""
     tree, start = {}, 0
@@ -94,15 +86,6 @@ def unpack(buffer: Tensor, described: Layout) -> Tree:
     return tree
 
 
-def first_non_finite(tree: Tree) -> str | None:
-    """The path of the first leaf that holds NaN or infinity, or None."""
-    return next((path for path, leaf in tree.items() if leaf.is_floating_point() and not bool(torch.isfinite(leaf).all())), None)
-
-
 def equal(one: Tree, other: Tree) -> bool:
     """Same paths, types and bits."""
     return one.keys() == other.keys() and all(one[path].dtype == other[path].dtype and torch.equal(one[path], other[path]) for path in one)
-
-
-def _ordered(tree: Tree) -> Iterable[Tensor]:
-    return (tree[path] for path, _, _ in layout(tree))

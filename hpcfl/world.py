@@ -13,7 +13,7 @@ from hpcfl.comm import Communicator
 from hpcfl.conditions import Answers, simulate
 from hpcfl.data import corpora, partition
 from hpcfl.data.shards import Scale, Shard, load
-from hpcfl.errors import JobError
+from hpcfl.errors import DataError, JobError
 from hpcfl.group import Group
 from hpcfl.job import Job
 from hpcfl.ledger import Ledger
@@ -42,6 +42,7 @@ class World:
         self.plan = PLANS[job.algorithm_name].plan(job.algorithm, self.problem)
         for step in self._steps():
             step.accept(self.split.counts(self.corpus.train_labels, self.problem.classes))
+        self._accept_single_images()
         self.home = self._home(past)
         residence = RESIDENCIES[job.clients.residency](device, job.clients.folder)
         self.park: Callable[[Group], Group | Parked] = residence.park                    # a Group put away until its next turn at work
@@ -171,6 +172,21 @@ class World:
             models = self.job.models
             return zoo.memory(name, shape, self.corpus.classes, models.features, models.norm, models.feature_relu, self.job.training.batch, slots)
         return Problem(self.job, shape, self.corpus.classes, scale, Sizes(self.job.models, self.clients, self.job.run.seed, memory), device)
+
+    def _accept_single_images(self) -> None:
+        """Refuse batches of one image where a model's BatchNorm has one value of it to take a variance of."""
+        batch, sizes = self.job.training.batch, [len(part) for part in self.split.train]
+        if min(batch, *sizes) > 1:
+            return
+        for name in self.problem.sizes.every:
+            try:
+                self.problem.structure(name).train()(torch.zeros(1, *self.problem.shape, device=self.problem.device))
+            except ValueError:
+                fault = f"trains '{name}' on single images, of which its BatchNorm has no variance; set models.norm = 'group', or"
+                if batch == 1:
+                    raise JobError(f"training.batch = 1 {fault} training.batch to at least 2") from None
+                raise DataError(f"client {sizes.index(1)} has 1 training image and {fault} give every client more: raise data.fraction, use fewer clients or "
+                                "a milder data.partition") from None
 
     def _home(self, past: Past | None) -> tuple[int, ...]:
         ranks, server = self.comm.size, self.job.federation.server

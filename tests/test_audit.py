@@ -10,7 +10,7 @@ from launching import carry_out, tiny
 from hpcfl import audit, audit_generator, cli, launch
 from hpcfl.algorithms.fedvtc import FineTune
 from hpcfl.audit_generator import Sampler
-from hpcfl.audit_images import matched, shuffled, taken, unseen
+from hpcfl.audit_images import in_place, matched, shuffled, taken, unseen
 from hpcfl.data.shards import Scale, Shard
 from hpcfl.errors import CheckpointError, JobError
 from hpcfl.streams import Stream
@@ -68,6 +68,14 @@ def test_at_most_so_many_members_are_drawn_from_all_alike():
     mine, theirs = matched(torch.arange(4).repeat(100), torch.arange(4).repeat(100), 60, STREAM)
     assert len(mine) == len(theirs) == 60 and mine.max() > 300 and mine.min() < 100
     assert not torch.equal(mine, matched(torch.arange(4).repeat(100), torch.arange(4).repeat(100), 60, STREAM.of("other"))[0])
+
+
+def test_the_control_has_the_others_class_mix_as_far_as_the_pool_goes():
+    def shard(*counts):
+        labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+        return Shard(torch.arange(float(len(labels))).view(-1, 1, 1, 1), labels, Scale())
+    assert in_place(shard(*[200] * 10), shard(50, 10), STREAM).labels.bincount().tolist() == [50, 10]
+    assert in_place(shard(20, 200, 200), shard(50, 10), STREAM).labels.bincount().tolist() == [20, 10]
 
 
 def test_sets_that_share_no_class_match_in_nothing():

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from featuring import CLASSES, CLIENTS, FEW, FOUR, HEAD_BYTES, SIZE, features_of, labels_of, server_site, shares, usual, went
+from gefling import watched
 from looping import Run, bits, changed, finite, job, run, step, world
 from torch import nn
 
@@ -271,10 +272,17 @@ def test_the_optimiser_of_the_generator_goes_on_from_round_to_round_and_stays_at
     assert not any("optimizer" in path for path in step(found.world, FedGen).publish(found.states[-1].server))
 
 
-def test_classes_that_nobody_has_are_never_wished_for():
-    has = torch.zeros(CLASSES, dtype=torch.bool)
-    has[[2, 5]] = True
-    drawn = fedgen.labels(has, 400, torch.Generator().manual_seed(0))
+def test_classes_that_nobody_has_are_never_wished_for(monkeypatch):
+    calls = watched(monkeypatch)
+    found = run(world(job("fedgen", FEW["fedgen"], data={"fraction": 0.005, "partition": "iid"}, federation={"clients": 2, "rounds": 2})))
+    present = set(np.flatnonzero(found.world.split.counts(found.world.corpus.train_labels, CLASSES).sum(0)).tolist())
+    assert 1 < len(present) < CLASSES
+    batches = [batch for call in calls for client in call.before.clients for batch in call.batches(client)]
+    assert set(torch.cat([batch["wished"] for batch in batches if "wished" in batch]).tolist()) == present
+
+
+def test_labels_are_drawn_evenly():
+    drawn = fedgen.labels(torch.tensor([2, 5]), 400, torch.Generator().manual_seed(0))
     assert drawn.unique().tolist() == [2, 5] and 150 < int((drawn == 2).sum()) < 250
 
 

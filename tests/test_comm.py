@@ -296,6 +296,18 @@ def test_work_cannot_be_spread_where_nobody_attends():
     mpi_assert(comm, "inside at_server" in alone and (not comm.is_server or "inside at_server" in unprepared), f"{alone} {unprepared}")
 
 
+@pytest.mark.mpi(min_size=1)
+def test_spread_work_cannot_be_spread_again():
+    comm = connect()
+
+    def again(verb: str, shared: dict[int, Tree]) -> dict[int, Tree]:
+        comm.spread("more", shared)
+        return shared
+    said = comm.at_server(lambda: raised(RuntimeError, comm.spread, "work", items(2 * comm.size)), help_with=again)
+    results = spread(comm, doubled, items(3), len)
+    mpi_assert(comm, not comm.is_server or "spread('more') was called where the other ranks do not attend" in said and results == 3, f"{said} {results}")
+
+
 @pytest.mark.mpi(min_size=2)
 def test_the_other_ranks_go_on_where_the_server_failed_and_say_nothing():
     comm = connect()

@@ -229,6 +229,21 @@ def test_a_wanted_gpu_that_is_not_there_is_the_environment(hpcfl, tmp_path, monk
     assert code == 3 and "run.device = 'cuda', but torch sees no CUDA device" in text and "set run.device = 'auto' to use the CPU" in text
 
 
+def test_the_same_bits_are_not_promised_on_a_gpu(hpcfl, tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "choose_device", lambda wanted, local_rank: torch.device("cuda", local_rank))
+    code, text = hpcfl("run", write_job(tmp_path, deterministic(tiny("standalone"))), "--out", tmp_path / "run")
+    assert code == 2 and "run.deterministic = true promises the same bits" in text and "set run.device = 'cpu'" in text
+
+
+def test_a_gpu_computes_in_float32_and_not_in_tf32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    assert launch.choose_device("auto", 3) == torch.device("cuda", 1)
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+
+
 def test_data_that_are_not_there_say_how_to_get_them(hpcfl, tmp_path, monkeypatch):
     monkeypatch.setenv("HPCFL_DATA", str(tmp_path / "data"))
     for name, way_out in (("mnist", "get it with: hpcfl data get mnist [--from DIR]"), ("own", "hpcfl data import own --npz FILE"),

@@ -10,6 +10,8 @@ from looping import Run, bits, job, run, step, world
 from hpcfl import tree
 from hpcfl.algorithms.base import Phase
 from hpcfl.algorithms.gefl_f import Headers, Maps
+from hpcfl.data.augment import Augmentation
+from hpcfl.data.shards import Shard, epochs
 from hpcfl.evaluate import model_of
 from hpcfl.models import zoo
 from hpcfl.tree import Tree
@@ -116,12 +118,16 @@ def test_the_generator_learns_from_maps_of_the_frozen_extractor_in_eval_mode(gen
 
 
 def test_maps_are_made_once_for_all_phases(monkeypatch):
-    made, of_images = [], Maps.of_images
+    made, extractor_of = [], Maps.extractor
 
-    def counted(self, message, x):
-        made.append(len(x))
-        return of_images(self, message, x)
-    monkeypatch.setattr(Maps, "of_images", counted)
+    def counted(self, message):
+        extract = extractor_of(self, message)
+
+        def count(x):
+            made.append(len(x))
+            return extract(x)
+        return count
+    monkeypatch.setattr(Maps, "extractor", counted)
     found = went("gefl_f", "vtc", BOTH)
     assert sum(made) == sum(map(len, found.world.split.train))
 
@@ -135,6 +141,18 @@ def test_augmented_images_go_through_the_extractor_anew_and_samples_are_not_augm
     images = list(site.epochs(client, 2, 16, found.world.problem.augmentation()))
     plain = torch.cat([batch["x"] for batch in site.epochs(client, 2, 16)])
     assert not torch.equal(torch.cat([batch["x"] for batch in images]), plain)
+    for got, image in zip(own.batches(client), images, strict=True):
+        torch.testing.assert_close(got["x"].double(), model.extractor(image["x"].double()), rtol=1e-4, atol=1e-5)
+        assert torch.equal(got["y"], image["y"])
+
+
+def test_the_generator_learns_from_maps_of_augmented_images_that_are_never_mixed(monkeypatch):
+    calls = watched(monkeypatch)
+    found = went("gefl_f", "vtc", {"warmup_rounds": 1, "generator_epochs": 2}, training={"augment": ["crop_flip", "mixup"]}, federation={"rounds": 1})
+    own = [call for call in calls if call.phase == "generator"][0]
+    client, model, batch = own.before.clients[0], frozen(found), found.world.job.training.batch
+    site = found.world.client_site(own.before, phase_of(found, "generator"), 0)
+    images = epochs(site.holdings[client].train, batch, 2, site.stream("generator batches", client), Augmentation(("crop_flip",)))
     for got, image in zip(own.batches(client), images, strict=True):
         torch.testing.assert_close(got["x"].double(), model.extractor(image["x"].double()), rtol=1e-4, atol=1e-5)
         assert torch.equal(got["y"], image["y"])
@@ -239,7 +257,6 @@ def test_a_generator_of_maps_loses_less_on_those_of_training_images_than_on_thos
                  federation={"clients": 1, "rounds": 1}, data={"partition": "iid", "fraction": 0.1})
     step_, group, message, site = inside(found, "generator")
     shard = found.world.holdings[0].train
-    x, y = shard.pixels(slice(0, 60)), shard.labels[:60]
-    noise = shard.scale(torch.randint(0, 256, (60, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8))
-    own, other = (step_.generator_losses(group, message, site, each, y) for each in (x, noise))
+    noise = torch.randint(0, 256, (60, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    own, other = (step_.generator_losses(group, message, site, Shard(images, shard.labels[:60], shard.scale)) for images in (shard.images[:60], noise))
     assert own.shape == (60,) and own.dtype == torch.float64 and float((own < other).double().mean()) > 0.8

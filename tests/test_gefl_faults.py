@@ -87,6 +87,12 @@ def test_sizes_that_a_generator_cannot_take_are_a_matter_of_the_job(name, genera
         world(described(name, generator, data={"size": size}))
 
 
+@pytest.mark.parametrize("width", ["width_g", "width_d"])
+def test_odd_widths_of_a_gan_are_a_matter_of_the_job(width):
+    with pytest.raises(JobError, match=rf"algorithm.generator = 'dcgan' for images: Dcgan: got .*{width} 5.*; wanted even numbers"):
+        world(described("gefl", "dcgan", {width: 5}))
+
+
 def test_a_latent_of_more_coefficients_than_there_are_is_a_matter_of_the_job():
     with pytest.raises(JobError, match="'vtc' for maps of the common extractor: Vtc: latent = 49 is too large; data of .* have 48"):
         world(described("gefl_f", "vtc", {"latent": 49}))

@@ -3,15 +3,18 @@ import numpy as np
 import pytest
 import torch
 from gefling import CLASSES, CLIENTS, GENERATORS, PLANS, described, inside, phase_of, rows_of, watched, went
-from looping import bits, job, run, step, world
+from looping import bits, finite, job, run, step, world
 
 from hpcfl import tree
 from hpcfl.algorithms.base import Phase
 from hpcfl.algorithms.gefl import Targets
+from hpcfl.data.shards import Shard
 from hpcfl.world import World
 
 RANGE = {"unit": (0.0, 1.0), "symmetric": (-1.0, 1.0)}
 STATED = {"cvae": "unit", "dcgan": "symmetric", "ddpm": "unit", "vtc": "symmetric"}
+CHOSEN = [*((generator, {}, stated) for generator, stated in STATED.items()),
+          *((generator, {"image_range": "symmetric"}, "symmetric") for generator in ("cvae", "ddpm"))]
 RESTS = {"continued_rounds": 0}                                    # a GAN too
 
 
@@ -93,12 +96,12 @@ def test_a_pool_is_the_same_for_all_clients_of_a_round_on_any_rank_and_new_in_ea
 
 
 @pytest.mark.parametrize("values", ["unit", "symmetric", "standard"])
-@pytest.mark.parametrize("generator", GENERATORS)
-def test_generators_learn_in_their_own_range_and_samples_come_in_the_classifiers(generator, values, monkeypatch):
+@pytest.mark.parametrize(("generator", "settings", "stated"), CHOSEN)
+def test_generators_learn_in_their_own_range_and_samples_come_in_the_classifiers(generator, settings, stated, values, monkeypatch):
     calls = watched(monkeypatch)
-    found = went("gefl", generator, RESTS, federation={"rounds": 1}, data={"values": values, "fraction": 0.1})
+    found = went("gefl", generator, RESTS | settings, federation={"rounds": 1}, data={"values": values, "fraction": 0.1})
     targets, _, message, site = inside(found, "targets")
-    low, high = RANGE[STATED[generator]]
+    low, high = RANGE[stated]
     x = torch.cat([batch["x"] for call in calls if call.phase == "generator" for client in call.before.clients for batch in call.batches(client)])
     assert float(x.min()) == pytest.approx(low, abs=1e-5) and float(x.max()) == pytest.approx(high, abs=1e-5)
 
@@ -137,7 +140,7 @@ def test_a_whole_run_never_reads_the_official_test_set(name, generator, monkeypa
     def refuse(self):
         raise AssertionError("the official test set was read")
     monkeypatch.setattr(World, "test", property(refuse))
-    assert tree.first_non_finite(went(name, generator, federation={"rounds": 1}).states[-1].server) is None
+    assert finite(went(name, generator, federation={"rounds": 1}).states[-1].server)
 
 
 @pytest.mark.parametrize("phase", ["generator", "targets"])
@@ -159,9 +162,21 @@ def test_a_generator_loses_less_on_images_it_was_trained_on_than_on_noise(genera
                  data={"partition": "iid", "fraction": 0.1})
     step_, group, message, site = inside(found, "generator")
     shard = found.world.holdings[0].train
-    x, y = shard.pixels(slice(0, 60)), shard.labels[:60]
-    noise = shard.scale(torch.randint(0, 256, (60, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8))
-    own, other = (step_.generator_losses(group, message, site, each, y) for each in (x, noise))
+    noise = torch.randint(0, 256, (60, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    members, others = (Shard(images, shard.labels[:60], shard.scale) for images in (shard.images[:60], noise))
+    own, other = (step_.generator_losses(group, message, site, each) for each in (members, others))
     assert own.shape == other.shape == (60,) and own.dtype == torch.float64 and bool(own.isfinite().all())
     assert float((own < other).double().mean()) > 0.8
-    assert torch.equal(own, step_.generator_losses(group, message, site, x, y)), "the same draws of noise each time"
+    assert torch.equal(own, step_.generator_losses(group, message, site, members)), "the same draws of noise each time"
+
+
+@pytest.mark.parametrize("generator", GENERATORS)
+def test_what_a_generator_thinks_of_an_image_depends_on_nobody_elses_noise(generator):
+    step_, group, message, site = inside(went("gefl", generator, RESTS, federation={"clients": 1, "rounds": 1}), "generator")
+    shard = site.holdings[0].train
+    same = Shard(shard.images[:1].repeat(600, 1, 1, 1), shard.labels[:1].repeat(600), shard.scale)
+    losses = step_.generator_losses(group, message, site, same)
+    if generator == "dcgan":                                       # of its two players the one that sees data draws nothing
+        torch.testing.assert_close(losses, losses[:1].expand(600))
+    else:
+        assert len(set(losses.tolist())) > 590

@@ -219,6 +219,12 @@ def test_the_load_of_a_rank_is_its_clients_their_batches_and_the_time_of_each():
     assert load.needed_bytes > sum(map(len, parts)) * 64, "images of 1x8x8, and more"
 
 
+def test_clients_that_train_beside_each_other_share_the_time_of_a_batch():
+    here = world(training={"engine": "vmap"})
+    alone, beside = (min(estimate.time_batch(here, "mlp2", 4, clients) for _ in range(3)) for clients in (1, 16))
+    assert 0 < beside < alone
+
+
 def test_a_round_costs_most_where_a_rank_has_most_to_do_and_nothing_where_nothing_travels():
     loads = tuple(estimate.Load({"cnn1": count}, {"cnn1": 10 * count}, {"cnn1": 0.1}, 0) for count in (1, 3))
     found = estimate.a_round(world(federation={"participation": 0.5}), loads, WIRE)

@@ -110,6 +110,14 @@ def test_the_trace_has_a_row_for_the_rounds_and_for_each_rank(late, tmp_path):
     assert seconds == pytest.approx(outcome(late).metrics["seconds/train"][:, 1].sum(), abs=1e-4)
 
 
+def test_the_last_checkpoint_is_in_the_record(tmp_path):
+    metrics = outcome(carry_out(tiny("standalone", checkpoint={"every": 100}), tmp_path / "run")).metrics
+    kind, row, duration = (metrics[f"trace/{name}"] for name in ("kind", "row", "duration_s"))
+    saving, seconds = kind == SECONDS.index("checkpoint"), metrics["seconds/checkpoint"][:, 0]
+    assert seconds[-1] > 0 and not seconds[:-1].any()
+    assert set(row[saving]) == {len(seconds) - 1} and duration[saving].sum() == pytest.approx(seconds[-1], abs=1e-4)
+
+
 def test_several_runs_are_processes_side_by_side(late, tmp_path):
     other = carry_out(tiny("standalone"), tmp_path / "other")
     found = json.loads(trace.write([late, other, late], tmp_path / "trace.json").read_text())["traceEvents"]

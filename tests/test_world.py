@@ -9,7 +9,7 @@ from looping import bits, job, world
 
 from hpcfl.algorithms.base import ClientSite, Holdings, Phase, Problem, ServerSite
 from hpcfl.data.shards import epochs
-from hpcfl.errors import JobError, NonFiniteError
+from hpcfl.errors import DataError, JobError, NonFiniteError
 from hpcfl.fit import Turn
 from hpcfl.ledger import Ledger
 from hpcfl.losses import cross_entropy
@@ -181,3 +181,20 @@ def test_clients_left_open_are_one_per_rank_that_hosts_any(ranks, server, client
 
 def test_the_plan_is_in_the_world():
     assert [phase.name for phase in world(job("fedavg")).plan] == ["rounds"]
+
+
+NORMED = {"models": {"names": ["mlp2", "cnn8_bn"]}}                # cnn8 has halved images of 8x8 to one pixel before its last norms
+
+
+def test_batches_of_one_image_are_refused_where_a_norm_needs_two():
+    with pytest.raises(JobError, match="training.batch = 1 trains 'cnn8_bn' on single images.*models.norm = 'group', or training.batch to at least 2"):
+        world(job("fedavg", training={"batch": 1}, **NORMED))
+    world(job("fedavg", training={"batch": 1}))
+    world(job("fedavg", training={"batch": 1}, models=NORMED["models"] | {"norm": "group"}))
+
+
+def test_a_client_with_one_image_is_refused_where_a_norm_needs_two():
+    few = {"data": {"partition": "iid", "fraction": 0.003}, "federation": {"clients": 4}}
+    with pytest.raises(DataError, match=r"client \d has 1 training image and trains 'cnn8_bn' on single images.*raise data.fraction"):
+        world(job("fedavg", **few, **NORMED))
+    world(job("fedavg", **few))

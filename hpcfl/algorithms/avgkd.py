@@ -60,8 +60,7 @@ class AvgKD(FedAvg):
         def batches(client: int) -> Iterator[Tree]:
             for batch in site.epochs(client, training.epochs, training.batch, augmentation):
                 yield {"x": batch["x"], "target": targets[client][batch["index"]]}
-        each = max(-(-len(own) // training.batch) for own in targets.values()) * training.epochs
-        return site.fit(group, [Turn(("model",), soft_cross_entropy, self.problem.optimizer())], batches, steps=each * self.problem.job.federation.rounds)
+        return site.fit(group, [Turn(("model",), soft_cross_entropy, self.problem.optimizer())], batches, steps=site.steps(group))
 
     def targets(self, shard: Shard, teachers: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:
         """q of every image of a shard, (n, C), from the teachers' logits in eval mode."""
@@ -76,5 +75,9 @@ class AvgKD(FedAvg):
 
 
 def plan(config: Config, problem: Problem) -> Plan:
-    """One phase of federation.rounds rounds."""
+    """One phase of federation.rounds rounds.
+
+    Raises: JobError for images that are mixed: the loss needs the class of each.
+    """
+    problem.augmentation()
     return (Phase("rounds", problem.job.federation.rounds, (AvgKD(config, problem),)),)

@@ -157,9 +157,13 @@ class ClientSite:
         """The local training of the [training] section: `epochs` passes of the model over the client's own images, augmented."""
         training, augmentation = self.problem.job.training, self.problem.augmentation(soft_labels=loss is cross_entropy)
         turn = fit.Turn(("model",), loss, self.problem.optimizer())
-        each = max(-(-len(self.holdings[client].train) // training.batch) for client in group.clients) * training.epochs
-        steps = each * self.problem.job.federation.rounds
-        return self.fit(group, [turn], lambda client: self.epochs(client, training.epochs, training.batch, augmentation), context=context, steps=steps)
+        return self.fit(group, [turn], lambda client: self.epochs(client, training.epochs, training.batch, augmentation), context=context,
+                        steps=self.steps(group))
+
+    def steps(self, group: Group) -> int:
+        """Steps that the local training of the [training] section takes in the whole run, those of the largest client of the group."""
+        training = self.problem.job.training
+        return -(-int(self.sizes(group).max()) // training.batch) * training.epochs * self.problem.job.federation.rounds
 
 
 @dataclass(frozen=True)
@@ -268,8 +272,8 @@ class Algorithm(ABC):
         """What samples of `draw` compare with: images (B, C, H, W) as the classifier reads them, in the space of the samples, (B, c, h, w)."""
         return self.problem.scale.to_unit(x)
 
-    def generator_losses(self, group: Group, message: Tree, site: ClientSite, x: Tensor, y: Tensor) -> Tensor:
-        """The generator's own loss of each of the images (B, C, H, W) of classes (B,), (B,) float64; only where a step has one."""
+    def generator_losses(self, group: Group, message: Tree, site: ClientSite, shard: Shard) -> Tensor:
+        """The generator's own loss of each image of a shard, (n,) float64; only where a step has one."""
         raise NotImplementedError(f"{type(self).__name__} has no generator that knows a loss of one image")
 
     @classmethod

@@ -129,17 +129,16 @@ class FedGen(SharedHead):
             generator = self.generator().to(device)
         draw = bind(generator, generator.state_dict() | tree.to(tree.part(message, "generator"), device))
         has = message["has"].bool().to(device)
+        there = has.nonzero().flatten()
         weights = {name: torch.tensor(getattr(config, name) * config.decay ** site.round, device=device) for name in ("alpha", "beta")}
 
         def batches(client: int) -> Iterator[Tree]:
-            random = site.stream("generator", client).torch()
+            random = site.stream("generator", client).torch(device)
             for batch in site.epochs(client, training.epochs, training.batch, augmentation):
-                wished = labels(has, config.per_batch, random)
+                wished = labels(there, config.per_batch, random)
                 yield batch | {"wished": wished, "z_wished": draw(self.noise(len(wished), random), wished),
                                "z": draw(self.noise(len(batch["y"]), random), batch["y"])}
-        images = max(len(site.holdings[client].train) for client in group.clients)
-        steps = -(-images // training.batch) * training.epochs * self.problem.job.federation.rounds
-        return site.fit(group, [Turn(("model",), client_loss, self.problem.optimizer())], batches, context=weights | {"has": has}, steps=steps)
+        return site.fit(group, [Turn(("model",), client_loss, self.problem.optimizer())], batches, context=weights | {"has": has}, steps=site.steps(group))
 
     def aggregate(self, server: Tree, totals: Totals, site: ServerSite) -> Tree:
         """The mean head, weighted by images, and the generator after another `server_steps`."""
@@ -157,10 +156,12 @@ class FedGen(SharedHead):
         with self.problem.stream("structure").seeding():
             generator = self.generator().to(device)
 
+        there = counts.sum(0).nonzero().flatten()
+
         def batches(row: int) -> Iterator[Tree]:
-            random = site.stream("generator").torch()
+            random = site.stream("generator").torch(device)
             for _ in range(config.server_steps):
-                yield {"y": labels(counts.sum(0) > 0, config.server_batch, random), "noise": self.noise(config.server_batch, random)}
+                yield {"y": labels(there, config.server_batch, random), "noise": self.noise(config.server_batch, random)}
         state = {path: leaf for path, leaf in server.items() if path.startswith(("generator/", f"{OPTIMIZER}/"))}
         group = Group("generator", (0,), tree.repeat(tree.to(state, device), 1))
         rule = Optimizer("adam", config.server_lr * config.decay ** site.round, weight_decay=config.server_decay)
@@ -181,18 +182,21 @@ class FedGen(SharedHead):
 
     def noise(self, count: int, random: torch.Generator) -> Tensor:
         """eps, (count, noise_size)."""
-        return NOISES[self.config.noise](count, self.config.noise_size, generator=random).to(self.problem.device)
+        return NOISES[self.config.noise](count, self.config.noise_size, generator=random, device=self.problem.device)
 
 
 NOISES = {"normal": torch.randn, "uniform": torch.rand}
 
 
-def labels(has: Tensor, count: int, random: torch.Generator) -> Tensor:
-    """Labels (count,) drawn evenly from the classes that there are, has (C,)."""
-    there = has.nonzero().flatten()
-    return there[torch.randint(len(there), (count,), generator=random).to(there.device)]
+def labels(there: Tensor, count: int, random: torch.Generator) -> Tensor:
+    """Labels (count,) drawn evenly from the classes that there are."""
+    return there[torch.randint(len(there), (count,), generator=random, device=there.device)]
 
 
 def plan(config: Config, problem: Problem) -> Plan:
-    """One phase of federation.rounds rounds."""
+    """One phase of federation.rounds rounds.
+
+    Raises: JobError for images that are mixed: the loss needs the class of each.
+    """
+    problem.augmentation()
     return (Phase("rounds", problem.job.federation.rounds, (FedGen(config, problem),)),)

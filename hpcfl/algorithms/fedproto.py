@@ -56,5 +56,9 @@ class FedProto(Algorithm):
 
 
 def plan(config: Config, problem: Problem) -> Plan:
-    """One phase of federation.rounds rounds."""
+    """One phase of federation.rounds rounds.
+
+    Raises: JobError for images that are mixed: the loss needs the class of each.
+    """
+    problem.augmentation()
     return (Phase("rounds", problem.job.federation.rounds, (FedProto(config, problem),)),)

@@ -38,5 +38,9 @@ class FedProx(FedAvg):
 
 
 def plan(config: Config, problem: Problem) -> Plan:
-    """One phase of federation.rounds rounds."""
+    """One phase of federation.rounds rounds.
+
+    Raises: JobError for images that are mixed: the loss needs the class of each.
+    """
+    problem.augmentation()
     return (Phase("rounds", problem.job.federation.rounds, (FedProx(config, problem),)),)

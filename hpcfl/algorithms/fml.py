@@ -63,9 +63,8 @@ class FML(FedAvg):
 
     def learn(self, group: Group, message: Tree, site: ClientSite) -> tuple[Group, dict[str, Tensor]]:
         training, augmentation = self.problem.job.training, self.problem.augmentation()
-        each = max(-(-len(site.holdings[client].train) // training.batch) for client in group.clients) * training.epochs
         return site.fit(group, [Turn(("model", MEME), self.loss, self.problem.optimizer())],
-                        lambda client: site.epochs(client, training.epochs, training.batch, augmentation), steps=each * self.problem.job.federation.rounds)
+                        lambda client: site.epochs(client, training.epochs, training.batch, augmentation), steps=site.steps(group))
 
     def upload(self, group: Group, site: ClientSite) -> Statistics:
         return Statistics({MEME: Sums.weighted(group.clients, tree.floating(group.part(MEME)), site.sizes(group))})
@@ -85,8 +84,9 @@ class FML(FedAvg):
 def plan(config: Config, problem: Problem) -> Plan:
     """One phase of federation.rounds rounds.
 
-    Raises: JobError for a meme that is not in the zoo.
+    Raises: JobError for a meme that is not in the zoo, and for images that are mixed: the loss needs the class of each.
     """
+    problem.augmentation()
     try:
         zoo.entry(config.meme)
     except JobError as error:

@@ -16,7 +16,7 @@ from torch.func import vmap
 from hpcfl import tree
 from hpcfl.algorithms.base import Algorithm, ClientSite, Phase, Plan, Problem, ServerSite, Totals, Update
 from hpcfl.algorithms.fedavg import FedAvg, averaged
-from hpcfl.data.shards import epochs
+from hpcfl.data.shards import Shard, epochs
 from hpcfl.errors import DataError, JobError, LayoutError
 from hpcfl.evaluate import BATCH, bind
 from hpcfl.fit import Modules, Turn, compiles
@@ -54,6 +54,7 @@ class Config:
     synthetic_epochs: int = integer(1, 0)                          # T_s
     pool: str = choice("client", "round")                          # fresh samples for every client, or the same for all, drawn once per round and rank
     range_mode: str = choice("matched", "paper")                   # samples in the classifier's range, or as the generator draws them
+    image_range: str = choice("unit", "symmetric")                 # cvae, ddpm: [0, 1]; [-1, 1] in a branch of the published code for CIFAR-10
     latent: int = integer(16, 1)                                   # cvae: 50 for CIFAR-10; vtc: number of coefficients
     width_g: int = integer(128, 2)                                 # dcgan: 256 for CIFAR-10
     width_d: int = integer(128, 2)                                 # dcgan: 64 for CIFAR-10
@@ -64,11 +65,12 @@ class Config:
 
 
 KINDS: dict[str, Callable[[Config, Shape, int, bool], GenerativeModel]] = {
-    "cvae": lambda config, shape, classes, features: Cvae(shape, classes, config.latent, value_range="features" if features else "unit"),
+    "cvae": lambda config, shape, classes, features: Cvae(shape, classes, config.latent,
+                                                          value_range="features" if features else config.image_range),
     "dcgan": lambda config, shape, classes, features: Dcgan(shape, classes, config.width_g, config.width_d,
                                                             value_range="features" if features else "symmetric"),
     "ddpm": lambda config, shape, classes, features: Ddpm(shape, classes, config.steps, config.width, guidance=config.guidance, ddim_steps=config.ddim_steps,
-                                                          value_range="features" if features else "unit"),
+                                                          value_range="features" if features else config.image_range),
     "vtc": lambda config, shape, classes, features: Vtc(shape, classes, config.latent, value_range="features" if features else "symmetric"),
 }
 
@@ -212,25 +214,28 @@ class TrainGenerator(Generating):
     def aggregate(self, server: Tree, totals: Totals, site: ServerSite) -> Tree:
         return averaged(server, totals)
 
-    def generator_losses(self, group: Group, message: Tree, site: ClientSite, x: Tensor, y: Tensor) -> Tensor:
-        """The first of the generator's losses for each image alone, in eval mode, the mean over NOISES draws of its noise."""
-        networks = self.initial("structure")
+    def generator_losses(self, group: Group, message: Tree, site: ClientSite, shard: Shard) -> Tensor:
+        """The generator's loss of data for each image alone, in eval mode, the mean over NOISES draws of its noise."""
+        networks, device = self.initial("structure"), self.problem.device
         for name, network in networks.items():
             network.load_state_dict(tree.part(message, name), strict=False)               # batch counters are not in the message
-        modules, (_, loss), random = Modules(networks).to(x.device).eval(), self.kind.losses()[0], site.stream("audit", group.clients[0]).torch(x.device)
-        data = {"x": self.space.of_images(message, x), "y": y}
-        total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-        with torch.no_grad():
-            for _ in range(NOISES):
-                alone = vmap(lambda row: modules(loss, {name: leaf.unsqueeze(0) for name, leaf in row.items()}, {})[0], chunk_size=BATCH)
-                total += alone(self.kind.noise(data, random)).double() / NOISES
-        return total
+        modules, loss, random = Modules(networks).to(device).eval(), self.kind.data_loss(), site.stream("audit", group.clients[0]).torch(device)
+        alone = vmap(lambda row: modules(loss, {name: leaf.unsqueeze(0) for name, leaf in row.items()}, {})[0])
+
+        @torch.no_grad()
+        def losses(block: slice) -> Tensor:
+            data = {"x": self.space.of_images(message, shard.pixels(block)), "y": shard.labels[block]}
+            return sum(alone(self.kind.noise(data, random)).double() for _ in range(NOISES)) / NOISES
+        return torch.cat([losses(slice(start, start + BATCH)) for start in range(0, len(shard), BATCH)])
 
 
 class Teaching(Generating):
     """Target training (2.1, stage 2), what GeFL and GeFL-F share: T_s epochs on samples, then T_r on the own data, each with a new optimiser."""
 
-    continued: bool                                                # whether the generator goes on training in these rounds
+    def __init__(self, config: Config, problem: Problem, space: Space, continued: bool):
+        """`continued`: whether the generator goes on training in these rounds."""
+        super().__init__(config, problem, space)
+        self.continued, self.drawn = continued, None
 
     def publish(self, server: Tree) -> Tree:
         unused = tuple(f"{name}/" for name in self.networks if name != GENERATOR)
@@ -300,10 +305,6 @@ class Teaching(Generating):
 
 class Targets(Teaching, FedAvg):
     """theta_m <- FedAvg within architecture m, of classifiers that learned from samples and from images."""
-
-    def __init__(self, config: Config, problem: Problem, space: Space, continued: bool):
-        super().__init__(config, problem, space)
-        self.continued, self.drawn = continued, None
 
 
 def plan(config: Config, problem: Problem) -> Plan:

@@ -4,7 +4,7 @@
 the generator on h = theta^f(x). (iii) Headers learn from samples of it and from h; theta^f stays as it is, bit for bit. Section numbers are those of the
 specification.
 """
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -13,14 +13,16 @@ from torch import Tensor
 from hpcfl import tree
 from hpcfl.algorithms import gefl
 from hpcfl.algorithms.base import Algorithm, ClientSite, Phase, Plan, Problem
-from hpcfl.algorithms.gefl import Space, Teaching, TrainGenerator, generative, staged
+from hpcfl.algorithms.gefl import Teaching, TrainGenerator, generative, staged
 from hpcfl.algorithms.lg_fedavg import COMMON, LgFedAvg
+from hpcfl.data.augment import Augmentation
 from hpcfl.data.shards import Shard, epochs
 from hpcfl.evaluate import bind, in_batches
 from hpcfl.fit import Turn
 from hpcfl.group import Group
 from hpcfl.kinds import integer
 from hpcfl.statistics import Statistics, Sums
+from hpcfl.streams import Stream
 from hpcfl.tree import Tree
 
 EXTRACTOR = "extractor."
@@ -52,17 +54,30 @@ class Maps:
         self.kind = generative(config, self.model.maps_shape, problem.classes, True)
 
     def batches(self, message: Tree, site: ClientSite, client: int, count: int, batch: int) -> Iterator[Tree]:
-        return epochs(self.own(message, site, client), batch, count, site.stream("generator batches", client))
+        """Of images augmented as for the classifier, but never mixed: a generator draws single classes."""
+        augmentation = self.problem.augmentation(soft_labels=True).unmixed
+        return self.epochs(message, site, client, count, batch, site.stream("generator batches", client), augmentation)
+
+    def epochs(self, message: Tree, site: ClientSite, client: int, count: int, batch: int, stream: Stream, augmentation: Augmentation) -> Iterator[Tree]:
+        """Shuffled batches {"x": (B, *kind.shape), "y"} of the maps of a client's training images, `count` times over; augmented ones are mapped anew."""
+        if not augmentation.words:
+            return epochs(self.own(message, site, client), batch, count, stream)
+        extract, images = self.extractor(message), epochs(site.holdings[client].train, batch, count, stream, augmentation)
+        return ({"x": extract(each["x"]), "y": each["y"]} for each in images)
 
     def own(self, message: Tree, site: ClientSite, client: int) -> Shard:
         """The maps of a client's training images with their labels, made once: neither images nor extractor change any more."""
         shard = site.holdings[client].train
-        maps = site.once("maps", client, lambda: in_batches(lambda x: self.of_images(message, x), shard))
+        maps = site.once("maps", client, lambda: in_batches(self.extractor(message), shard))
         return Shard(maps, shard.labels, shard.scale)
 
-    def of_images(self, message: Tree, x: Tensor) -> Tensor:
+    def extractor(self, message: Tree) -> Callable[[Tensor], Tensor]:
+        """theta^f of a message: classifier input -> maps."""
         state = {path.removeprefix(EXTRACTOR): leaf for path, leaf in common(message).items()}
-        return bind(self.model.extractor, tree.to(state, self.problem.device))(x)
+        return bind(self.model.extractor, tree.to(state, self.problem.device))
+
+    def of_images(self, message: Tree, x: Tensor) -> Tensor:
+        return self.extractor(message)(x)
 
     def to_classifier(self, samples: Tensor) -> Tensor:
         return samples
@@ -87,10 +102,7 @@ class Headers(Teaching, LgFedAvg):
     """Header training (2.2, stage iii)."""
 
     config: Config
-
-    def __init__(self, config: Config, problem: Problem, space: Space, continued: bool):
-        super().__init__(config, problem, space)
-        self.continued, self.drawn = continued, None
+    space: Maps
 
     def turn(self) -> Turn:
         return Turn(("model",), header_cross_entropy, self.problem.optimizer(), lambda path: not path.startswith(f"model/{EXTRACTOR}"))
@@ -98,13 +110,9 @@ class Headers(Teaching, LgFedAvg):
     def on_own(self, group: Group, message: Tree, site: ClientSite) -> tuple[Group, dict[str, Tensor]]:
         """T_r epochs on the maps of the client's own images; augmented images go through the extractor anew."""
         training, augmentation = self.problem.job.training, self.problem.augmentation(soft_labels=True)
-
-        def batches(client: int) -> Iterator[Tree]:
-            if not augmentation.words:
-                return epochs(self.space.own(message, site, client), training.batch, training.epochs, site.stream("batches", client))
-            images = site.epochs(client, training.epochs, training.batch, augmentation)
-            return ({"x": self.space.of_images(message, batch["x"]), "y": batch["y"]} for batch in images)
-        return site.fit(group, [self.turn()], batches, steps=self.steps(group, site, training.epochs))
+        return site.fit(group, [self.turn()], lambda client: self.space.epochs(message, site, client, training.epochs, training.batch,
+                                                                               site.stream("batches", client), augmentation),
+                        steps=self.steps(group, site, training.epochs))
 
     def upload(self, group: Group, site: ClientSite) -> Statistics:
         return Statistics({group.architecture: Sums.weighted(group.clients, self.others(tree.floating(group.part("model"))), site.sizes(group))})

@@ -83,9 +83,9 @@ def crop_flip(images: Tensor, draws: np.ndarray) -> Tensor:
     """A crop of the size of each image from the image with PAD pixels of black around it, mirrored for half of the images: the usual pipeline of CIFAR."""
     count, channels, height, width = images.shape
     top, left = _whole(draws[:, :2], 2 * PAD + 1).T
-    rows = top[:, None] + np.arange(height)                        # (B, H)
-    columns = left[:, None] + np.where(draws[:, 2:] < 0.5, np.arange(width)[::-1], np.arange(width))                       # (B, W)
-    places = torch.from_numpy(rows[:, :, None] * (width + 2 * PAD) + columns[:, None]).to(images.device).view(count, 1, -1)
+    rows = torch.from_numpy(top[:, None] + np.arange(height)).to(images.device)                                           # (B, H)
+    columns = torch.from_numpy(left[:, None] + np.where(draws[:, 2:] < 0.5, np.arange(width)[::-1], np.arange(width))).to(images.device)       # (B, W)
+    places = (rows[:, :, None] * (width + 2 * PAD) + columns[:, None]).view(count, 1, -1)
     padded = F.pad(images, (PAD, PAD, PAD, PAD)).flatten(2)
     return padded.gather(2, places.expand(-1, channels, -1)).view(images.shape)
 
@@ -139,7 +139,12 @@ class Augmentation:
     @property
     def mixes_labels(self) -> bool:
         """Whether labels become (B, classes)."""
-        return any(word in OF_BATCHES for word in self.words)
+        return self != self.unmixed
+
+    @property
+    def unmixed(self) -> "Augmentation":
+        """What it does to single images alone."""
+        return replace(self, words=tuple(word for word in self.words if word in OF_IMAGES))
 
     def images(self, images: Tensor, stream: Stream) -> Tensor:
         """All images of a shard (n, C, H, W) uint8, each augmented by itself; image i follows from the stream and i alone.

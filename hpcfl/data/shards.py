@@ -83,11 +83,11 @@ class Scale:
         return (x * spread + centre).clamp(0.0, 1.0)
 
     def _affine(self, x: Tensor, unit: float = 1.0) -> tuple[float | Tensor, float | Tensor]:
-        """Centre and spread in multiples of `unit`: numbers, or (C, 1, 1) tensors beside x."""
+        """Centre and spread in multiples of `unit`: numbers, or (C, 1, 1) tensors beside x, filled there: a copy from the host would wait for the device."""
         if self.values in RANGES:
             centre, spread = RANGES[self.values]
             return centre * unit, spread * unit
-        centre, spread = torch.tensor((self.mean, self.std), dtype=x.dtype, device=x.device)[:, :, None, None] * unit
+        centre, spread = (torch.stack([x.new_full((1, 1), value * unit) for value in values]) for values in (self.mean, self.std))
         return centre, spread
 
 

@@ -58,6 +58,9 @@ class Vtc:
     def rules(self) -> tuple[Rule, ...]:
         return (Rule("adam", 1e-3, betas=(0.5, 0.999)),)           # as FedVTC's own
 
+    def data_loss(self) -> Loss:
+        return self.decoding_loss
+
     def decoding_loss(self, modules, batch: Tree, context: Tree) -> tuple[Tensor, Tree]:
         """|psi(z + blur sigma_y eps) - x|^2 - ln N(z; mu_y, sigma_y^2) less its constant; sums over pixels and coefficients, means over the batch.
 

@@ -54,6 +54,9 @@ class Cvae:
     def rules(self) -> tuple[Rule, ...]:
         return (Rule("adam", 1e-3, weight_decay=1e-3),)            # GeFL, specification section 3.3
 
+    def data_loss(self) -> Loss:
+        return negative_bound
+
     def sample(self, call: Call, y: Tensor, generator: torch.Generator) -> Tensor:
         """The decoder's mean for z ~ N(0, I)."""
         return call(self._normal(y, generator), y)

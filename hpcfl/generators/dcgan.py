@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hpcfl.errors import LayoutError
 from hpcfl.generators.protocol import Call, Loss, Rule, one_hot, planes, power_of_two, require
 from hpcfl.models.split import Shape
 from hpcfl.tree import Tree
@@ -42,6 +43,8 @@ class Dcgan:
 
     def __post_init__(self) -> None:
         require(self, lambda side: power_of_two(side, 8), "a power of two of at least 8", tuple(OUTPUT), width_g=2, width_d=2, noise_size=1)
+        if self.width_g % 2 or self.width_d % 2:
+            raise LayoutError(f"Dcgan: got width_g {self.width_g} and width_d {self.width_d}; wanted even numbers, half for the data and half for the class")
 
     def networks(self) -> dict[str, nn.Module]:
         return {"generator": Generator(self), "discriminator": Discriminator(self)}
@@ -59,6 +62,9 @@ class Dcgan:
 
     def rules(self) -> tuple[Rule, ...]:
         return (Rule("adam", 2e-4, betas=(0.5, 0.999)),) * 2       # GeFL, specification section 3.1
+
+    def data_loss(self) -> Loss:
+        return realness
 
     def sample(self, call: Call, y: Tensor, generator: torch.Generator) -> Tensor:
         """G(z, y) with z ~ N(0, I)."""
@@ -122,11 +128,16 @@ def start_small(layer: nn.Module) -> None:
         nn.init.zeros_(layer.bias)
 
 
+def realness(modules, batch: Tree, context: Tree) -> tuple[Tensor, Tree]:
+    """BCE(D(x, y), 1), on logits."""
+    return -F.logsigmoid(modules.discriminator(batch["x"], batch["y"])).mean(), {}
+
+
 def discriminator_loss(modules, batch: Tree, context: Tree) -> tuple[Tensor, Tree]:
     """BCE(D(x, y), 1) + BCE(D(G(z', y'), y'), 0), on logits; no gradient goes into G."""
-    real = modules.discriminator(batch["x"], batch["y"])
+    real, _ = realness(modules, batch, context)
     fake = modules.discriminator(modules.generator(batch["z1"], batch["y1"]).detach(), batch["y1"])
-    loss = -F.logsigmoid(real).mean() - F.logsigmoid(-fake).mean()
+    loss = real - F.logsigmoid(-fake).mean()
     return loss, {"discriminator": loss}
 
 

@@ -62,7 +62,7 @@ class Ddpm:
         """eps, t ~ U{1 ... T} with sqrt(abar_t) and sqrt(1 - abar_t), and which classes stay known."""
         x, place = batch["x"], {"generator": generator, "device": batch["x"].device}
         t = torch.randint(1, self.steps + 1, (len(x),), **place)
-        signal = kept_signal(self.steps).to(x.device)[t]           # (B,) float64: 1 - abar cancels at small t
+        signal = kept_signal(self.steps, x.device)[t]              # (B,) float64: 1 - abar cancels at small t
         return {**batch, "eps": torch.randn(x.shape, dtype=x.dtype, **place), "t": t, "signal": signal.sqrt().to(x.dtype),
                 "spread": (1 - signal).sqrt().to(x.dtype), "kept": torch.rand(len(x), **place) >= self.drop}
 
@@ -71,6 +71,9 @@ class Ddpm:
 
     def rules(self) -> tuple[Rule, ...]:
         return (Rule("adam", 1e-4),)                               # GeFL, specification section 3.5
+
+    def data_loss(self) -> Loss:
+        return self.denoising
 
     def denoising(self, modules, batch: Tree, context: Tree) -> tuple[Tensor, Tree]:
         """Mean squared error of eps(x_t, t / T, c), c = 0 where the class is hidden (3.5); others are +onehot, in the published code -onehot."""
@@ -122,9 +125,9 @@ def betas(steps: int) -> Tensor:
 
 
 @functools.cache
-def kept_signal(steps: int) -> Tensor:
-    """abar_t, (T + 1,) float64 on the host: what is left of the data's variance after t steps."""
-    return (1 - betas(steps)).cumprod(0)
+def kept_signal(steps: int, device: torch.device | str = "cpu") -> Tensor:
+    """abar_t, (T + 1,) float64: what is left of the data's variance after t steps."""
+    return (1 - betas(steps)).cumprod(0).to(device)
 
 
 def diffuse(x: Tensor, eps: Tensor, signal: Tensor, spread: Tensor) -> Tensor:

@@ -50,6 +50,9 @@ class GenerativeModel(Protocol):
     def rules(self) -> tuple[Rule, ...]:
         """The update rule of each loss."""
 
+    def data_loss(self) -> Loss:
+        """What the generator thinks of data, low for what it knows: a loss that depends on nothing but the data and the noise of a step."""
+
     def sample(self, call: Call, y: Tensor, generator: torch.Generator) -> Tensor:
         """Samples (B, *shape) of classes y int64 (B,); `call` is the forward of "generator", the generator is on the device of y."""
 

@@ -14,6 +14,7 @@ class Forked:
     def __init__(self, folder: Path, *arguments: object, fault: str = ""):
         folder.mkdir(parents=True, exist_ok=True)
         self.output = folder / "output.txt"
+        self.output.write_text("")                                 # here, not in the process: it may be killed before it does anything
         self.process = SERVER.Process(target=begin, args=(folder, [str(argument) for argument in arguments], fault), daemon=True)
         self.process.start()
 
@@ -31,7 +32,7 @@ def begin(folder: Path, arguments: list[str], fault: str) -> None:
     """What the new process does."""
     sys.modules["mpi4py"] = None                                   # one process needs no MPI, and its start takes longer than these runs
     os.chdir(folder)
-    output = os.open("output.txt", os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
+    output = os.open("output.txt", os.O_WRONLY)
     os.dup2(output, 1)
     os.dup2(output, 2)
     exec(fault, {})

@@ -1,6 +1,6 @@
 """Tree, the one currency: a flat dict from path to tensor. Models, messages, client state and checkpoints are Trees."""
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor

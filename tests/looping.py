@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import torch
 
-from hpcfl import tree
 from hpcfl.algorithms import CONFIGS
 from hpcfl.algorithms.base import Algorithm
 from hpcfl.comm import Alone, Communicator

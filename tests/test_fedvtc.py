@@ -2,7 +2,6 @@
 import dataclasses
 import functools
 import re
-from dataclasses import replace
 
 import numpy as np
 import pytest

@@ -4,7 +4,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from hpcfl import moments, tree
+from hpcfl import moments
 from hpcfl.algorithms.base import Algorithm, ClientSite, Problem, ServerSite, Totals, Update
 from hpcfl.group import Group
 from hpcfl.known import HEADER, Known, announce, nothing

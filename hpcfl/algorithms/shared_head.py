@@ -1,7 +1,6 @@
 """Shared heads: what methods have in common whose clients keep their extractors to themselves and get the head h of f_k = h o g_k from the server."""
 from collections.abc import Iterable
 
-import torch
 from torch import nn
 
 from hpcfl import tree

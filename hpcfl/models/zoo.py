@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from hpcfl.errors import JobError

@@ -2,7 +2,6 @@
 import copy
 from abc import abstractmethod
 
-import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 

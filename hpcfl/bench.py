@@ -31,7 +31,7 @@ def w1(comm: Communicator, arguments: Namespace) -> dict[str, float]:
     """FedAvg of ten clients with 100 images of 3x32x32 each, a CNN of 878,538 parameters, batch 10, one epoch of SGD."""
     comm = connect(deterministic=True) if arguments.deterministic else comm
     job = resolve({"run": {"name": "w1", "threads": arguments.threads, "device": arguments.device, "deterministic": arguments.deterministic},
-                   "data": {"name": "random", "validation": 0.0, "test": 0.0}, "models": {"names": ["w1"], "features": 512},
+                   "data": {"name": "random", "validation_fraction": 0.0, "test_fraction": 0.0}, "models": {"names": ["w1"], "feature_size": 512},
                    "federation": {"clients": 10, "rounds": (arguments.rounds or ROUNDS) + 1}, "training": {"batch": 10, "lr": 0.01},
                    "algorithm": {"name": "fedavg"}}, CONFIGS)
     launch.set_threads(job, comm)
@@ -57,7 +57,7 @@ def vtc(comm: Communicator, arguments: Namespace) -> dict[str, Any]:
     device = launch.choose_device(arguments.device, comm.local_rank)
     steps = arguments.steps or FEW_STEPS[device.type]
     job = resolve({"run": {"name": "vtc", "threads": arguments.threads},
-                   "data": {"fraction": IMAGES / 1437, "size": 28, "validation": 0.0, "test": 0.0}, "models": {"features": 64},
+                   "data": {"fraction": IMAGES / 1437, "image_size": 28, "validation_fraction": 0.0, "test_fraction": 0.0}, "models": {"feature_size": 64},
                    "federation": {"clients": CLIENTS}, "training": {"batch": 64, "epochs": -(-steps // PASS)},
                    "algorithm": {"name": "fedvtc", "vtc_steps": PASS * -(-steps // PASS)}}, CONFIGS)
     launch.set_threads(job, comm)

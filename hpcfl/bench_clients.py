@@ -53,8 +53,8 @@ def measured(comm: Communicator, arguments: Namespace, residency: str, count: in
     repetitions, chunk = arguments.rounds or ROUNDS, CHUNK[residency] if arguments.chunk is None else arguments.chunk
     never = repetitions + 1
     job = resolve({"run": {"name": "clients", "threads": arguments.threads, "device": arguments.device},
-                   "data": {"name": "random", "validation": 0.0, "test": 0.0}, "models": {"names": list(ARCHITECTURES)},
-                   "federation": {"clients": count, "rounds": repetitions + 1}, "clients": {"residency": residency, "chunk": chunk},
+                   "data": {"name": "random", "validation_fraction": 0.0, "test_fraction": 0.0}, "models": {"names": list(ARCHITECTURES)},
+                   "federation": {"clients": count, "rounds": repetitions + 1}, "residency": {"location": residency, "chunk": chunk},
                    "training": {"batch": IMAGES}, "algorithm": {"name": "fedavg"}, "evaluation": {"every": never, "personal": False},
                    "checkpoint": {"every": never}}, CONFIGS)
     launch.set_threads(job, comm)

@@ -43,8 +43,8 @@ def fedconv(comm: Communicator, arguments: Namespace) -> dict[str, Any]:
     """
     device = launch.choose_device(arguments.device, comm.local_rank)
     steps, repetitions = arguments.steps or FEW_STEPS[device.type], arguments.rounds or REPETITIONS
-    job = resolve({"run": {"name": "fedconv", "threads": arguments.threads}, "data": {"size": 28, "public_fraction": 0.05},
-                   "models": {"names": ["fedconv"], "features": 0, "sizes": CLASSES_OF_SIZE},
+    job = resolve({"run": {"name": "fedconv", "threads": arguments.threads}, "data": {"image_size": 28, "public_fraction": 0.05},
+                   "models": {"names": ["fedconv"], "feature_size": 0, "sizes": CLASSES_OF_SIZE},
                    "federation": {"clients": len(CLASSES_OF_SIZE), "rounds": repetitions},
                    "algorithm": {"name": "fedconv", "public_batch": BATCH, **EPOCHS}}, CONFIGS)
     launch.set_threads(job, comm)

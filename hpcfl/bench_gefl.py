@@ -48,8 +48,8 @@ def gefl(comm: Communicator, arguments: Namespace) -> dict[str, Any]:
     device = launch.choose_device(arguments.device, comm.local_rank)
     clients, repetitions, count = (arguments.clients or (CLIENTS,))[0], arguments.rounds or REPETITIONS, arguments.epochs or EPOCHS
     job = resolve({"run": {"name": "gefl", "threads": arguments.threads, "compile": "off"},
-                   "data": {"size": 32, "values": "unit", "validation": 0.0, "test": 0.0},
-                   "models": {"names": [f"cnn{number}" for number in range(1, min(clients, ARCHITECTURES) + 1)], "assignment": "blocks", "features": 0},
+                   "data": {"image_size": 32, "normalization": "unit", "validation_fraction": 0.0, "test_fraction": 0.0},
+                   "models": {"names": [f"cnn{number}" for number in range(1, min(clients, ARCHITECTURES) + 1)], "assignment": "blocks", "feature_size": 0},
                    "federation": {"clients": clients, "rounds": repetitions + 1}, "training": {"batch": BATCH, "epochs": 5, "lr": 0.1},
                    "algorithm": {"name": "gefl_f", "generator_rounds": repetitions + 1, "generator_epochs": count}}, CONFIGS)
     launch.set_threads(job, comm)

@@ -12,15 +12,15 @@ from hpcfl import storage, tree
 from hpcfl.errors import CheckpointError, HpcflError
 from hpcfl.federation import State
 from hpcfl.group import Group
-from hpcfl.job import differences
+from hpcfl.job import differences, recorded
 from hpcfl.placement import Past
 from hpcfl.record import Record, seconds_taken
 from hpcfl.world import World
 
 FORMAT = 2
 VERSION = "hpcfl"                                                  # what --may-differ calls the version that wrote a checkpoint
-FREE_TO_DIFFER = ("checkpoint.every", "checkpoint.keep", "clients.chunk", "clients.folder", "clients.residency", "evaluation.batch", "run.name",
-                  "timeouts.collective", "timeouts.heartbeat")     # settings that no result depends on; on clients.chunk by rounding, with vmap
+FREE_TO_DIFFER = ("checkpoint.every", "checkpoint.keep", "residency.chunk", "residency.folder", "residency.location", "evaluation.batch", "run.name",
+                  "timeouts.collective", "timeouts.heartbeat")     # settings that no result depends on; on residency.chunk by rounding, with vmap
 
 
 def save(folder: Path, world: World, state: State, record: Record, score: float | None) -> None:
@@ -108,7 +108,7 @@ def past(folder: Path) -> Past | None:
     seconds = seconds_taken(origin / "metrics.h5", manifest["rows"])
     if sorted(home) != list(range(len(seconds))):
         return None
-    return Past(tuple(home[client] for client in sorted(home)), manifest["ranks"], manifest["job"]["federation"]["server"], seconds)
+    return Past(tuple(home[client] for client in sorted(home)), manifest["ranks"], manifest["job"]["federation"]["server_rank"], seconds)
 
 
 def latest(folder: Path) -> Path | None:
@@ -148,7 +148,8 @@ def _manifest(folder: Path) -> tuple[str, dict] | None:
     if checkpoint is None:
         return None
     try:
-        return str(checkpoint), json.loads((checkpoint / "manifest.json").read_text())
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        return str(checkpoint), manifest | {"job": recorded(manifest.get("job", {}))}
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{checkpoint / 'manifest.json'}: cannot be read ({error}); {_earlier(checkpoint)}") from None
 

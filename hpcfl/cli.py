@@ -288,7 +288,7 @@ def _parser() -> argparse.ArgumentParser:
                        help="w1: FedAvg of ten small clients; vtc: generator and classifier steps, eager against compiled; "
                             "fedconv: the server's steps, validation excluded, and its rounds, spread over the ranks; "
                             "gefl: rounds of generator and headers beside bare PyTorch, and samples per second; "
-                            "clients: rounds and peak memory against the number of clients, by clients.residency, a process to a case")
+                            "clients: rounds and peak memory against the number of clients, by residency.location, a process to a case")
     bench.add_argument("--rounds", type=int, default=0, help="w1: rounds that are timed (0: 15); fedconv, gefl, clients: repetitions (0: 5, 3, 3)")
     bench.add_argument("--deterministic", action="store_true", help="w1: with run.deterministic = true, to see what it costs")
     bench.add_argument("--steps", type=int, default=0,
@@ -296,7 +296,7 @@ def _parser() -> argparse.ArgumentParser:
                             "gefl: full batches that a client has (0: its images are 600)")
     bench.add_argument("--clients", type=_numbers, metavar="N[,N...]", help="gefl: clients (default: 10); clients: one case for each (default: 10,100,1000)")
     bench.add_argument("--residency", type=_residencies, metavar="R[,R...]", help="clients: where states lie (default: device,host,disk)")
-    bench.add_argument("--chunk", type=int, help="clients: clients.chunk (default: 0 for device, else 20)")
+    bench.add_argument("--chunk", type=int, help="clients: residency.chunk (default: 0 for device, else 20)")
     bench.add_argument("--ranks", type=_numbers, metavar="N[,N...]", help="clients: started by mpirun for each case (default: 1)")
     bench.add_argument("--epochs", type=int, default=0, help="gefl: epochs of a generator round (0: 1, published are 5)")
     bench.add_argument("--compile", action="store_true", help="vtc, sampling of gefl: compiled too where that is not done anyway (a minute on a CPU)")

@@ -83,13 +83,13 @@ def load_of(world: World) -> Load:
     sizes = {client: len(world.split.train[client]) for client in world.mine}
     batches = {architecture: job.training.epochs * sum(len(batch_sizes(sizes[client], job.training.batch)) for client in clients)
                for architecture, clients in hosted.items()}
-    held = {architecture: min(len(clients), job.clients.chunk or len(clients)) for architecture, clients in hosted.items()}
+    held = {architecture: min(len(clients), job.residency.chunk or len(clients)) for architecture, clients in hosted.items()}
     at_once = {architecture: count if problem.device.type == "cuda" else 1 for architecture, count in held.items()}
     batch_s = {architecture: time_batch(world, architecture, min(job.training.batch, max(sizes[client] for client in clients)), at_once[architecture])
                for architecture, clients in hosted.items()}
     parts = (world.split.train, world.split.validation, world.split.test)
     images = len(world.corpus.test_labels) + len(world.split.public) + len(world.split.public_validation) + sum(len(part[client]) for part in parts for client in world.mine)
-    if job.clients.residency == "disk" or (job.clients.residency == "host" and problem.device.type == "cuda"):
+    if job.residency.location == "disk" or (job.residency.location == "host" and problem.device.type == "cuda"):
         states = max((TIMES_AT_WORK * count * model_bytes(world, architecture) for architecture, count in held.items()), default=0)
     else:
         states = 2 * sum(len(clients) * model_bytes(world, architecture) for architecture, clients in hosted.items())    # before and after an update

@@ -4,7 +4,7 @@ import difflib
 import hashlib
 import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,11 @@ class Data:
     classes_per_client: int = integer(2, 1)                        # shards
     spread: float = real(1.0, 0.0)                                 # lognormal: standard deviation of log sizes
     minimum: int = integer(10, 1)                                  # smallest shard that dirichlet and lognormal may give a client
-    validation: float = real(0.1, 0.0, 0.5)                        # of each client's shard; the only part that may select anything
-    test: float = real(0.1, 0.0, 0.5)                              # of each client's shard; personal accuracy
+    validation_fraction: float = real(0.1, 0.0, 0.5)               # of each client's shard, and of the public images; the only part that may select anything
+    test_fraction: float = real(0.1, 0.0, 0.5)                     # of each client's shard; personal accuracy
     public_fraction: float = real(0.0, 0.0, 0.9)                   # of the federation's images, kept by the server, owned by no client
-    size: int = integer(0, 0)                                      # resize images to size x size; 0: as they are
-    values: str = choice("symmetric", "unit", "standard")          # classifier input: [-1, 1], [0, 1], or per-channel mean 0 and sd 1
+    image_size: int = integer(0, 0)                                # pixels of an edge to which images are resized; 0: as they are
+    normalization: str = choice("symmetric", "unit", "standard")   # classifier input: [-1, 1], [0, 1], or per-channel mean 0 and sd 1
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Models:
     shrinkage: float = real(0.75, 0.0, 1.0, above=True)
     size_schedule: str = choice("fixed", "rotate", "random")       # whether size classes (or budgets) move on by a client, or are drawn, each round
     memory_mb: tuple[float, ...] = reals()                         # training memory of client k mod m; not empty: the largest size class that fits
-    features: int = integer(64, 0)                                 # common feature size p; 0: each model's own
+    feature_size: int = integer(64, 0)                             # common feature size p; 0: each model's own
     norm: str = choice("batch", "group")                           # GroupNorm has no running statistics to average
     feature_relu: bool = flag(True)                                # whether features end in a ReLU: one switch for all, or their means do not compare
 
@@ -57,7 +57,7 @@ class Federation:
     clients: int = integer(0, 0)                                   # 0: one per rank
     rounds: int = integer(10, 1)
     participation: float = real(1.0, 0.0, 1.0, above=True)         # share of the clients in each round's cohort
-    server: str = choice("shared", "dedicated")                    # shared: rank 0 hosts clients too
+    server_rank: str = choice("shared", "dedicated")               # shared: rank 0 hosts clients too
     dropout: float = real(0.0, 0.0, 1.0)                           # simulated: probability that a client of the cohort does not answer in a round
     delay: str = choice("none", "exponential", "lognormal")        # simulated: the time that a client takes to answer in a round
     delay_mean: float = real(1.0, 0.0, above=True)                 # simulated seconds
@@ -66,8 +66,8 @@ class Federation:
 
 
 @dataclass(frozen=True)
-class Clients:
-    residency: str = choice("device", "host", "disk")              # where the states of clients lie that are not at work; no result depends on it
+class Residency:
+    location: str = choice("device", "host", "disk")               # where the states of clients lie that are not at work; no result depends on it
     chunk: int = integer(0, 0)                                     # clients of one architecture that are on the device and trained together at most; 0: all
     folder: str = text("")                                         # disk: where; it may be local to the node; empty: the system's temporary folder
 
@@ -115,7 +115,7 @@ class Job:
     data: Data
     models: Models
     federation: Federation
-    clients: Clients
+    residency: Residency
     training: Training
     algorithm: Any
     evaluation: Evaluation
@@ -141,8 +141,12 @@ class Job:
         return "\n".join(lines)
 
 
-SECTIONS = {"run": Run, "data": Data, "models": Models, "federation": Federation, "clients": Clients, "training": Training,
+SECTIONS = {"run": Run, "data": Data, "models": Models, "federation": Federation, "residency": Residency, "training": Training,
             "algorithm": None, "evaluation": Evaluation, "checkpoint": Checkpoint, "timeouts": Timeouts}
+RENAMED = {                                                        # what settings were called -> what they are called: no job file may say it, runs recorded it
+    "data.size": "data.image_size", "data.test": "data.test_fraction", "data.validation": "data.validation_fraction", "data.values": "data.normalization",
+    "models.features": "models.feature_size", "federation.server": "federation.server_rank",
+    "clients.residency": "residency.location", "clients.chunk": "residency.chunk", "clients.folder": "residency.folder"}
 
 
 def load(path: str | Path, configs: Mapping[str, type], overrides: Sequence[str] = ()) -> Job:
@@ -153,12 +157,7 @@ def load(path: str | Path, configs: Mapping[str, type], overrides: Sequence[str]
     Raises: JobError for a file that cannot be read, a section or key that does not exist (with the nearest match) and a value that is not allowed.
     """
     path = Path(path)
-    try:
-        tables = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise JobError(f"{path}: cannot read the job file: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise JobError(f"{path}: not a TOML file: {error}") from None
+    tables = _read(path)
     changes = [_override(override) for override in overrides]
     for section, key, value in changes:
         if not isinstance(tables.setdefault(section, {}), dict):
@@ -171,8 +170,33 @@ def load(path: str | Path, configs: Mapping[str, type], overrides: Sequence[str]
     return resolve(tables, configs, str(path))
 
 
+def recall(path: str | Path, configs: Mapping[str, type]) -> Job:
+    """The job that a run recorded in its folder, perhaps under an earlier version. Raises: JobError as `load` does."""
+    return resolve(recorded(_read(Path(path))), configs, str(path))
+
+
+def recorded(tables: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The tables of a job that a run recorded, perhaps under an earlier version, in the words of this one.
+
+    Every setting has the name that it has today; outside [algorithm] one that did not exist yet has its default, which is what the run did.
+    """
+    found: dict[str, dict[str, Any]] = {name: json.loads(json.dumps(dataclasses.asdict(kind()))) for name, kind in SECTIONS.items() if kind is not None}
+    for section, table in tables.items():
+        for key, value in table.items():
+            today, _, name = RENAMED.get(f"{section}.{key}", f"{section}.{key}").partition(".")
+            found.setdefault(today, {})[name] = value
+    return found
+
+
+def refuse_old_names(names: Iterable[str], where: str) -> None:
+    """Raises: JobError that says what settings "section.key" are called, where any has been renamed."""
+    if told := [f"{name} is called {RENAMED[name]}" for name in names if name in RENAMED]:
+        raise JobError(f"{where}: {', '.join(told)}")
+
+
 def resolve(tables: Mapping[str, Any], configs: Mapping[str, type], where: str = "job") -> Job:
     """A Job from nested tables; `configs` maps algorithm names to their Config dataclass. Raises JobError as `load` does."""
+    refuse_old_names((f"{section}.{key}" for section, table in tables.items() if isinstance(table, Mapping) for key in table), where)
     for section, table in tables.items():
         if section not in SECTIONS:
             raise JobError(f"{where}: unknown section [{section}]{_nearest(section, SECTIONS)}")
@@ -192,6 +216,15 @@ def differences(one: Mapping[str, Mapping[str, Any]], other: Mapping[str, Mappin
         return {f"{section}.{key}": json.dumps(value) for section, table in tables.items() for key, value in table.items()}
     a, b = flat(one), flat(other)
     return sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise JobError(f"{path}: cannot read the job file: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise JobError(f"{path}: not a TOML file: {error}") from None
 
 
 def _section(kind: type, table: Mapping[str, Any], section: str, where: str) -> Any:

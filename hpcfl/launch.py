@@ -8,7 +8,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
@@ -24,7 +24,7 @@ from hpcfl.console import Console, keep_log
 from hpcfl.data.store import NO_LOCKS
 from hpcfl.errors import CheckpointError, EnvironmentFault, HpcflError, JobError, Stopped
 from hpcfl.federation import State
-from hpcfl.job import Job, load
+from hpcfl.job import Job, recall, refuse_old_names
 from hpcfl.simulation import Simulation
 from hpcfl.watchdog import watching
 from hpcfl.world import World, resolved
@@ -40,12 +40,13 @@ def run(job: Job, comm: Communicator, out: Path | None, resume: str, may_differ:
     stop_requested: asked after every round; by default never.
     Raises: the errors of hpcfl.errors; Stopped after a checkpoint on a signal.
     """
+    refuse_old_names(may_differ, "--may-differ")
     job = resolved(job, comm.size)
     folder, resume_from = (Path(path) if path else None for path in comm.share(_folders(job, out, resume) if comm.is_server else None))
     with _owning(folder, comm), watching(comm, folder, job.timeouts.collective, partial(_fail, folder)):
         keep_log(folder, comm.rank)
         console = Console(comm.is_server, live=comm.size == 1 and sys.stdout.isatty())     # mpirun gives its ranks a terminal that is none
-        if comm.share(comm.is_server and resume_from == folder and _finished(folder, job)):
+        if comm.share(comm.is_server and resume_from == folder and _finished(folder) and _of(folder, job)):
             console.say(f"{folder}: already done; choose another --out to run it again")
             return folder
         set_threads(job, comm)
@@ -88,8 +89,8 @@ def revisit(run: str | Path) -> tuple[World, State]:
     folder = Path(run)
     if not (folder / "job.toml").is_file():
         raise JobError(f"{folder}: has no job.toml; wanted the folder of a run")
-    job = load(folder / "job.toml", CONFIGS)
-    job = replace(job, clients=replace(job.clients, folder=""))    # that of the run may be on another machine
+    job = recall(folder / "job.toml", CONFIGS)
+    job = replace(job, residency=replace(job.residency, folder=""))         # that of the run may be on another machine
     world = World(job, Communicator(Alone()), choose_device("auto", 0))
     state = checkpoint.load(folder, world, [checkpoint.VERSION])
     if state is None:
@@ -176,7 +177,8 @@ def _folders(job: Job, out: Path | None, resume: str) -> tuple[str, str | None]:
             raise JobError(f"{out}: holds a run already and nothing is overwritten; choose another --out for what goes on from {source}")
         return str(out or origin), str(source)
     if out is None and resume == "auto":
-        unfinished = [path for path in sorted(Path("runs", job.run.name).glob(f"*-{job.digest()}")) if checkpoint.latest(path) and not _finished(path)]
+        begun = sorted(Path("runs", job.run.name).glob(f"*Z-{'?' * 8}"))           # by time: of what the digest is made changes with the version
+        unfinished = [path for path in begun if checkpoint.latest(path) and not _finished(path) and _of(path, job)]
         if unfinished:
             return str(unfinished[-1]), str(unfinished[-1])
     folder = out or Path("runs", job.run.name, f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{job.digest()}")
@@ -214,11 +216,17 @@ def _owning(folder: Path, comm: Communicator) -> Iterator[None]:
             handle.close()
 
 
-def _finished(folder: Path, job: Job | None = None) -> bool:
-    """Whether the run in a folder came to its end; given a job, also whether it was this very job."""
-    status, carried_out = folder / "STATUS", folder / "job.toml"
-    done = status.is_file() and status.read_text().strip() == "done"
-    return done and (job is None or (carried_out.is_file() and carried_out.read_text() == job.to_toml()))
+def _finished(folder: Path) -> bool:
+    """Whether the run in a folder came to its end."""
+    status = folder / "STATUS"
+    return status.is_file() and status.read_text().strip() == "done"
+
+
+def _of(folder: Path, job: Job) -> bool:
+    """Whether the run in a folder is one of this very job, whatever version recorded it."""
+    with suppress(JobError):                                       # a job that cannot be read any more is another
+        return recall(folder / "job.toml", CONFIGS) == job
+    return False
 
 
 def _fail(folder: Path, why: str) -> None:

@@ -185,7 +185,7 @@ def round_of(recording: Recording, wire: Wire, phase: str | None = None) -> Roun
             "combine": shared(adding, arrays["bytes/simulated_up"][rows]), "evaluate": shared(by_rank["evaluate"].sum(1), flops)}
     checkpoint_s = typical(by_rank["checkpoint"].max(1))
     return Round(
-        chosen, int(rows.sum()), recording.clients, ranks, recording.job["federation"]["server"], float(np.median(wall)) + checkpoint_s,
+        chosen, int(rows.sum()), recording.clients, ranks, recording.job["federation"]["server_rank"], float(np.median(wall)) + checkpoint_s,
         costs=arrays["partition/train"].sum(1) * flops,
         work_s={name: np.nan_to_num(seconds) for name, seconds in work.items()},              # NaN: a client that took no part
         server_s=typical(by_rank["aggregate"][:, 0] + publishing + collecting + loop), spread_s=typical(by_rank["spread"].sum(1)),

@@ -11,6 +11,7 @@ import numpy as np
 
 from hpcfl.errors import CheckpointError, JobError
 from hpcfl.inspect import foreign
+from hpcfl.job import recorded
 
 SCHEMA = 1
 SHAPES = {                                                         # of a dataset, or of all datasets of a group
@@ -168,7 +169,7 @@ def read(run: str | Path) -> Recording:
     try:
         sizes = {"K": int(attributes["clients"]), "C": int(attributes["classes"])}
         text = str(attributes["job"])
-        return Recording(folder, _status(folder), str(attributes["algorithm"]), text, tomllib.loads(text), sizes["K"], sizes["C"],
+        return Recording(folder, _status(folder), str(attributes["algorithm"]), text, recorded(tomllib.loads(text)), sizes["K"], sizes["C"],
                          int(attributes["ranks"]), _aligned(arrays, sizes, path))
     except (KeyError, TypeError, ValueError) as error:             # TOMLDecodeError is a ValueError
         raise CheckpointError(f"{path}: attribute missing or damaged ({error}); wanted algorithm, job, clients, classes and ranks") from None

@@ -159,8 +159,8 @@ class Scratch:
             raise self._fault(error) from error
 
     def _fault(self, error: OSError) -> EnvironmentFault:
-        return EnvironmentFault(f"clients.folder: client states (clients.residency = 'disk') cannot be kept in a file in {self._folder}, with {self._end} "
-                                f"bytes there: {error.strerror}; free space, name another folder on a disk of this node, or set clients.residency = 'host'")
+        return EnvironmentFault(f"residency.folder: client states (residency.location = 'disk') cannot be kept in a file in {self._folder}, with {self._end} "
+                                f"bytes there: {error.strerror}; free space, name another folder on a disk of this node, or set residency.location = 'host'")
 
 
 def make_folder(folder: Path) -> None:

@@ -88,7 +88,7 @@ def job(examined: Examined) -> Finding | None:
     described, estimate = examined.job, examined.estimate
     text = f"{described.run.name}: {described.algorithm_name} on {described.data.name}, {counted(estimate.clients, 'client')} on " \
            f"{counted(examined.ranks, 'rank')}"
-    idle = [rank for rank, load in enumerate(estimate.loads) if not load.clients and not (rank == 0 and described.federation.server == "dedicated")]
+    idle = [rank for rank, load in enumerate(estimate.loads) if not load.clients and not (rank == 0 and described.federation.server_rank == "dedicated")]
     if idle:
         return Finding("job", WARNING, f"{text}; {spoken(idle)} would host none and wait", f"start at most {counted(examined.ranks - len(idle), 'rank')}")
     return Finding("job", OK, text)

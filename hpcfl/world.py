@@ -44,7 +44,7 @@ class World:
             step.accept(self.split.counts(self.corpus.train_labels, self.problem.classes))
         self._accept_single_images()
         self.home = self._home(past)
-        residence = RESIDENCIES[job.clients.residency](device, job.clients.folder)
+        residence = RESIDENCIES[job.residency.location](device, job.residency.folder)
         self.park: Callable[[Group], Group | Parked] = residence.park                    # a Group put away until its next turn at work
 
     @cached_property
@@ -72,7 +72,7 @@ class World:
     def forward_flops(self) -> tuple[int, ...]:
         """Floating-point operations of one image's forward pass through the model that each client begins with."""
         problem, models = self.problem, self.job.models
-        return tuple(zoo.cost(name, problem.shape, problem.classes, models.features, models.norm, models.feature_relu) for name in problem.architectures)
+        return tuple(zoo.cost(name, problem.shape, problem.classes, models.feature_size, models.norm, models.feature_relu) for name in problem.architectures)
 
     @cached_property
     def _remembered(self) -> Mapping[int, dict[str, torch.Tensor]]:
@@ -109,10 +109,10 @@ class World:
         return {architecture: tuple(found[architecture]) for architecture in sorted(found)}
 
     def teams(self, row: int = 0) -> list[tuple[str, tuple[int, ...]]]:
-        """Which of this rank's clients share a Group in a round, with their architecture: `clients.chunk` at most, all in order."""
+        """Which of this rank's clients share a Group in a round, with their architecture: `residency.chunk` at most, all in order."""
         hosted = self.architectures(self.mine, row)
         return [(architecture, clients[start:start + size]) for architecture, clients in hosted.items()
-                for size in [self.job.clients.chunk or len(clients)] for start in range(0, len(clients), size)]
+                for size in [self.job.residency.chunk or len(clients)] for start in range(0, len(clients), size)]
 
     def cohort(self, phase: Phase, row: int) -> tuple[int, ...]:
         """The clients that are asked to take part in a round, a pure function of the seed and the round's row."""
@@ -160,9 +160,10 @@ class World:
     def _problem(self, device: torch.device) -> Problem:
         data = self.job.data
         sample = np.linspace(0, len(self.corpus.train_labels) - 1, num=min(2000, len(self.corpus.train_labels)), dtype=np.int64)
-        scale = Scale.fit(self.corpus.train_images(sample), data.values, data.size) if data.values == "standard" else Scale(data.values, data.size)
+        how = data.normalization, data.image_size
+        scale = Scale.fit(self.corpus.train_images(sample), *how) if data.normalization == "standard" else Scale(*how)
         channels, height, width = self.corpus.shape
-        shape = (channels, data.size, data.size) if data.size else (channels, height, width)
+        shape = (channels, data.image_size, data.image_size) if data.image_size else (channels, height, width)
         names = self.job.models.names
         for name in names:
             zoo.entry(name)
@@ -170,7 +171,7 @@ class World:
 
         def memory(name: str) -> int:
             models = self.job.models
-            return zoo.memory(name, shape, self.corpus.classes, models.features, models.norm, models.feature_relu, self.job.training.batch, slots)
+            return zoo.memory(name, shape, self.corpus.classes, models.feature_size, models.norm, models.feature_relu, self.job.training.batch, slots)
         return Problem(self.job, shape, self.corpus.classes, scale, Sizes(self.job.models, self.clients, self.job.run.seed, memory), device)
 
     def _accept_single_images(self) -> None:
@@ -189,7 +190,7 @@ class World:
                                 "a milder data.partition") from None
 
     def _home(self, past: Past | None) -> tuple[int, ...]:
-        ranks, server = self.comm.size, self.job.federation.server
+        ranks, server = self.comm.size, self.job.federation.server_rank
         costs = [len(part) * flops for part, flops in zip(self.split.train, self.forward_flops, strict=True)]
         if past is None or len(past.home) != self.clients:         # another job's checkpoint is refused where it is loaded
             return place(costs, ranks, server)
@@ -203,7 +204,7 @@ def resolved(job: Job, ranks: int) -> Job:
     """The job with the settings that depend on the launch filled in: federation.clients = 0 means one client per rank that hosts any."""
     if job.federation.clients:
         return job
-    hosts = ranks - 1 if job.federation.server == "dedicated" and ranks > 1 else ranks
+    hosts = ranks - 1 if job.federation.server_rank == "dedicated" and ranks > 1 else ranks
     if hosts < 1:
-        raise JobError("federation.server = 'dedicated' needs a second rank to host the clients; got 1 rank")
+        raise JobError("federation.server_rank = 'dedicated' needs a second rank to host the clients; got 1 rank")
     return replace(job, federation=replace(job.federation, clients=hosts))

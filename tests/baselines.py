@@ -9,7 +9,7 @@ from hpcfl.tree import Tree
 
 CLASSES, CLIENTS = 10, 4
 FOUR = {"clients": CLIENTS, "rounds": 2}
-PUBLIC = {"public_fraction": 0.3, "validation": 0.2}
+PUBLIC = {"public_fraction": 0.3, "validation_fraction": 0.2}
 QUICK = {"fedprox": {}, "lg_fedavg": {}, "avgkd": {}, "feddf": {"steps": 3, "stage": 2}, "fml": {}}
 
 

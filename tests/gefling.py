@@ -24,7 +24,7 @@ CLASSES, CLIENTS, FEATURES = 10, 3, 6                              # of the smal
 
 def described(name: str, generator: str = "cvae", settings=None, **sections) -> Job:
     """A small job with a small generator; where images of digits are too small for the maps of a GAN, they are made larger."""
-    size = {"data": {"size": 16}} if (name, generator) == ("gefl_f", "dcgan") else {}
+    size = {"data": {"image_size": 16}} if (name, generator) == ("gefl_f", "dcgan") else {}
     own = QUICK | ({"warmup_rounds": 1} if name == "gefl_f" else {})
     sections = {section: size.get(section, {}) | dict(sections.get(section, {})) for section in size.keys() | sections.keys()}
     return job(name, {"generator": generator} | own | GENERATORS[generator] | (settings or {}), **sections)

@@ -30,7 +30,7 @@ Tables = Mapping[str, Mapping[str, object]]
 TINY: Tables = {
     "run": {"name": "tiny", "threads": 1, "device": "cpu"},
     "data": {"fraction": 0.15, "partition": "dirichlet", "alpha": 0.5, "minimum": 12, "public_fraction": 0.1},
-    "models": {"names": ["mlp2", "cnn1"], "features": 8},
+    "models": {"names": ["mlp2", "cnn1"], "feature_size": 8},
     "federation": {"clients": 5, "rounds": 3, "participation": 0.6},
     "training": {"batch": 8},
     "evaluation": {"every": 2},

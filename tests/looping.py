@@ -14,15 +14,15 @@ from hpcfl.tree import Tree
 from hpcfl.world import World
 
 SMALL = {"run": {"device": "cpu", "compile": "off"},
-         "data": {"name": "digits", "fraction": 0.15, "partition": "dirichlet", "alpha": 0.3, "validation": 0.0, "test": 0.0},
-         "models": {"names": ["mlp2", "cnn1"], "features": 6},     # one without and one with running statistics
+         "data": {"name": "digits", "fraction": 0.15, "partition": "dirichlet", "alpha": 0.3, "validation_fraction": 0.0, "test_fraction": 0.0},
+         "models": {"names": ["mlp2", "cnn1"], "feature_size": 6},                  # one without and one with running statistics
          "federation": {"clients": 3, "rounds": 3},
          "training": {"batch": 16}}
-WIDTHS = {"models": {"names": ["cnn2_bn"], "sizes": [0, 1], "features": 6}}        # for methods with one global model
+WIDTHS = {"models": {"names": ["cnn2_bn"], "sizes": [0, 1], "feature_size": 6}}    # for methods with one global model
 OWN = {"lg_fedavg": {"models": {"names": ["cnn2_bn", "cnn1"]}},                     # with one common extractor
-       "gefl_f": {"models": {"names": ["cnn2_bn", "cnn1"], "features": 6}},
-       "feddf": {"data": {"public_fraction": 0.3, "validation": 0.2}},
-       "heterofl": WIDTHS, "fedrolex": WIDTHS, "fedconv": WIDTHS | {"data": {"public_fraction": 0.4, "validation": 0.2}}}
+       "gefl_f": {"models": {"names": ["cnn2_bn", "cnn1"], "feature_size": 6}},
+       "feddf": {"data": {"public_fraction": 0.3, "validation_fraction": 0.2}},
+       "heterofl": WIDTHS, "fedrolex": WIDTHS, "fedconv": WIDTHS | {"data": {"public_fraction": 0.4, "validation_fraction": 0.2}}}
 
 
 def job(name: str, settings: Mapping[str, object] | None = None, **sections: Mapping[str, object]) -> Job:

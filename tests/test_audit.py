@@ -28,7 +28,7 @@ def command(*arguments):
 @pytest.fixture(scope="module")
 def overfitted(tmp_path_factory):
     """Clients that know their few digits by heart."""
-    job = tiny("standalone", data={"fraction": 0.1, "partition": "iid", "public_fraction": 0.0}, models={"names": ["mlp2", "cnn1"], "features": 32},
+    job = tiny("standalone", data={"fraction": 0.1, "partition": "iid", "public_fraction": 0.0}, models={"names": ["mlp2", "cnn1"], "feature_size": 32},
                federation={"clients": 2, "rounds": 2, "participation": 1.0}, training={"batch": 16, "epochs": 60, "lr": 0.2})
     return carry_out(job, tmp_path_factory.mktemp("audit") / "overfitted")
 
@@ -211,8 +211,8 @@ def test_losses_are_those_of_the_step_that_has_them(mapping):
 
 
 def test_without_images_that_nobody_trained_on_calibration_is_left_out_with_the_reason(tmp_path):
-    job = tiny("gefl", data={"fraction": 1.0, "partition": "iid", "public_fraction": 0.0, "validation": 0.0, "test": 0.0}, models={"names": ["mlp2"]},
-               federation={"clients": 2, "rounds": 1, "participation": 1.0}, training={"batch": 64},
+    job = tiny("gefl", data={"fraction": 1.0, "partition": "iid", "public_fraction": 0.0, "validation_fraction": 0.0, "test_fraction": 0.0},
+               models={"names": ["mlp2"]}, federation={"clients": 2, "rounds": 1, "participation": 1.0}, training={"batch": 64},
                algorithm={"generator": "vtc", "generator_rounds": 1, "generator_epochs": 1, "latent": 4})
     found = audit.analyse(carry_out(job, tmp_path / "run"), samples=4)
     row, generator = found["classifiers"][0], found["generator"]

@@ -18,7 +18,7 @@ from hpcfl.streams import Stream
 
 WORDS = (*OF_IMAGES, *OF_BATCHES)
 STREAM = Stream(0, "batches", client=1, round=2)
-MLPS = {"names": ["mlp2", "mlp3"], "features": 6}                  # without running statistics
+MLPS = {"names": ["mlp2", "mlp3"], "feature_size": 6}              # without running statistics
 
 
 def noise(count=20, channels=3, size=32, seed=0):

@@ -46,8 +46,8 @@ def test_both_engines_train_alike(name):
 
 @METHODS
 def test_features_of_different_sizes_have_nothing_to_share(name):
-    with pytest.raises(JobError, match="models.features = 0"):
-        went(name, models={"features": 0})
+    with pytest.raises(JobError, match="models.feature_size = 0"):
+        went(name, models={"feature_size": 0})
 
 
 @pytest.mark.parametrize("name", ["fedgh", "fedgen"])

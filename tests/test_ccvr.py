@@ -33,7 +33,7 @@ def test_with_architectures_apart_the_rounds_are_those_of_fedavg():
     found, _ = went("ccvr", {"scope": "architecture"})
     average = run(world(job("fedavg", federation=FOUR)))
     assert bits(found.states[2].server) == bits(average.states[2].server)
-    free, _ = went("ccvr", {"scope": "architecture"}, models={"features": 0})
+    free, _ = went("ccvr", {"scope": "architecture"}, models={"feature_size": 0})
     assert finite(free.states[-1].server) and len({leaf.shape for path, leaf in free.states[-1].server.items() if path.endswith(HEAD[0])}) == 2
 
 

@@ -14,8 +14,8 @@ from hpcfl.ledger import Ledger
 from hpcfl.models import zoo
 
 QUICK = {"server_epochs": 1, "filter_epochs": 1, "first_epochs": 2, "first_rounds": 1, "server_finetune": 1, "aggregation_epochs": 2}
-PUBLIC = {"fraction": 0.3, "public_fraction": 0.4, "validation": 0.2, "test": 0.0, "partition": "iid"}
-NET = {"names": ["fedconv"], "features": 0, "sizes": [0, 1, 2]}
+PUBLIC = {"fraction": 0.3, "public_fraction": 0.4, "validation_fraction": 0.2, "test_fraction": 0.0, "partition": "iid"}
+NET = {"names": ["fedconv"], "feature_size": 0, "sizes": [0, 1, 2]}
 
 
 def described(settings=None, **sections):
@@ -164,13 +164,13 @@ def test_a_public_set_that_lacks_a_class_is_refused():
 
 
 def test_a_public_set_without_an_image_to_select_by_is_refused():
-    with pytest.raises(DataError, match="none to select by; raise data.validation"):
-        world(described(data={"validation": 0.001})).found()
+    with pytest.raises(DataError, match="none to select by; raise data.validation_fraction"):
+        world(described(data={"validation_fraction": 0.001})).found()
 
 
-@pytest.mark.parametrize("data", [{"public_fraction": 0.0}, {"validation": 0.0}])
+@pytest.mark.parametrize("data", [{"public_fraction": 0.0}, {"validation_fraction": 0.0}])
 def test_a_server_without_data_to_learn_on_or_to_select_by_is_refused(data):
-    with pytest.raises(JobError, match="data.public_fraction = .* and data.validation = "):
+    with pytest.raises(JobError, match="data.public_fraction = .* and data.validation_fraction = "):
         world(described(data=data))
 
 

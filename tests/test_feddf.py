@@ -144,7 +144,7 @@ def test_without_held_out_images_all_steps_are_taken(monkeypatch):
 
 
 def test_feddf_needs_no_held_out_images():
-    found = went("feddf", data={"public_fraction": 0.2, "validation": 0.0})
+    found = went("feddf", data={"public_fraction": 0.2, "validation_fraction": 0.0})
     notes = found.accounts[-1]["notes"]
     assert finite(found.states[-1].server) and all(notes[f"distillation_steps {name}"] == 3 for name in ("mlp2", "cnn1"))
 

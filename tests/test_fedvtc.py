@@ -435,14 +435,14 @@ def test_a_class_of_an_earlier_cohort_keeps_its_value(settings):
 
 @pytest.mark.parametrize("name", ["fedvtc", "fedproto"])
 def test_models_without_a_common_feature_size_are_refused_before_round_0(name):
-    with pytest.raises(JobError, match="models.features = 0"):
-        refused = world(job(name, models={"features": 0}))
+    with pytest.raises(JobError, match="models.feature_size = 0"):
+        refused = world(job(name, models={"feature_size": 0}))
         refused.found()
 
 
 def test_all_architectures_give_features_of_the_common_size():
     names = ["mlp2", "cnn1", "cnn5", "resnet8"]
-    found = world(described(models={"names": names, "features": SIZE}, federation={"clients": 4}))
+    found = world(described(models={"names": names, "feature_size": SIZE}, federation={"clients": 4}))
     sizes = {name: found.modules[name]["model"].eval().features(torch.zeros(1, 1, 8, 8)).shape[1] for name in names}
     inner = {found.modules[name]["model"].head.in_features for name in names}
     assert set(sizes.values()) == inner == {SIZE}
@@ -461,7 +461,7 @@ def accuracy_on_absent_classes(found: World, groups) -> dict[int, float]:
 
 
 def test_a_whole_run_stays_finite_and_learns_to_reconstruct():
-    followed, before = world(job("fedvtc", {"finetune_epochs": 8, "per_class": 20}, data={"fraction": 0.5, "alpha": 0.1}, models={"features": 16},
+    followed, before = world(job("fedvtc", {"finetune_epochs": 8, "per_class": 20}, data={"fraction": 0.5, "alpha": 0.1}, models={"feature_size": 16},
                                  federation={"clients": 4, "rounds": 6}, training={"lr": 0.1})), []
     found = run(followed, lambda state, place: before.append(accuracy_on_absent_classes(followed, state.groups)))
     after = accuracy_on_absent_classes(followed, found.states[-1].groups)

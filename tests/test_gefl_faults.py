@@ -83,8 +83,8 @@ def test_models_without_a_common_extractor_are_refused_by_the_form_of_maps_alone
     ("gefl_f", "dcgan", 8, r"for maps of the common extractor: Dcgan: got data of \(3, 4, 4\)"),
     ("gefl_f", "ddpm", 12, r"for maps of the common extractor: Ddpm: got data of \(3, 6, 6\)")])
 def test_sizes_that_a_generator_cannot_take_are_a_matter_of_the_job(name, generator, size, said):
-    with pytest.raises(JobError, match=rf"algorithm.generator = '{generator}' {said}.*: resize the images \(data.size\)"):
-        world(described(name, generator, data={"size": size}))
+    with pytest.raises(JobError, match=rf"algorithm.generator = '{generator}' {said}.*: resize the images \(data.image_size\)"):
+        world(described(name, generator, data={"image_size": size}))
 
 
 @pytest.mark.parametrize("width", ["width_g", "width_d"])

@@ -99,7 +99,7 @@ def test_a_pool_is_the_same_for_all_clients_of_a_round_on_any_rank_and_new_in_ea
 @pytest.mark.parametrize(("generator", "settings", "stated"), CHOSEN)
 def test_generators_learn_in_their_own_range_and_samples_come_in_the_classifiers(generator, settings, stated, values, monkeypatch):
     calls = watched(monkeypatch)
-    found = went("gefl", generator, RESTS | settings, federation={"rounds": 1}, data={"values": values, "fraction": 0.1})
+    found = went("gefl", generator, RESTS | settings, federation={"rounds": 1}, data={"normalization": values, "fraction": 0.1})
     targets, _, message, site = inside(found, "targets")
     low, high = RANGE[stated]
     x = torch.cat([batch["x"] for call in calls if call.phase == "generator" for client in call.before.clients for batch in call.batches(client)])
@@ -124,7 +124,7 @@ def test_generators_learn_in_their_own_range_and_samples_come_in_the_classifiers
 @pytest.mark.parametrize("values", ["unit", "symmetric", "standard"])
 @pytest.mark.parametrize("generator", GENERATORS)
 def test_the_papers_range_mode_leaves_samples_as_they_are_drawn(generator, values):
-    targets = step(world(described("gefl", generator, {"range_mode": "paper"}, data={"values": values})), Targets)
+    targets = step(world(described("gefl", generator, {"range_mode": "paper"}, data={"normalization": values})), Targets)
     samples = torch.linspace(-1.5, 2, 64).view(1, 1, 8, 8)
     assert targets.space.to_classifier(samples) is samples
     low, high = RANGE[STATED[generator]]

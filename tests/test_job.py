@@ -137,6 +137,40 @@ def test_an_unknown_section_is_told_the_nearest_one():
     assert "[trainig]; did you mean 'training'?" in refusal({"trainig": {}, "algorithm": {"name": "prox"}})
 
 
+@pytest.mark.parametrize("old, new", job.RENAMED.items())
+def test_a_setting_that_was_renamed_is_refused_with_its_new_name(path, old, new):
+    section, key = old.split(".")
+    assert f"some.toml: {old} is called {new}" in refusal({section: {key: 1}, "algorithm": {"name": "prox"}})
+    with pytest.raises(JobError, match=f"{old} is called {new}"):
+        job.load(path, CONFIGS, [f"{old}=1"])
+
+
+def test_all_renamed_settings_of_a_file_are_named_at_once():
+    message = refusal({"data": {"size": 32, "test": 0.0}, "clients": {"chunk": 3}, "algorithm": {"name": "prox"}})
+    assert "data.size is called data.image_size, data.test is called data.test_fraction, clients.chunk is called residency.chunk" in message
+
+
+def test_every_new_name_exists_and_no_old_one_does():
+    for old, new in job.RENAMED.items():
+        names = [f"{section}.{field.name}" for section, kind in job.SECTIONS.items() if kind is not None for field in dataclasses.fields(kind)]
+        assert new in names and old not in names
+
+
+def test_a_job_recorded_under_old_names_is_recalled_as_it_was_meant(tmp_path):
+    path = tmp_path / "job.toml"
+    path.write_text('''[data]\nsize = 32\ntest = 0.2\nvalues = "unit"\n[models]\nfeatures = 8\n[federation]\nserver = "dedicated"
+        [clients]\nresidency = "disk"\nchunk = 3\n[algorithm]\nname = "prox"\nmu = 0.5\n''')
+    meant = {"data": {"image_size": 32, "test_fraction": 0.2, "normalization": "unit"}, "models": {"feature_size": 8},
+             "federation": {"server_rank": "dedicated"}, "residency": {"location": "disk", "chunk": 3}, "algorithm": {"name": "prox", "mu": 0.5}}
+    assert job.recall(path, CONFIGS) == job.resolve(meant, CONFIGS)
+
+
+def test_what_is_recorded_today_is_recalled_unchanged(path):
+    read = job.load(path, CONFIGS)
+    path.write_text(read.to_toml())
+    assert job.recall(path, CONFIGS) == read and job.differences(job.recorded(tomllib.loads(path.read_text())), read.tables()) == []
+
+
 def test_an_unknown_algorithm_is_told_which_there_are():
     message = refusal({"algorithm": {"name": "proxx"}})
     assert "'proxx'" in message and "did you mean 'prox'?" in message and "prox, standalone" in message

@@ -80,7 +80,7 @@ def test_the_head_is_common_and_personal_representations_stay_with_their_clients
 @pytest.mark.parametrize(("settings", "those", "said"), [
     ({}, {"names": ["cnn1", "mlp2"]}, r"'extractor\.\*' over all clients, but of 'mlp2' that is .*\(16, 64\).* and of 'cnn1' .*\(3, 1, 3, 3\)"),
     ({}, {"names": ["resnet8"]}, r"'extractor\.\*' over all clients, but of 'resnet8' that is empty"),
-    ({"shared": "head"}, {"names": ["cnn1", "cnn2"], "features": 0}, r"'head\.\*' over all clients, but of 'cnn2'.*models.features above 0")])
+    ({"shared": "head"}, {"names": ["cnn1", "cnn2"], "feature_size": 0}, r"'head\.\*' over all clients, but of 'cnn2'.*models.feature_size above 0")])
 def test_models_without_a_common_part_are_refused(settings, those, said):
     with pytest.raises(JobError, match=said):
         world(job("lg_fedavg", settings, models=those))

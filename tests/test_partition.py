@@ -57,7 +57,7 @@ def test_fraction_bounds_what_the_federation_owns_and_keeps_the_classes_even():
 
 
 def test_the_public_set_has_every_class_and_gives_a_share_to_selection():
-    found = split(LABELS, 4, Data(public_fraction=0.05, validation=0.2), 0)
+    found = split(LABELS, 4, Data(public_fraction=0.05, validation_fraction=0.2), 0)
     assert (len(found.public), len(found.public_validation)) == (80, 20)
     assert np.bincount(LABELS[np.concatenate([found.public, found.public_validation])], minlength=10).tolist() == [10] * 10
 
@@ -73,7 +73,7 @@ def test_iid_shards_differ_by_at_most_one_image():
 
 
 def test_validation_and_test_take_their_share_of_each_shard_from_each_class():
-    found = split(LABELS, 4, Data(validation=0.1, test=0.3), 0)
+    found = split(LABELS, 4, Data(validation_fraction=0.1, test_fraction=0.3), 0)
     total, test, validation = shard_counts(found), found.counts(LABELS, 10, "test"), found.counts(LABELS, 10, "validation")
     assert [len(part) for part in found.test] == [150] * 4 and [len(part) for part in found.validation] == [50] * 4
     assert np.abs(test - 0.3 * total).max() <= 1 and np.abs(validation - 0.1 * total).max() <= 2
@@ -169,7 +169,7 @@ def test_more_clients_than_images_are_refused():
 
 def test_a_client_without_training_images_is_named():
     with pytest.raises(DataError, match="client 0 has 2 images, 1 for test and 1 for validation"):
-        split(LABELS[:20], 10, Data(test=0.5, validation=0.5), 0)
+        split(LABELS[:20], 10, Data(test_fraction=0.5, validation_fraction=0.5), 0)
 
 
 def test_a_public_set_that_rounds_to_nothing_is_refused():

@@ -20,7 +20,7 @@ from hpcfl.errors import EnvironmentFault
 from hpcfl.estimate import load_of, model_bytes
 from hpcfl.federation import begin, regrouped
 from hpcfl.group import Group
-from hpcfl.job import Clients
+from hpcfl.job import Residency
 from hpcfl.launch import revisit
 from hpcfl.residency import RESIDENCIES, Disk, Host
 from hpcfl.storage import Scratch
@@ -32,7 +32,7 @@ FOLLOWED = ["fedavg", "fedvtc", "gefl_f", "fedconv"]
 
 def lying(job, where: str, chunk: int = 0, folder: object = ""):
     """The job with its clients' states somewhere."""
-    return replace(job, clients=Clients(where, chunk, str(folder)))
+    return replace(job, residency=Residency(where, chunk, str(folder)))
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_a_run_is_resumed_with_another_residency_and_chunk(case, first, then, wh
     before = carry_out(lying(job, *first), tmp_path / "first")
     resumed = carry_out(lying(job, *then), tmp_path / "then", resume=checkpoint_of(before, 2))
     same(resumed, whole(case))
-    assert json.loads((checkpoint_of(resumed, outcome(resumed).manifest["rows"]) / "manifest.json").read_text())["job"]["clients"]["residency"] == then[0]
+    assert json.loads((checkpoint_of(resumed, outcome(resumed).manifest["rows"]) / "manifest.json").read_text())["job"]["residency"]["location"] == then[0]
 
 
 @pytest.mark.mpi(min_size=2)
@@ -96,7 +96,7 @@ def test_ranks_with_states_on_disk_agree_with_one_that_has_them_on_the_device(ca
 
 
 def test_a_group_has_at_most_a_chunk_of_clients_of_one_architecture_in_every_round():
-    world = looping.world(looping.job("fedrolex", federation={"clients": 7}, models={"size_schedule": "rotate"}, clients={"chunk": 2, "residency": "disk"}))
+    world = looping.world(looping.job("fedrolex", federation={"clients": 7}, models={"size_schedule": "rotate"}, residency={"chunk": 2, "location": "disk"}))
     state = begin(world)
     for row in range(3):
         state = regrouped(world, state, row)
@@ -190,7 +190,7 @@ def test_a_run_takes_twice_the_states_on_disk_those_before_and_after_a_step(resu
 
 @pytest.mark.parametrize("exact", [False, True])
 def test_what_is_summed_is_kept_once_unless_its_order_matters(exact, monkeypatch):
-    world, brought = looping.world(looping.job("fedavg", federation={"clients": 6}, clients={"chunk": 1}, models={"names": ["mlp2"]})), []
+    world, brought = looping.world(looping.job("fedavg", federation={"clients": 6}, residency={"chunk": 1}, models={"names": ["mlp2"]})), []
     world.comm = Communicator(looping.Alone(), deterministic=exact)
     combine = Communicator.combine
     monkeypatch.setattr(Communicator, "combine", lambda self, statistics: brought.append(statistics) or combine(self, statistics))
@@ -307,7 +307,7 @@ def test_a_killed_run_leaves_nothing_on_disk_and_resumes(tmp_path, whole):
 def test_a_folder_that_takes_no_file_is_an_error_before_anything_is_written(tmp_path):
     (tmp_path / "file").touch()
     for folder in (tmp_path / "nowhere", tmp_path / "file"):
-        with pytest.raises(EnvironmentFault, match=f"clients.folder: .* in {folder}, .*clients.residency = 'host'") as refused:
+        with pytest.raises(EnvironmentFault, match=f"residency.folder: .* in {folder}, .*residency.location = 'host'") as refused:
             carry_out(lying(tiny("standalone"), "disk", 1, folder), tmp_path / "run")
         assert refused.value.exit_code == 3 and not (tmp_path / "run" / "job.toml").exists()
 

@@ -2,8 +2,10 @@
 import fcntl
 import json
 import shutil
+import tomllib
 from pathlib import Path
 
+import h5py
 import pytest
 import torch
 from launching import CASES, apart, carry_out, checkpoint_of, left_half_written, outcome, tiny
@@ -11,6 +13,9 @@ from launching import CASES, apart, carry_out, checkpoint_of, left_half_written,
 from hpcfl.comm import Alone, Communicator
 from hpcfl.errors import CheckpointError, JobError
 from hpcfl.federation import schedule
+from hpcfl.job import RENAMED
+from hpcfl.launch import revisit
+from hpcfl.recording import read
 from hpcfl.simulation import Simulation
 from hpcfl.world import World
 
@@ -31,6 +36,27 @@ def cut_off(source: Path, rows: int, target: Path) -> Path:
     (target / "LATEST").write_text(f"{checkpoint_of(target, rows).name}\n")
     (target / "STATUS").write_text("running\n")
     return target
+
+
+def as_written_before(folder: Path) -> None:
+    """What an earlier version left: settings under the names that they had, and without one that did not exist."""
+    old = {new: name for name, new in RENAMED.items()}
+
+    def before(tables):
+        found: dict[str, dict[str, object]] = {}
+        for section, key, value in ((section, key, value) for section, table in tables.items() for key, value in table.items()):
+            earlier, name = old.get(f"{section}.{key}", f"{section}.{key}").split(".")
+            found.setdefault(earlier, {})[name] = value
+        del found["timeouts"]["heartbeat"]
+        return found
+    text = "".join(f"[{section}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in table.items())
+                   for section, table in before(tomllib.loads((folder / "job.toml").read_text())).items())
+    (folder / "job.toml").write_text(text)
+    for path in folder.glob("checkpoints/*/manifest.json"):
+        manifest = json.loads(path.read_text())
+        path.write_text(json.dumps(manifest | {"job": before(manifest["job"])}))
+    with h5py.File(folder / "metrics.h5", "r+") as file:
+        file.attrs["job"] = text
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +137,35 @@ def test_settings_that_no_result_depends_on_differ_freely(stopped, whole):
     folder, _ = stopped
     carry_out(tiny("standalone", checkpoint={"every": 2, "keep": 1}, run={"name": "renamed"}, evaluation={"batch": 77}), folder)
     assert not apart(outcome(folder), outcome(whole("standalone")))
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["in its folder", "found by its job"])
+def test_a_run_begun_when_settings_had_other_names_goes_on(named, stopped, whole, tmp_path, monkeypatch):
+    folder, job = stopped
+    as_written_before(folder)
+    monkeypatch.chdir(tmp_path)
+    there = Path("runs", job.run.name, f"20260101T000000Z-{'0' * 8}")
+    if not named:
+        there.parent.mkdir(parents=True)
+        folder.rename(there)
+    assert carry_out(job, folder if named else None) == (folder if named else there)
+    assert not apart(outcome(folder if named else there), outcome(whole("standalone")))
+
+
+def test_a_run_finished_when_settings_had_other_names_is_done_and_can_be_looked_at(whole, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(whole("standalone"), folder)
+    as_written_before(folder)
+    carry_out(tiny("standalone", checkpoint=ALL_CHECKPOINTS), folder)
+    assert "already done" in capsys.readouterr().out
+    assert revisit(folder)[0].job == tiny("standalone", checkpoint=ALL_CHECKPOINTS)
+    assert read(folder).job == read(whole("standalone")).job
+
+
+def test_what_may_differ_goes_by_its_new_name(stopped):
+    folder, job = stopped
+    with pytest.raises(JobError, match="--may-differ: data.size is called data.image_size"):
+        carry_out(job, folder, may_differ=["data.size"])
 
 
 def test_other_data_under_the_same_name_are_refused(stopped):

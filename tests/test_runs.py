@@ -62,7 +62,7 @@ def test_neither_idle_ranks_nor_a_dedicated_server_change_the_results(case, tmp_
     alone(comm, deterministic(job), tmp_path / "alone")
     carry_out(deterministic(job), tmp_path / "exact", exact)
     agree(comm, tmp_path / "exact", tmp_path / "alone")
-    carry_out(replace(job, federation=replace(job.federation, server="dedicated")), tmp_path / "dedicated", comm)
+    carry_out(replace(job, federation=replace(job.federation, server_rank="dedicated")), tmp_path / "dedicated", comm)
     agree(comm, tmp_path / "dedicated", tmp_path / "alone", tolerance=1e-5)
 
 
@@ -98,7 +98,7 @@ def test_a_poisoned_official_test_set_changes_no_state(name, tmp_path, monkeypat
              y_test=generator.permutation(data.test_labels))
     for kind in ("clean", "poisoned"):
         store.import_npz(kind, tmp_path / f"{kind}.npz")
-        carry_out(tiny(name, data={"name": kind, "values": "standard"}, checkpoint={"every": 1, "keep": 1}), tmp_path / kind)
+        carry_out(tiny(name, data={"name": kind, "normalization": "standard"}, checkpoint={"every": 1, "keep": 1}), tmp_path / kind)
     clean, poisoned = outcome(tmp_path / "clean"), outcome(tmp_path / "poisoned")
     differing = [line.split("'")[1] for line in apart(clean, poisoned)]
     assert "evaluation/generalization_correct" in differing, "the poison was not even seen"

@@ -153,7 +153,7 @@ def test_slicing_draws_nothing_and_leaves_the_networks_alone():
 
 @pytest.mark.parametrize("features", [256, 128])
 def test_a_projection_that_only_one_width_has_is_refused(features):
-    with pytest.raises(JobError, match=f"'projection.bias'.*models.features = {features} is the size"):
+    with pytest.raises(JobError, match=f"'projection.bias'.*models.feature_size = {features} is the size"):
         slices.axes(*widths("resnet8", 0.5, features=features))
 
 

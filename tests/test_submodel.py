@@ -21,7 +21,7 @@ from hpcfl.resize import slices
 
 CLASSES, CLIENTS = 10, 4
 METHODS = {"heterofl": HeteroFL, "fedrolex": FedRolex}
-MODELS = {"names": ["cnn2_bn"], "sizes": [0, 1, 2], "features": 0}
+MODELS = {"names": ["cnn2_bn"], "sizes": [0, 1, 2], "feature_size": 0}
 both = pytest.mark.parametrize("name", METHODS)
 
 
@@ -138,7 +138,7 @@ def site_of(found: Run) -> ServerSite:
 
 @both
 def test_with_one_size_for_all_it_is_fedavg(name):
-    same = {"models": {"names": ["cnn2_bn"], "sizes": [0], "features": 0}}
+    same = {"models": {"names": ["cnn2_bn"], "sizes": [0], "feature_size": 0}}
     found, average = run(built(name, {"masked_loss": False}, **same)), run(built("fedavg", **same))
     assert bits(tree.floating(model_after(found, -1))) == bits(tree.floating(tree.part(average.states[-1].server, "cnn2_bn")))
 
@@ -268,7 +268,7 @@ def test_a_scaled_slice_has_outputs_of_the_size_of_the_whole():
 
 def scaled_modules(method_name: str, *names: str):
     """The network of the last name under a method whose models are these."""
-    built_world = world(job(method_name, models={"names": list(names), "features": 0, "sizes": [0]}, data={"size": 16}))
+    built_world = world(job(method_name, models={"names": list(names), "feature_size": 0, "sizes": [0]}, data={"image_size": 16}))
     return built_world.modules[names[-1]]["model"]
 
 
@@ -277,7 +277,7 @@ def test_layers_whose_outputs_stay_whole_and_depthwise_ones_are_not_scaled():
         return [name for name, module in model.named_modules() if any(isinstance(hook, Scaler) for hook in module._forward_hooks.values())]
     assert hooked(scaled_modules("heterofl", "cnn2", "cnn2@0.5")) == ["body.conv1", "body.conv2"]
     assert hooked(scaled_modules("heterofl", "cnn2")) == []
-    found = world(job("heterofl", {"scaler": False}, models={"names": ["cnn2", "cnn2@0.5"], "features": 0, "sizes": [0]}))
+    found = world(job("heterofl", {"scaler": False}, models={"names": ["cnn2", "cnn2@0.5"], "feature_size": 0, "sizes": [0]}))
     assert hooked(found.modules["cnn2@0.5"]["model"]) == []
     names = hooked(scaled_modules("heterofl", "mobilenet_v2", "mobilenet_v2@0.5"))
     assert "body.stage2_block1.conv.0.0" in names and "body.stage2_block1.conv.1.0" not in names
@@ -308,10 +308,10 @@ def test_both_engines_train_alike(name):
 @both
 def test_models_of_two_families_have_no_common_global_model(name):
     with pytest.raises(JobError, match="makes one global model"):
-        built(name, models={"names": ["cnn1", "cnn2"], "features": 0})
+        built(name, models={"names": ["cnn1", "cnn2"], "feature_size": 0})
 
 
 @both
 def test_a_size_that_cannot_be_sliced_is_refused_before_the_first_round(name):
-    with pytest.raises(JobError, match="models.features = 128 is the size"):
-        built(name, models={"names": ["fedconv"], "sizes": [0, 1], "features": 128}).modules
+    with pytest.raises(JobError, match="models.feature_size = 128 is the size"):
+        built(name, models={"names": ["fedconv"], "sizes": [0, 1], "feature_size": 128}).modules

@@ -189,7 +189,7 @@ def test_what_a_run_would_meet_on_two_hosts(check, changes, verdict, words):
 def test_a_dedicated_server_without_clients_is_not_idle():
     given = of_a_job(busy(0), busy(8))
     job = given["job"]
-    dedicated = given | {"job": replace(job, federation=replace(job.federation, server="dedicated"))}
+    dedicated = given | {"job": replace(job, federation=replace(job.federation, server_rank="dedicated"))}
     assert judged(verdicts_run.job, examined(cpu(0), cpu(1), **dedicated))[0] == OK
 
 

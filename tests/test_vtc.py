@@ -56,7 +56,7 @@ def test_another_output_takes_the_place_of_tanh():
 
 
 def test_latents_of_another_size_are_refused_by_name():
-    with pytest.raises(LayoutError, match=r"latents of size 64, wanted 32.*models\.features"):
+    with pytest.raises(LayoutError, match=r"latents of size 64, wanted 32.*models\.feature_size"):
         VTC(32, (1, 28, 28))(torch.zeros(2, 64))
 
 

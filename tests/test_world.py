@@ -66,13 +66,13 @@ def test_every_client_lives_on_exactly_one_rank_and_all_ranks_agree_where():
 
 
 def test_a_dedicated_server_hosts_and_reads_nothing():
-    observed = seen_from(0, 3, federation=SEVEN | {"server": "dedicated"})
+    observed = seen_from(0, 3, federation=SEVEN | {"server_rank": "dedicated"})
     indices = reading(observed)
     assert observed.mine == () and observed.join() == [] and dict(observed.modules) == {} and indices == []
 
 
 def test_every_rank_can_take_a_share_of_the_servers_work_and_no_client_sees_the_public_images():
-    data = {"public_fraction": 0.2, "validation": 0.1}
+    data = {"public_fraction": 0.2, "validation_fraction": 0.1}
     phase, sites = Phase("rounds", 1, ()), []
     for rank in range(2):
         observed = seen_from(rank, 2, data=data)
@@ -153,17 +153,17 @@ def test_a_client_starts_from_the_same_model_on_any_rank():
 
 
 def test_placement_weighs_images_and_architectures():
-    observed = seen_from(0, 2, models={"names": ["mlp2", "resnet8"], "features": 6}, federation={"clients": 4}, data={"partition": "iid"})
+    observed = seen_from(0, 2, models={"names": ["mlp2", "resnet8"], "feature_size": 6}, federation={"clients": 4}, data={"partition": "iid"})
     assert {observed.home[1], observed.home[3]} == {0, 1}, "the two dear clients share a rank"
 
 
 def test_standard_values_are_the_same_on_every_rank():
-    scales = [seen_from(rank, 2, data={"values": "standard"}).problem.scale for rank in (0, 1)]
+    scales = [seen_from(rank, 2, data={"normalization": "standard"}).problem.scale for rank in (0, 1)]
     assert scales[0] == scales[1] and len(scales[0].mean) == 1
 
 
 def test_images_are_as_large_as_the_job_wants():
-    observed = seen_from(0, 1, data={"size": 16})
+    observed = seen_from(0, 1, data={"image_size": 16})
     assert observed.problem.shape == (1, 16, 16) and observed.holdings[0].train.pixels(slice(0, 2)).shape == (2, 1, 16, 16)
 
 
@@ -174,9 +174,9 @@ def test_an_unknown_model_is_refused_with_the_nearest_name():
 
 @pytest.mark.parametrize("ranks, server, clients", [(1, "shared", 1), (4, "shared", 4), (4, "dedicated", 3), (2, "dedicated", 1)])
 def test_clients_left_open_are_one_per_rank_that_hosts_any(ranks, server, clients):
-    open_ = job("fedavg", federation={"clients": 0, "server": server})
+    open_ = job("fedavg", federation={"clients": 0, "server_rank": server})
     assert resolved(open_, ranks).federation.clients == clients
-    assert resolved(job("fedavg", federation={"clients": 9, "server": server}), ranks).federation.clients == 9
+    assert resolved(job("fedavg", federation={"clients": 9, "server_rank": server}), ranks).federation.clients == 9
 
 
 def test_the_plan_is_in_the_world():

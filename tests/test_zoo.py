@@ -284,7 +284,7 @@ def test_measuring_memory_draws_nothing_and_needs_no_gradient_mode():
 
 
 def test_image_too_small_names_the_model_and_the_smallest_size():
-    with pytest.raises(JobError, match=r"'w1' got images of 13x13 pixels, wanted at least 14x14.*data\.size"):
+    with pytest.raises(JobError, match=r"'w1' got images of 13x13 pixels, wanted at least 14x14.*data\.image_size"):
         zoo.build("w1", (1, 13, 13), 10)
     assert zoo.build("w1", (1, 14, 14), 10)(torch.zeros(2, 1, 14, 14)).shape == (2, 10)
 

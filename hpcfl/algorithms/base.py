@@ -49,7 +49,7 @@ class Problem:
     def model(self, architecture: str) -> nn.Module:
         """A newly initialised model of the zoo."""
         models = self.job.models
-        return zoo.build(architecture, self.shape, self.classes, models.features, models.norm, models.feature_relu)
+        return zoo.build(architecture, self.shape, self.classes, models.feature_size, models.norm, models.feature_relu)
 
     def structure(self, architecture: str) -> nn.Module:
         """A model of the zoo on the device whose weights do not matter, to be filled with somebody's state."""
@@ -99,12 +99,12 @@ class Problem:
     def common_feature_size(self) -> int:
         """The one p of all clients' features.
 
-        Raises: JobError where models.features = 0 leaves every model its own.
+        Raises: JobError where models.feature_size = 0 leaves every model its own.
         """
-        if self.job.models.features == 0:
-            raise JobError(f"models.features = 0 lets every model keep its own feature size, but {self.job.algorithm_name} exchanges features; "
-                           "wanted one common size, for example models.features = 64")
-        return self.job.models.features
+        if self.job.models.feature_size == 0:
+            raise JobError(f"models.feature_size = 0 lets every model keep its own feature size, but {self.job.algorithm_name} exchanges features; "
+                           "wanted one common size, for example models.feature_size = 64")
+        return self.job.models.feature_size
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,8 @@ class FedConv(Algorithm):
 
     def found(self, site: ServerSite) -> Tree:
         if not len(site.public_validation):
-            raise DataError(f"the public set has {len(site.public)} images to learn on and none to select by; raise data.validation or data.public_fraction")
+            raise DataError(f"the public set has {len(site.public)} images to learn on and none to select by; raise data.validation_fraction or "
+                            "data.public_fraction")
         counts = torch.bincount(site.public.labels, minlength=self.problem.classes).tolist()
         if 0 in counts:
             raise DataError(f"the public set has {len(site.public)} images and none of class {counts.index(0)}; FedConv's server learns filters on it and "
@@ -327,7 +328,7 @@ def plan(config: Config, problem: Problem) -> Plan:
     Raises: JobError without a public set, or without a part of it to select by.
     """
     data = problem.job.data
-    if data.public_fraction == 0 or data.validation == 0:
+    if data.public_fraction == 0 or data.validation_fraction == 0:
         raise JobError(f"fedconv needs a public set at the server and a validation part of it to select by; got data.public_fraction = {data.public_fraction:g} and "
-                       f"data.validation = {data.validation:g}, wanted both above 0, for example 0.05 and 0.1")
+                       f"data.validation_fraction = {data.validation_fraction:g}, wanted both above 0, for example 0.05 and 0.1")
     return (Phase("rounds", problem.job.federation.rounds, (FedConv(config, problem),)),)

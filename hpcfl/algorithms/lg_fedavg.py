@@ -39,7 +39,7 @@ class LgFedAvg(FedAvg):
             if got != wanted or not got:
                 raise JobError(f"{self.problem.job.algorithm_name} averages '{SHARED[config.shared]}*' over all clients, but of '{name}' that is {got or 'empty'} and of "
                                f"'{first}' {wanted or 'empty'}; wanted models with one common extractor, for example cnn1 to cnn10, or "
-                               "algorithm.shared = 'head' with models.features above 0")
+                               "algorithm.shared = 'head' with models.feature_size above 0")
 
     def shapes(self, architecture: str) -> dict[str, tuple[int, ...]]:
         """The shapes of an architecture's shared leaves."""

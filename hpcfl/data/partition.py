@@ -41,7 +41,7 @@ def split(labels: np.ndarray, clients: int, data: Data, seed: int) -> Split:
     labels, stream = np.asarray(labels), Stream(seed, "partition")
     owned, _ = _carve(labels, np.arange(len(labels)), round(data.fraction * len(labels)), stream.of("fraction"))
     public, private = _carve(labels, owned, round(data.public_fraction * len(owned)), stream.of("public"))
-    public_validation, public = _carve(labels, public, round(data.validation * len(public)), stream.of("public validation"))
+    public_validation, public = _carve(labels, public, round(data.validation_fraction * len(public)), stream.of("public validation"))
     if data.public_fraction > 0 and len(public) == 0:
         raise DataError(f"data.public_fraction = {data.public_fraction:g} of {len(owned)} images leaves the server none; raise it or data.fraction")
     if clients > len(private):
@@ -55,11 +55,11 @@ def split(labels: np.ndarray, clients: int, data: Data, seed: int) -> Split:
 def _holdings(labels: np.ndarray, shard: np.ndarray, client: int, data: Data, stream: Stream) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One client's training, validation and test indices."""
     own, total = replace(stream.of("holdings"), client=client), len(shard)
-    test, rest = _carve(labels, shard, round(data.test * total), own.of("test"))
-    validation, train = _carve(labels, rest, min(len(rest), round(data.validation * total)), own.of("validation"))
+    test, rest = _carve(labels, shard, round(data.test_fraction * total), own.of("test"))
+    validation, train = _carve(labels, rest, min(len(rest), round(data.validation_fraction * total)), own.of("validation"))
     if len(train) == 0:
         raise DataError(f"client {client} has {len(shard)} images, {len(test)} for test and {len(validation)} for validation, so none to train on; "
-                        "use fewer clients, a milder data.partition, or smaller data.test and data.validation")
+                        "use fewer clients, a milder data.partition, or smaller data.test_fraction and data.validation_fraction")
     return train, validation, test
 
 

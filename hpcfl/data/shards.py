@@ -20,39 +20,39 @@ PLAIN = Augmentation()                                             # leaves ever
 
 @dataclass(frozen=True)
 class Scale:
-    """From uint8 images to the classifier's range and between ranges; `values` is "symmetric" [-1, 1], "unit" [0, 1] or "standard".
+    """From uint8 images to the classifier's range and between ranges; `normalization` is "symmetric" [-1, 1], "unit" [0, 1] or "standard".
 
     In every range x = (brightness - centre) / spread with brightness in [0, 1]; "standard" takes the data's mean and standard deviation per
     channel (see `fit`) for them. `size` resizes to size x size, 0 leaves images as they are.
 
-    Raises: DataError for "standard" without mean and std, and for values that do not exist.
+    Raises: DataError for "standard" without mean and std, and for one that does not exist.
     """
 
-    values: str = "symmetric"
+    normalization: str = "symmetric"
     size: int = 0
     mean: tuple[float, ...] = ()                                   # (C,), of brightness in [0, 1]
     std: tuple[float, ...] = ()                                    # (C,)
 
     def __post_init__(self) -> None:
-        if self.values not in RANGES and self.values != "standard":
-            raise DataError(f"values = {self.values!r} is no range; there are {', '.join(RANGES)}, standard")
-        if self.values == "standard" and not (len(self.mean) == len(self.std) > 0 and min(self.std) > 0):
-            raise DataError(f"values = 'standard' with mean {self.mean} and std {self.std}; wanted one positive std per channel: use Scale.fit")
+        if self.normalization not in RANGES and self.normalization != "standard":
+            raise DataError(f"normalization = {self.normalization!r} does not exist; there are {', '.join(RANGES)}, standard")
+        if self.normalization == "standard" and not (len(self.mean) == len(self.std) > 0 and min(self.std) > 0):
+            raise DataError(f"normalization = 'standard' with mean {self.mean} and std {self.std}; wanted one positive std per channel: use Scale.fit")
 
     @classmethod
-    def fit(cls, images: np.ndarray, values: str, size: int = 0) -> "Scale":
+    def fit(cls, images: np.ndarray, normalization: str, size: int = 0) -> "Scale":
         """The Scale whose mean and standard deviation are those of uint8 images (n, C, H, W) before resizing, exact and in any order of images.
 
         A channel that is constant gets standard deviation 1. Raises: DataError where there is no image.
         """
         if len(images) == 0:
-            raise DataError("values = 'standard' needs at least one image to take mean and standard deviation from; got none")
+            raise DataError("normalization = 'standard' needs at least one image to take mean and standard deviation from; got none")
         counts = sum(np.stack([np.bincount(channel.ravel(), minlength=256) for channel in images[start:start + BLOCK].swapaxes(0, 1)])
                      for start in range(0, len(images), BLOCK))                    # (C, 256): how often each brightness occurs
         levels, shares = np.arange(256) / 255, counts / counts.sum(axis=1, keepdims=True)
         mean = shares @ levels                                     # (C,)
         std = np.sqrt((shares * (levels - mean[:, None]) ** 2).sum(axis=1))
-        return cls(values, size, tuple(mean.tolist()), tuple(np.where(std > 0, std, 1.0).tolist()))
+        return cls(normalization, size, tuple(mean.tolist()), tuple(np.where(std > 0, std, 1.0).tolist()))
 
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 images (B, C, H, W) as the classifier reads them, float32 (B, C, size or H, size or W); float images pass unchanged.
@@ -84,8 +84,8 @@ class Scale:
 
     def _affine(self, x: Tensor, unit: float = 1.0) -> tuple[float | Tensor, float | Tensor]:
         """Centre and spread in multiples of `unit`: numbers, or (C, 1, 1) tensors beside x, filled there: a copy from the host would wait for the device."""
-        if self.values in RANGES:
-            centre, spread = RANGES[self.values]
+        if self.normalization in RANGES:
+            centre, spread = RANGES[self.normalization]
             return centre * unit, spread * unit
         centre, spread = (torch.stack([x.new_full((1, 1), value * unit) for value in values]) for values in (self.mean, self.std))
         return centre, spread

@@ -64,7 +64,7 @@ def require(model: GenerativeModel, sides: Callable[[int], bool], wanted: str, r
     """
     kind, (channels, height, width) = type(model).__name__, model.shape
     if channels < 1 or height != width or not sides(height):
-        raise LayoutError(f"{kind}: got data of {tuple(model.shape)}, wanted (C, H, H) with H {wanted}: resize the images (data.size)")
+        raise LayoutError(f"{kind}: got data of {tuple(model.shape)}, wanted (C, H, H) with H {wanted}: resize the images (data.image_size)")
     if model.value_range not in ranges:
         raise LayoutError(f"{kind}: value_range = {model.value_range!r} is not one it has; there are {', '.join(ranges)}")
     for name, bound in {"classes": 1, **least}.items():

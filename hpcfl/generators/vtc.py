@@ -48,7 +48,7 @@ class VTC(nn.Module):
     def forward(self, v: Tensor) -> Tensor:
         """Images of latents: (B, latent) -> (B, C, H, W)."""
         if v.shape[-1] != self.latent:
-            raise LayoutError(f"VTC: got latents of size {v.shape[-1]}, wanted {self.latent}; generator and features (models.features) must share p")
+            raise LayoutError(f"VTC: got latents of size {v.shape[-1]}, wanted {self.latent}; generator and features (models.feature_size) must share p")
         maps = self.start(v).unflatten(1, self.base)               # (B, widths[0], base H, base W)
         image = self.layers(maps)                                  # (B, C, >= H, >= W)
         top, left = ((got - wanted) // 2 for got, wanted in zip(image.shape[2:], self.shape[1:], strict=True))

@@ -66,7 +66,7 @@ def build(name: str, shape: Shape, classes: int, features: int = 64, norm: str =
         raise JobError(f"model '{name}': got width {width}; wanted a number above 0 and at most 1")
     if min(shape[1:]) < family.smallest():
         raise JobError(f"models.names: '{name}' got images of {shape[1]}x{shape[2]} pixels, wanted at least {family.smallest()}x{family.smallest()}; "
-                       "choose another model or enlarge the images by data.size")
+                       "choose another model or enlarge the images by data.image_size")
     try:
         parts = family.parts(tuple(shape), norm, own_width * width)
     except JobError as error:

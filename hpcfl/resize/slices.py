@@ -33,12 +33,12 @@ def axes(full: Model, small: Model, shift: int = 0) -> Axes:
     Every layer that makes channels keeps a window of them. What the next layers read follows from one image passed through the full-size network:
     each such layer gives out 1 in the channels that it keeps and 0 in the others, and a kept input is one that arrives positive. So concatenations,
     flattened maps and residual sums need no rule of their own.
-    Raises: JobError where only one width has a projection to models.features; LayoutError where windows do not meet, in a sum for example.
+    Raises: JobError where only one width has a projection to models.feature_size; LayoutError where windows do not meet, in a sum for example.
     """
     made, wanted = ({path: tuple(leaf.shape) for path, leaf in model.state_dict().items()} for model in (full, small))
     if alone := sorted(made.keys() ^ wanted.keys()):
-        raise JobError(f"'{alone[0]}' is in only one of two widths of a model: models.features = {full.feature_size} is the size at which one of them "
-                       "ends anyway, so that it needs no projection; choose another models.features, or 0 for each model's own")
+        raise JobError(f"'{alone[0]}' is in only one of two widths of a model: models.feature_size = {full.feature_size} is the size at which one of them "
+                       "ends anyway, so that it needs no projection; choose another models.feature_size, or 0 for each model's own")
     found: dict[str, tuple[Tensor, ...]] = {}
     marked = copy.deepcopy(full).cpu().eval()
     for name, module in marked.named_modules():

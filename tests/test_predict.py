@@ -16,7 +16,7 @@ from hpcfl.probes import SIZES
 from hpcfl.recording import read
 
 FREE = Wire(dict.fromkeys(ALGORITHMS, Line(0.0, 0.0)), "a wire that costs nothing")
-JOB = '[run]\nname = "toy"\n\n[federation]\nserver = "{server}"\n'
+JOB = '[run]\nname = "toy"\n\n[federation]\nserver_rank = "{server}"\n'
 
 
 def wire(latency_s: float = 0.0, byte_s: float = 0.0) -> Wire:

@@ -204,11 +204,11 @@ def test_what_is_summed_is_kept_once_unless_its_order_matters(exact, monkeypatch
 
 
 def test_what_a_rank_needs_follows_from_where_the_states_lie():
-    def needed(**clients) -> int:
-        return load_of(looping.world(looping.job("fedavg", federation={"clients": 12}, models={"names": ["mlp2"]}, clients=clients))).needed_bytes
+    def needed(**residency) -> int:
+        return load_of(looping.world(looping.job("fedavg", federation={"clients": 12}, models={"names": ["mlp2"]}, residency=residency))).needed_bytes
     one = model_bytes(looping.world(looping.job("fedavg")), "mlp2")
-    assert needed() - needed(residency="disk", chunk=1) == (2 * 12 - 3) * one
-    assert needed() == needed(residency="host", chunk=1), "on a CPU the host's memory is the device's"
+    assert needed() - needed(location="disk", chunk=1) == (2 * 12 - 3) * one
+    assert needed() == needed(location="host", chunk=1), "on a CPU the host's memory is the device's"
 
 
 # where states lie

@@ -14,12 +14,12 @@ from hpcfl.audit_generator import Blocks, Found, attacked
 from hpcfl.audit_images import in_place, matched, part, unseen
 from hpcfl.data.shards import Shard
 from hpcfl.errors import JobError
-from hpcfl.evaluate import correct, model_of
+from hpcfl.evaluate import model_of
 from hpcfl.federation import State
 from hpcfl.group import Group
 from hpcfl.inspect import printable
 from hpcfl.launch import revisit
-from hpcfl.membership import ALARMS, calibrated, losses
+from hpcfl.membership import ALARMS, answers, calibrated, costs, losses
 from hpcfl.references import SMALLEST, reference_models
 from hpcfl.report import aligned
 from hpcfl.world import World
@@ -102,12 +102,14 @@ def _classifier(world: World, group: Group, client: int, pool: Shard, references
     members, others = part(shard, mine), part(test, theirs)
     control = in_place(pool, others, stream.of("unseen"))
     predict = model_of(group, world.modules[group.architecture], client)
-    costs = [losses(predict, side) for side in (members, others, *([control] if len(control) else []))]
-    right = {name: 100 * int(correct(predict, side, world.problem.classes).sum()) / len(side) for name, side in (("members", members), ("others", others))}
+    sides = (members, others, *([control] if len(control) else []))
+    logits = [answers(predict, side) for side in sides]
+    spent = [costs(said, side.labels) for said, side in zip(logits, sides, strict=True)]
+    right = {name: 100 * int((said.argmax(1) == side.labels).sum()) / len(side) for name, said, side in zip(("members", "others"), logits, sides, strict=False)}
     if references:                                                 # without the control: they may have been trained on it
         told = attacked([calibrated(cost, torch.stack([losses(reference, side) for reference in references]))
-                         for cost, side in zip(costs[:2], (members, others), strict=True)]) | told
-    return {"client": client, "architecture": group.architecture, "accuracy_percent": right, "loss": attacked([-cost for cost in costs]), "calibrated": told}
+                         for cost, side in zip(spent[:2], (members, others), strict=True)]) | told
+    return {"client": client, "architecture": group.architecture, "accuracy_percent": right, "loss": attacked([-cost for cost in spent]), "calibrated": told}
 
 
 def _attack_text(attack: Found) -> tuple[str, str]:

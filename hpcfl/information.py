@@ -93,7 +93,8 @@ def compare(models: Models, build: Callable[[str], nn.Module], shard: Shard, out
     labels, images, rows = sameness(shard.labels), nearness(shard.pixels()), []
     for name, (architecture, state) in models.items():
         module = build(architecture)
-        given, logits = (evaluate.in_batches(evaluate.bind(module, state, method), shard) for method in (OUTPUTS[output], "forward"))
+        said = {method: evaluate.in_batches(evaluate.bind(module, state, method), shard) for method in {OUTPUTS[output], "forward"}}
+        given, logits = said[OUTPUTS[output]], said["forward"]
         if not bool(torch.isfinite(given).all() and torch.isfinite(logits).all()):
             raise NonFiniteError(f"model '{name}' ({architecture}): its {output} are not finite; the run diverged, lower its learning rates")
         near = nearness(given)

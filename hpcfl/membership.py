@@ -38,13 +38,26 @@ class Attack:
 def losses(predict: Callable[[Tensor], Tensor], shard: Shard, batch: int = BATCH) -> Tensor:
     """Cross-entropy of each labelled image under a classifier, images -> logits (B, C), in the shard's order: (n,) float64 on the host.
 
-    Minus these are the scores of Yeom et al., CSF 2018, arXiv 1709.01604. As ln(1 + sum_j exp(z_j - z_y)) over the wrong classes j: an overfitted
-    model gives its members losses that log_softmax rounds to one and the same 0 and so cannot rank.
-    Raises: DataError for an empty shard; NonFiniteError where a logit is not finite.
+    Raises: as `answers` and `costs`.
     """
+    return costs(answers(predict, shard, batch), shard.labels)
+
+
+def answers(predict: Callable[[Tensor], Tensor], shard: Shard, batch: int = BATCH) -> Tensor:
+    """A classifier's logits (n, C) on a shard, to take costs and right answers from. Raises: DataError for an empty shard."""
     if len(shard) == 0:
         raise DataError("membership losses: the shard has no image; wanted at least one")
-    logits, own = in_batches(predict, shard, batch).double(), shard.labels.unsqueeze(1)                # (n, C), (n, 1)
+    return in_batches(predict, shard, batch)
+
+
+def costs(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of each image by its logits (n, C) and its label (n,): (n,) float64 on the host.
+
+    Minus these are the scores of Yeom et al., CSF 2018, arXiv 1709.01604. As ln(1 + sum_j exp(z_j - z_y)) over the wrong classes j: an overfitted
+    model gives its members losses that log_softmax rounds to one and the same 0 and so cannot rank.
+    Raises: NonFiniteError where a logit is not finite.
+    """
+    logits, own = logits.double(), labels.unsqueeze(1)             # (n, C), (n, 1)
     if not bool(torch.isfinite(logits).all()):
         raise NonFiniteError("membership losses: the classifier gives logits that are not finite; its training diverged, lower its learning rate")
     wrong = logits.scatter(1, own, -inf).logsumexp(1)              # (n,)

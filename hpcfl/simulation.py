@@ -1,25 +1,21 @@
 """Simulation: a run from begin or resume to its end: the loop, evaluated, recorded, checkpointed, and stopped when asked."""
-import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from hpcfl import checkpoint, tree
+from hpcfl import checkpoint
 from hpcfl.comm import EXCHANGES
 from hpcfl.console import Console
-from hpcfl.errors import CheckpointError, LayoutError, Stopped
-from hpcfl.evaluate import bind, correct, model_of
+from hpcfl.errors import CheckpointError, Stopped
+from hpcfl.examination import Examination
 from hpcfl.federation import Exchange, Place, State, rounds, schedule
-from hpcfl.group import Group
 from hpcfl.lead import Lead
 from hpcfl.ledger import Ledger
 from hpcfl.record import Record
-from hpcfl.residency import Parked
 from hpcfl.world import World
 
-Answers = dict[int, dict[str, np.ndarray]]                         # client -> {"generalization_correct": (C,), ...}
 SAMPLES_PER_CLASS, SAMPLED_CLIENTS = 8, 6                          # what the grid of synthetic images shows
 
 
@@ -35,7 +31,7 @@ class Simulation:
         self.record = Record(_attributes(world), _fixed(world) if self.comm.is_server else {}, world.clients, world.comm.size)
         self.score: float | None = None
         self.lines: dict[str, float] = {}
-        self.answered: dict[tuple[int, ...], tuple[tuple[weakref.ref, ...], Answers]] = {}         # clients -> their models' leaves, and how they did
+        self.examination = Examination(world, self.ledger)
         self.sent_bytes, self.carried = 0, dict.fromkeys(EXCHANGES, 0)
         self.lead = Lead()
 
@@ -96,21 +92,19 @@ class Simulation:
         if self._due(place):
             self._evaluate("before_refine", state, {})
 
-    def _evaluate(self, stage: str, state: State, global_share: Mapping[str, np.ndarray]) -> None:
+    def _evaluate(self, stage: str, state: State, models: Mapping[str, np.ndarray]) -> None:
         """Right answers per client and class on the official test set and on the client's own parts; nothing is selected by the first two.
 
-        `global_share`: those of the federation's own models, name -> (C,), over this rank's share of the official test set.
+        `models`: those of the federation's own models, name -> (C,).
         """
-        with self.ledger("evaluate"):
-            self.answered = {group.clients: (tuple(map(weakref.ref, group.part("model").values())), self._right_answers(group)) for group in state.groups}
-            mine = {client: row for _, answers in self.answered.values() for client, row in answers.items()}
+        mine = self.examination.of_clients(state.groups)
         with self.ledger("idle"):
-            counts = self.comm.gather((mine, global_share))
+            counts = self.comm.gather(mine)
         if not self.comm.is_server:
             return
-        rows = {client: row for part, _ in counts for client, row in part.items()}
+        rows = {client: row for part in counts for client, row in part.items()}
         tables = {name: np.stack([rows[client][name] for client in range(self.world.clients)]) for name in rows[0]}
-        self.record.evaluate(stage, tables, {name: sum(share[name] for _, share in counts) for name in global_share})
+        self.record.evaluate(stage, tables, models)
         fixed = self.record.fixed
         accuracy = 100 * tables["generalization_correct"].sum(1) / fixed["evaluation/generalization_count"].sum()
         self.lines |= {"accuracy": accuracy.mean(), "lowest": accuracy.min(), "highest": accuracy.max()}
@@ -122,39 +116,12 @@ class Simulation:
         self.score = self.lines.get("validation") if stage == "end" else self.score
 
     def _global_right_answers(self, state: State, place: Place) -> dict[str, np.ndarray]:
-        """Those of the models of the phase's last step that has any, over the batches of the official test set that fall to this rank.
+        """Those of the models of the phase's last step that has any.
 
         What the step publishes for it is what the next round begins with, so that it moves once.
-
-        Raises: LayoutError for a model that is not of its architecture.
         """
-        world, batch = self.world, self.world.job.evaluation.batch
         step = next((step for step in reversed(place.phase.steps) if step.overrides("global_models")), None)
-        models = step.global_models(self.exchange.publish(step, state).leaves) if step else {}
-        found = {}
-        with self.ledger("evaluate"):
-            for name, (architecture, model) in models.items():
-                module = world.problem.structure(architecture)
-                if odd := model.keys() ^ module.state_dict().keys():
-                    raise LayoutError(f"global model '{name}': '{min(odd)}' is in only one of it and {architecture}; wanted the state_dict of {architecture}")
-                predict = bind(module, tree.to(model, world.problem.device))
-                found[name] = correct(predict, world.test, world.problem.classes, batch, self.comm.rank, self.comm.size).numpy()
-        return found
-
-    def _right_answers(self, parked: Group | Parked) -> Answers:
-        """Those of a group's clients; a group whose models are still those of the last evaluation gives the same again."""
-        world, settings = self.world, self.world.job.evaluation
-        models, answers = self.answered.get(parked.clients, ((), {}))
-        if len(models) and all(before() is leaf for before, leaf in zip(models, parked.part("model").values(), strict=True)):
-            return answers
-        group, answers = parked.fetch(), {}
-        for client in group.clients:
-            predict = model_of(group, world.modules[group.architecture], client)
-            shards = {"generalization": world.test, "validation": world.holdings[client].validation}
-            if settings.personal:
-                shards["personal"] = world.personal[client]
-            answers[client] = {f"{name}_correct": correct(predict, shard, world.problem.classes, settings.batch).numpy() for name, shard in shards.items()}
-        return answers
+        return self.examination.of_federation(step.global_models(self.exchange.publish(step, state).leaves)) if step else {}
 
     def _finish_round(self, place: Place) -> None:
         sent, self.sent_bytes = self.sent_bytes, self.comm.sent_bytes

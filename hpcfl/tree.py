@@ -76,6 +76,17 @@ def digest(described: Layout) -> str:
     return hashlib.blake2b(repr(described).encode(), digest_size=16).hexdigest()
 
 
+def fingerprints(stacked: Tree) -> list[str]:
+    """A short name of each row of a stacked Tree (K, ...): rows of the same paths, types and bits, and in practice only these, share it."""
+    alike = [(path, leaf.shape[1:], leaf.dtype) for path, leaf in sorted(stacked.items())]
+    head = hashlib.blake2b(repr(alike).encode(), digest_size=16)
+    hashes = [head.copy() for _ in range(len(next(iter(stacked.values()), ())))]
+    for _, leaf in sorted(stacked.items()):
+        for row, line in zip(hashes, leaf.detach().unsqueeze(-1).flatten(1).contiguous().view(torch.uint8).cpu().numpy(), strict=True):
+            row.update(line)
+    return [row.hexdigest() for row in hashes]
+
+
 def unpack(buffer: Tensor, described: Layout) -> Tree:
     """The Tree whose leaves are views of `buffer` (uint8, contiguous) in the given layout."""
     tree, start = {}, 0

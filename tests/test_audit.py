@@ -105,6 +105,19 @@ def test_overfitted_models_are_found_out_by_their_losses(found):
         assert row["loss"]["members"] == row["loss"]["others"] > 50
 
 
+def test_a_clients_model_is_asked_once_about_each_image(overfitted, tmp_path, monkeypatch):
+    asked, model_of = [], audit.model_of
+
+    def counted(*arguments):
+        predict = model_of(*arguments)
+        return lambda x: asked.append(len(x)) or predict(x)
+    monkeypatch.setattr(audit, "model_of", counted)
+    monkeypatch.setattr(audit, "reference_models", lambda *_: [])
+    loss = audit.analyse(overfitted, client=0, out=tmp_path)["classifiers"][0]["loss"]
+    control = sum(asked) - loss["members"] - loss["others"]
+    assert 0 <= control <= loss["others"]
+
+
 def test_reference_models_calibrate_the_attack(found):
     for row in found["classifiers"]:
         assert row["calibrated"]["auc_interval"][0] > 0.5 and row["calibrated"]["unseen_auc"] is None

@@ -10,10 +10,11 @@ import pytest
 import torch
 from launching import carry_out, checkpoint_of, outcome, tiny
 
-from hpcfl import bench, cli, launch, simulation, tree
+from hpcfl import bench, cli, launch, tree
 from hpcfl.algorithms.fedavg import FedAvg
 from hpcfl.comm import Alone, Communicator, connect
 from hpcfl.errors import CheckpointError, JobError, LayoutError
+from hpcfl.examination import Examination
 
 
 class Node:
@@ -135,8 +136,8 @@ def test_a_checkpoint_that_lies_elsewhere_in_the_plan_is_refused(rounds, place, 
 
 
 def test_models_that_no_step_touched_are_not_evaluated_again(tmp_path, monkeypatch):
-    evaluated, model_of = [], simulation.model_of
-    monkeypatch.setattr(simulation, "model_of", lambda group, modules, client: evaluated.append(client) or model_of(group, modules, client))
+    evaluated, asked = [], Examination._asked
+    monkeypatch.setattr(Examination, "_asked", lambda self, group, known: evaluated.extend(group.clients) or asked(self, group, known))
     folder = carry_out(tiny("fedvtc", federation={"participation": 1.0, "rounds": 1}, evaluation={"every": 1}), tmp_path / "run")
     metrics = outcome(folder).metrics
     assert [stage.decode() for stage in metrics["evaluation/stage"]] == ["end", "before_refine", "end"]

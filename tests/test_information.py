@@ -284,6 +284,14 @@ def test_features_may_say_something_else_than_logits():
     assert on_logits["accuracy"] == on_features["accuracy"] == 100
 
 
+@pytest.mark.parametrize("output, times", [("logits", 1), ("features", 2)])
+def test_a_model_is_asked_once_for_each_thing_that_is_wanted_of_it(output, times, monkeypatch):
+    asked, in_batches = [], evaluate.in_batches
+    monkeypatch.setattr(evaluate, "in_batches", lambda *arguments: asked.append(1) or in_batches(*arguments))
+    compare({"both": ("any", {"weight": torch.tensor([1.0, 0.0])})}, lambda architecture: Reader(), marked(), output)
+    assert len(asked) == times
+
+
 def test_an_output_that_does_not_exist_is_refused():
     with pytest.raises(JobError, match="'maps'; wanted one of logits, features"):
         compare({}, built, images(), "maps")

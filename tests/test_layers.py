@@ -15,7 +15,7 @@ LAYERS = (                                                         # a file impo
     {"data", "models", "generators", "maps", "resize"},
     {"losses", "matching", "group", "optimizers", "engines", "fit", "synthesise", "evaluate", "membership", "likeness", "latent"},
     {"algorithms"},
-    {"placement", "conditions", "residency", "world", "federation", "simulation", "checkpoint", "ledger", "record", "recording", "trace", "console",
+    {"placement", "conditions", "residency", "world", "federation", "simulation", "examination", "checkpoint", "ledger", "record", "recording", "trace", "console",
      "figures", "pictures", "page", "report", "inspect", "information", "audit", "audit_generator", "audit_images", "references", "watchdog", "lead",
      "signals", "launch", "slurm", "bench", "bench_clients", "bench_fedconv", "bench_gefl", "allotment", "probes", "shared_folder", "estimate", "wording",
      "finding", "verdicts", "verdicts_run", "doctor", "predict", "cli", "__main__"},

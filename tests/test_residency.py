@@ -14,10 +14,11 @@ import torch
 from launching import CASES, apart, carry_out, checkpoint_of, deterministic, outcome, started, tiny, write_job
 from test_runs import agree, alone
 
-from hpcfl import checkpoint, simulation
+from hpcfl import checkpoint, examination
 from hpcfl.comm import Communicator, connect
 from hpcfl.errors import EnvironmentFault
 from hpcfl.estimate import load_of, model_bytes
+from hpcfl.examination import Examination
 from hpcfl.federation import begin, regrouped
 from hpcfl.group import Group
 from hpcfl.job import Residency
@@ -131,7 +132,7 @@ def watched(monkeypatch) -> Iterator[list[int]]:
             yield each
     with monkeypatch.context() as patch:
         patch.setattr(Group, "updated", before(Group.updated))
-        patch.setattr(simulation, "model_of", before(simulation.model_of))
+        patch.setattr(examination, "bind", before(examination.bind))
         patch.setattr(checkpoint, "_clients", clients)
         yield seen
 
@@ -246,9 +247,8 @@ def test_groups_on_the_device_are_what_they_are():
 
 def test_models_that_did_not_change_are_not_evaluated_again(tmp_path, monkeypatch):
     """GeFL's clients train a generator first; their own models, put away meanwhile, are those of the evaluation before."""
-    evaluated = []
-    bound = simulation.model_of
-    monkeypatch.setattr(simulation, "model_of", lambda group, modules, client: evaluated.append(client) or bound(group, modules, client))
+    evaluated, asked = [], Examination._asked
+    monkeypatch.setattr(Examination, "_asked", lambda self, group, known: evaluated.extend(group.clients) or asked(self, group, known))
     job = tiny("gefl", algorithm={"generator_rounds": 3, "generator_epochs": 1, "latent": 4}, evaluation={"every": 1},
                federation={"participation": 1.0, "rounds": 1})
     counts = []
@@ -281,7 +281,7 @@ def test_after_a_run_or_a_failure_nothing_is_left_on_disk(tmp_path, monkeypatch)
     job = lying(tiny("standalone"), "disk", 1, tmp_path / "scratch")
     here = str(tmp_path / "scratch")
     carry_out(job, tmp_path / "run")
-    monkeypatch.setattr(simulation, "model_of", lambda *_: 1 / 0)
+    monkeypatch.setattr(examination, "bind", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         carry_out(job, tmp_path / "failed")
     monkeypatch.undo()

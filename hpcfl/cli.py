@@ -2,6 +2,7 @@
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import hpcfl
@@ -52,11 +53,12 @@ def _dry_run(job, comm) -> int:
 
 def _slurm(arguments: argparse.Namespace) -> int:
     from hpcfl import slurm
-    request = slurm.Request(arguments.nodes, arguments.ranks, arguments.gpus, arguments.cpus, arguments.time, arguments.lead, arguments.partition,
-                            arguments.srun)
+    gpus, gpu_type = slurm.gpus_of(arguments.gpus_per_node, arguments.nodes) if arguments.gpus_per_node else (arguments.gpus, "")
+    request = slurm.Request(arguments.nodes, arguments.ranks, gpus, arguments.cpus, arguments.time, arguments.lead, arguments.partition, arguments.srun,
+                            arguments.account, arguments.qos, arguments.mem, gpu_type, tuple(arguments.behind))
     job = slurm.checked(arguments.job, arguments.set, arguments.vary)
-    seeds = slurm.seeds(arguments.array) if arguments.array else (job.run.seed,)
-    sweep = slurm.Sweep(seeds, tuple(map(tuple, arguments.vary))) if arguments.array or arguments.vary else None
+    seeds, at_once = slurm.seeds(arguments.array) if arguments.array else ((job.run.seed,), 0)
+    sweep = slurm.Sweep(seeds, tuple(map(tuple, arguments.vary)), at_once) if arguments.array or arguments.vary else None
     text = slurm.script(arguments.job, job.run.name, request, arguments.set, arguments.out, sweep, slurm.environment())
     print(slurm.submit(text) if arguments.submit else text, end="\n" if arguments.submit else "")
     return 0
@@ -182,6 +184,26 @@ def _residencies(text: str) -> tuple[str, ...]:
     return tuple(text.split(","))
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says of an argument that a subcommand does not know how that subcommand is used, where argparse tells of the whole program.
+
+    What comes behind "--" goes into `behind`, where a parser's defaults have that.
+    """
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None) -> tuple[argparse.Namespace, list[str]]:
+        """As argparse's, which hands a subcommand's arguments to its parser in this way."""
+        words, behind = list(sys.argv[1:] if args is None else args), []
+        if self.get_default("behind") is not None and "--" in words:
+            cut = words.index("--")
+            words, behind = words[:cut], words[cut + 1:]
+        known, unknown = super().parse_known_args(words, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        if behind:
+            known.behind = behind
+        return known, unknown
+
+
 def _speaking(command):
     """What goes wrong where no rank is guarded (no communicator, or none yet) is printed and becomes the exit code."""
     def wrapped(arguments: argparse.Namespace) -> int:
@@ -194,7 +216,7 @@ def _speaking(command):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="hpcfl", description=hpcfl.__doc__)
+    parser = _Parser(prog="hpcfl", description=hpcfl.__doc__)
     parser.add_argument("--version", action="version", version=f"hpcfl {hpcfl.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -209,24 +231,29 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--dry-run", action="store_true", help="check the job, print it with every default and who would train where, train nothing")
     run.set_defaults(command=_speaking(_run))
 
-    slurm = commands.add_parser("slurm", help="print a job as a script for sbatch, or submit it")
+    slurm = commands.add_parser("slurm", help="print a job as a script for sbatch, or submit it",
+                                epilog="Behind -- come options for sbatch that are not listed here: hpcfl slurm JOB --nodes 2 -- --constraint=a100 --exclusive")
     slurm.add_argument("job", type=Path, help="a job file (TOML)")
     slurm.add_argument("--nodes", type=int, default=1, metavar="N")
     slurm.add_argument("--ranks", type=int, default=0, metavar="R", help="on all nodes together (default: one per GPU, without GPUs one per node)")
-    slurm.add_argument("--gpus", type=int, default=0, metavar="G", help="on all nodes together (default: none)")
+    gpus = slurm.add_mutually_exclusive_group()
+    gpus.add_argument("--gpus", type=int, default=0, metavar="G", help="on all nodes together (default: none)")
+    gpus.add_argument("--gpus-per-node", default="", metavar="[TYPE:]G", help="the same by node, as for sbatch")
     slurm.add_argument("--cpus", type=int, default=0, metavar="C", help="cores of each rank (default: the site's)")
     slurm.add_argument("--time", default="01:00:00", metavar="T", help="limit of one start, as for sbatch (default: 01:00:00)")
     slurm.add_argument("--lead", type=int, default=120, metavar="S", help="seconds from the signal to the time limit (default: 120); a round must fit into it")
-    slurm.add_argument("--partition", default="", metavar="P")
+    for name, metavar in (("partition", "P"), ("account", "A"), ("qos", "Q")):
+        slurm.add_argument(f"--{name}", default="", metavar=metavar, help="as for sbatch (default: the site's)")
+    slurm.add_argument("--mem", default="", metavar="SIZE", help="memory of each node, as for sbatch (default: the site's)")
     slurm.add_argument("--srun", default="", metavar="PMI", help="launch by srun --mpi=PMI (pmix, pmi2, ...) instead of mpirun")
-    slurm.add_argument("--array", default="", metavar="SEEDS", help="a run for each seed, for example 0-2 or 0,5,7")
+    slurm.add_argument("--array", default="", metavar="SEEDS", help="a run for each seed, as for sbatch: 0-2 or 0,5,7; 0-8:2: every second; 0-9%%2: two at once")
     slurm.add_argument("--vary", action="append", nargs="+", default=[], metavar="SECTION.KEY=VALUE",
                        help="a run for each seed with these settings; given several times, so many runs for each seed")
     slurm.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a setting in every run; may be given several times")
     slurm.add_argument("--out", type=Path, metavar="DIR",
                        help="the run folder, with --array or --vary the folder of the run folders (default: runs/NAME/slurm-NUMBER)")
     slurm.add_argument("--submit", action="store_true", help="hand the script to sbatch instead of printing it")
-    slurm.set_defaults(command=_speaking(_slurm))
+    slurm.set_defaults(command=_speaking(_slurm), behind=())
 
     report = commands.add_parser("report", help="figures and one HTML page for one run or several")
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run folder")

@@ -1,5 +1,6 @@
 """Launch: from a job file to a running simulation: folder, lock, device, threads, signals, and an end with the right exit code on every rank."""
 import fcntl
+import json
 import logging
 import os
 import platform
@@ -14,6 +15,7 @@ from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 
+import psutil
 import torch
 
 import hpcfl
@@ -200,10 +202,10 @@ def _owning(folder: Path, comm: Communicator) -> Iterator[None]:
             handle = (folder / "LOCK").open("a+")                  # what another has written there is not to be lost
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             handle.truncate(0)
-            print(f"process {os.getpid()} on {platform.node()}", file=handle, flush=True)
+            print(json.dumps(_holder()), file=handle, flush=True)
         except BlockingIOError:
             handle.seek(0)
-            failure = f"{folder}: another run is at work in this folder ({handle.read().strip()}); wait for it, or choose another --out"
+            failure = f"{folder}: another run is at work in this folder ({_held_by(handle.read())}); wait for it, or choose another --out"
         except OSError as error:
             failure = None if error.errno in NO_LOCKS else f"{folder}: cannot write there: {error.strerror}; choose a writable folder with --out"
     failure = comm.share(failure)
@@ -214,6 +216,20 @@ def _owning(folder: Path, comm: Communicator) -> Iterator[None]:
     finally:
         if handle:
             handle.close()
+
+
+def _holder() -> dict[str, str | int]:
+    """What LOCK says of this process: no other has its number on its host and began when it did."""
+    began = datetime.fromtimestamp(psutil.Process().create_time(), timezone.utc)
+    return {"host": platform.node(), "pid": os.getpid(), "started": began.isoformat(timespec="seconds")}
+
+
+def _held_by(text: str) -> str:
+    """What is in LOCK, in words; an earlier hpcfl wrote words."""
+    try:
+        return "process {pid} on {host}, since {started}".format(**json.loads(text))
+    except (ValueError, TypeError, KeyError):
+        return text.strip()
 
 
 def _finished(folder: Path) -> bool:

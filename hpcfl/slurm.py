@@ -15,6 +15,14 @@ DAY_S, HOUR_S, MINUTE_S = 86_400, 3_600, 60
 TIMES = {                                                          # the forms of sbatch --time, as seconds of their numbers
     r"(\d+)": (MINUTE_S,), r"(\d+):(\d+)": (MINUTE_S, 1), r"(\d+):(\d+):(\d+)": (HOUR_S, MINUTE_S, 1),
     r"(\d+)-(\d+)": (DAY_S, HOUR_S), r"(\d+)-(\d+):(\d+)": (DAY_S, HOUR_S, MINUTE_S), r"(\d+)-(\d+):(\d+):(\d+)": (DAY_S, HOUR_S, MINUTE_S, 1)}
+WORDS = (                                                          # fields of Request that a site has names for: the form, and what is wanted
+    ("partition", r"[\w.,-]*", "a name as `sinfo` shows it"), ("account", r"[\w.,-]*", "a name as `sacctmgr show associations` shows it"),
+    ("qos", r"[\w.,-]*", "a name as `sacctmgr show qos` shows it"), ("mem", r"(\d+[KMGT]?)?", "memory of each node, for example 64G"),
+    ("srun", r"\w*", "one of the types that `srun --mpi=list` shows, for example pmix"))
+OWN = {                                                            # options of sbatch that are worked out from these of `hpcfl slurm`
+    **dict.fromkeys(("--nodes", "-N"), "--nodes"), **dict.fromkeys(("--ntasks", "-n", "--ntasks-per-node"), "--ranks"),
+    **dict.fromkeys(("--cpus-per-task", "-c"), "--cpus"), **dict.fromkeys(("--time", "-t"), "--time"), "--signal": "--lead",
+    **dict.fromkeys(("--array", "-a"), "--array")}
 COMMENT = 48                                                       # the column of comments in a script
 
 OPENING = """\
@@ -26,8 +34,10 @@ OPENING = """\
 
 BODY = """\
 # From here on nothing needs to be edited.
-launcher= interrupted=
+launcher= interrupted= outlived=
+pause=10                                        # seconds between two looks at whether the launcher outlives the run
 status() { stat -c '%i %y' "$out/STATUS" 2>/dev/null; }      # of the run folder; it is replaced whenever it changes
+ended() { [[ $(status) != "$before" && $(<"$out/STATUS") != running ]]; }
 checkpoint() { cat "$out/LATEST" 2>/dev/null; }
 before=$(status) resumed=$(checkpoint)
 pass_on() {                                     # by the launcher to all ranks, as soon as they listen: neither it nor they would survive it earlier or later
@@ -36,7 +46,15 @@ pass_on() {                                     # by the launcher to all ranks, 
         sleep 1
     done
 }
+guard() {                                       # a launcher that cannot reach a host waits for it, for as long as the network is down, also after the run
+    local looks=0
+    while sleep "$pause" && kill -0 "$launcher" 2>/dev/null; do
+        ended && looks=$((looks + 1)) || looks=0
+        [[ $looks -le 6 ]] || { kill -USR2 $$; return; }
+    done
+}
 trap 'interrupted=yes; pass_on &' USR1
+trap 'interrupted=yes outlived=yes; kill -KILL "$launcher"' USR2
 
 this=$SLURM_JOB_ID
 [[ ! $SLURM_ARRAY_TASK_ID ]] || this=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID      # the number alone may mean the whole array
@@ -48,6 +66,7 @@ export HPCFL_SIGNAL_LEAD_S                      # with it hpcfl can say when its
 
 "${launch[@]}" "${container[@]}" hpcfl run "$job" "${settings[@]}" --out "$out" &
 launcher=$!
+guard &
 [[ ! $interrupted ]] || { interrupted=; pass_on & }     # it came before there was anybody to pass it on to
 
 code=0
@@ -56,9 +75,13 @@ while [[ $interrupted && $code -gt 128 ]]; do   # it was the signal that ended t
     interrupted= code=0
     wait "$launcher" || code=$?
 done
+if [[ $outlived ]]; then
+    printf 'the run has ended and its launcher has not, so it was killed\\n'
+    code=0                                      # STATUS says how the run ended
+fi
 if [[ $code == 0 && $(<"$out/STATUS") != done ]]; then       # Open MPI's way of losing a node: it goes on elsewhere if it has come anywhere
     [[ $(checkpoint) == "$resumed" ]] && code=1 || code=75
-    printf 'the launcher ended without an error before the run was done; did it lose a node?\\n'
+    printf 'the launcher ended without an error before the run was done; did it lose a node? STATUS: %s\\n' "$(<"$out/STATUS")"
 fi
 printf '%s: job %s ended with exit code %d\\n' "$(date -u +%FT%TZ)" "$this" "$code"
 if [[ $code == 75 ]]; then                      # there is a checkpoint to go on from; every other code is an end, good or bad
@@ -81,8 +104,13 @@ class Request:
     cpus: int = 0                                                  # per rank; 0: what the site gives
     time: str = "01:00:00"
     lead_s: int = 120                                              # from the signal to the time limit
-    partition: str = ""                                            # the site's default
+    partition: str = ""                                            # the site's default; so are account, qos and mem
     srun: str = ""                                                 # the PMI for srun; without one mpirun is the launcher
+    account: str = ""
+    qos: str = ""
+    mem: str = ""                                                  # of each node
+    gpu_type: str = ""                                             # any
+    others: tuple[str, ...] = ()                                   # options for sbatch, word by word
 
     def __post_init__(self):
         for name, least in (("nodes", 1), ("ranks", 0), ("gpus", 0), ("cpus", 0), ("lead_s", 1)):
@@ -96,10 +124,14 @@ class Request:
                            f"wanted --ranks {self.gpus} or a multiple of it, or fewer --gpus")
         if self.gpus and self.ranks % self.gpus:
             raise JobError(f"--ranks {self.ranks} with {self.gpus} GPUs: wanted a multiple of {self.gpus}, equally many on each GPU")
-        if not re.fullmatch(r"[\w.,-]*", self.partition):
-            raise JobError(f"--partition {self.partition!r}: wanted a name as `sinfo` shows it")
-        if not re.fullmatch(r"\w*", self.srun):
-            raise JobError(f"--srun {self.srun!r}: wanted one of the types that `srun --mpi=list` shows, for example pmix")
+        for name, form, wanted in WORDS:
+            if not re.fullmatch(form, getattr(self, name), re.ASCII):
+                raise JobError(f"--{name} {getattr(self, name)!r}: wanted {wanted}")
+        for number, word in enumerate(self.others):
+            if not word.isprintable() or not (number or word.startswith("-")):
+                raise JobError(f"{word!r} behind --: wanted options of sbatch, for example -- --constraint=a100 --exclusive")
+            if own := OWN.get(word.partition("=")[0]):
+                raise JobError(f"{word} behind --: the script stands on it; wanted {own} before the --")
         if self.lead_s >= (limit_s := seconds(self.time)):
             raise JobError(f"--lead {self.lead_s} with --time {self.time}: the signal would come before the job starts; wanted less than {limit_s} s")
 
@@ -108,12 +140,20 @@ class Request:
         """Ranks on each node."""
         return (self.ranks or self.gpus or self.nodes) // self.nodes
 
-    def header(self, name: str, tasks: int = 0) -> list[str]:
-        """The lines for sbatch; `tasks`: of an array, 0 for no array."""
+    def header(self, name: str, tasks: int = 0, at_once: int = 0) -> list[str]:
+        """The lines for sbatch; `tasks`: of an array, 0 for no array; `at_once`: so many of them at most, 0 for no limit."""
+        gpus, limit = self.gpus // self.nodes, f"%{at_once}" if at_once else ""
         options = {"job-name": re.sub(r"[^\w.+-]", "_", name), "nodes": self.nodes, "ntasks-per-node": self.ranks_per_node,
-                   "cpus-per-task": self.cpus, "gpus-per-node": self.gpus // self.nodes, "partition": self.partition, "time": self.time,
-                   "signal": f"B:USR1@{self.lead_s}", "array": f"0-{tasks - 1}" if tasks else "", "output": f"%x-{'%A_%a' if tasks else '%j'}.out"}
-        return [*(f"#SBATCH --{option}={value}" for option, value in options.items() if value), "#SBATCH --requeue", "#SBATCH --open-mode=append"]
+                   "cpus-per-task": self.cpus, "gpus-per-node": f"{self.gpu_type}:{gpus}" if self.gpu_type else gpus, "mem": self.mem,
+                   "partition": self.partition, "account": self.account, "qos": self.qos, "time": self.time,
+                   "signal": f"B:USR1@{self.lead_s}", "array": f"0-{tasks - 1}{limit}" if tasks else "", "output": f"%x-{'%A_%a' if tasks else '%j'}.out"}
+        lines = [*(f"--{option}={value}" for option, value in options.items() if value), "--requeue", "--open-mode=append"]
+        for word in self.others:
+            if word.startswith("-"):
+                lines.append(shlex.quote(word))
+            else:                                                  # the value of the option before it
+                lines[-1] += f" {shlex.quote(word)}"
+        return [f"#SBATCH {line}" for line in lines]
 
     def launch(self) -> str:
         """The launcher and its options, for bash."""
@@ -124,13 +164,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A job once for every variant and seed; a variant is the settings ("section.key=value") that it changes.
+    """A job once for every variant and seed, `at_once` at most (0: all); a variant is the settings ("section.key=value") that it changes.
 
     Raises: JobError where two would share a run folder.
     """
 
     seeds: tuple[int, ...]
     variants: tuple[tuple[str, ...], ...] = ()
+    at_once: int = 0
 
     def __post_init__(self):
         for what, names in (("seed", self.seeds), ("variant", tuple(map(self.folder, self.variants)))):
@@ -175,7 +216,7 @@ def script(job: Path, name: str, request: Request, settings: Sequence[str] = (),
     site = [("modules=()", "for `module load`, for example modules=(openmpi)"),
             (f"venv={shlex.quote(venv)}", "with hpcfl; empty where modules or container have it"),
             ("container=()", "what starts a command inside it, for example container=(apptainer exec --nv hpcfl.sif)")]
-    lines = [*request.header(name, tasks), "", "# The site: three lines to edit.", *(f"{line:<{COMMENT}}# {comment}" for line, comment in site), "",
+    lines = [*request.header(name, tasks, sweep.at_once if sweep else 0), "", "# The site: three lines to edit.", *(f"{line:<{COMMENT}}# {comment}" for line, comment in site), "",
              "# The job.", f"job={shlex.quote(str(job))}", f"settings=({_sets(settings)})", f"launch={request.launch()}",
              *(sweep.script(folder) if sweep else [f"out={folder}"]), ""]
     return OPENING.format(what="A sweep of hpcfl runs" if sweep else "An hpcfl run") + "\n".join(lines) + "\n" + BODY
@@ -207,19 +248,33 @@ def seconds(time: str) -> int:
     raise JobError(f"--time {time!r}: wanted minutes, hours:minutes:seconds or days-hours, for example --time 8:00:00")
 
 
-def seeds(text: str) -> tuple[int, ...]:
-    """Seeds from a list of numbers and ranges, "0-2,7".
+def seeds(text: str) -> tuple[tuple[int, ...], int]:
+    """(seeds, how many at once or 0) from what sbatch --array takes: numbers and ranges, perhaps with a step or a limit, "0-2,7,10-20:5%2".
 
     Raises: JobError for any other text and for an empty range.
     """
+    listed, limited, at_once = text.partition("%")
+    if limited and not re.fullmatch(r"0*[1-9]\d*", at_once, re.ASCII):
+        raise JobError(f"--array {text!r}: wanted behind the % how many runs may be at work at once, for example --array 0-9%2")
     found: list[int] = []
-    for part in text.split(","):
-        ends = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip(), re.ASCII)
-        first, last = (int(ends[1]), int(ends[2] or ends[1])) if ends else (1, 0)
-        if first > last:
-            raise JobError(f"--array {text!r}: {part!r} is no seed and no range of seeds; wanted for example --array 0-2 or --array 0,5,7")
-        found += range(first, last + 1)
-    return tuple(found)
+    for part in listed.split(","):
+        told = re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?", part.strip(), re.ASCII)
+        first, last, step = (int(told[1]), int(told[2] or told[1]), int(told[3] or 1)) if told else (1, 0, 1)
+        if first > last or step == 0:
+            raise JobError(f"--array {text!r}: {part!r} is no seed and no range of seeds; wanted for example --array 0-2, 0,5,7 or 0-8:2 (every second)")
+        found += range(first, last + 1, step)
+    return tuple(found), int(at_once or 0)
+
+
+def gpus_of(per_node: str, nodes: int) -> tuple[int, str]:
+    """(GPUs over all nodes, their type or "") from what sbatch --gpus-per-node takes, "4" or "a100:4".
+
+    Raises: JobError for any other text.
+    """
+    told = re.fullmatch(r"(?:([A-Za-z][\w.-]*):)?(\d+)", per_node, re.ASCII)
+    if not told:
+        raise JobError(f"--gpus-per-node {per_node!r}: wanted a number or type:number, for example 4 or a100:4")
+    return int(told[2]) * nodes, told[1] or ""
 
 
 def environment() -> str:

@@ -2,11 +2,12 @@
 import faulthandler
 import json
 import os
+import platform
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -15,8 +16,11 @@ from typing import Any
 import hpcfl
 from hpcfl.comm import Communicator
 from hpcfl.errors import RankMissing
+from hpcfl.wording import spoken
 
-CALLS = ("bcast", "gather", "allgather", "send", "receive", "barrier", "any", "bcast_lines", "gather_lines", "send_lines", "receive_lines", "reduce")
+TOGETHER = ("bcast", "gather", "allgather", "barrier", "any", "bcast_lines", "gather_lines", "reduce")         # calls that all ranks make, in the same order
+APART = ("send", "receive", "send_lines", "receive_lines")         # between two ranks
+RECENT = 32                                                        # of the calls that all ranks make, the last by which ranks are compared
 FOLDER = "watchdog"                                                # in the run folder: what the ranks say once one has raised the alarm
 PERIOD_S = (0.05, 10.0)                                            # bounds of the time between two looks, a twentieth of the limit
 GRACE_S = (2.0, 60.0)                                              # bounds of the time that all have to say where they are, a quarter of the limit
@@ -25,16 +29,19 @@ GRACE_S = (2.0, 60.0)                                              # bounds of t
 class Watched:
     """The ranks of a Communicator, noting when a call to the others begins and ends.
 
-    `state` is (calls begun, name of the last, whether inside it, since when).
+    `state` is (calls begun, name of the last, whether inside it, since when); `together` is (those begun that all ranks make, names of the last RECENT).
     """
 
     def __init__(self, engine: Any):
-        self._engine, self.state = engine, (0, "the start", False, time.monotonic())
-        for name in CALLS:
+        self._engine, self.state, self.together = engine, (0, "the start", False, time.monotonic()), (0, ())
+        for name in (*TOGETHER, *APART):
             setattr(self, name, partial(self._call, name, getattr(engine, name)))
 
     def _call(self, name: str, call: Callable, *arguments: Any, **named: Any) -> Any:
         number = self.state[0] + 1
+        if name in TOGETHER:
+            count, names = self.together
+            self.together = count + 1, (*names, name)[-RECENT:]
         self.state = (number, name, True, time.monotonic())        # one assignment: another thread reads it
         try:
             return call(*arguments, **named)
@@ -46,10 +53,11 @@ class Watched:
 
 
 class Watchdog:
-    """A thread of one rank. It makes no MPI call but the abort: ranks that wait cannot answer, so they leave each other files in the run folder."""
+    """A thread of one rank; made by all ranks together. The thread makes no MPI call but the abort: ranks that wait cannot answer, so they leave each other files in the run folder."""
 
     def __init__(self, comm: Communicator, folder: Path, limit_s: float, last_words: Callable[[str], None]):
         self.comm, self.folder, self.limit_s, self.last_words = comm, folder, limit_s, last_words
+        self.hosts: list[str] = comm.share(comm.gather(platform.node()))                 # of all ranks
         self.period_s, self.grace_s = (min(max(low, limit_s / part), high) for (low, high), part in ((PERIOD_S, 20), (GRACE_S, 4)))
         self.over = threading.Event()
         self.thread = threading.Thread(target=self.watch, name="watchdog", daemon=True)
@@ -118,7 +126,7 @@ class Watchdog:
         if not inside:
             print(f"hpcfl: rank {self.comm.rank}: the others wait for this rank, which is here:", file=sys.stderr, flush=True)
             faulthandler.dump_traceback(sys.__stderr__)
-        told = {"inside": inside, "call": name, "number": number, "seconds": time.monotonic() - since, "at": _place()}
+        told = {"inside": inside, "call": name, "number": number, "together": self.watched.together, "seconds": time.monotonic() - since, "at": _place()}
         path = self.folder / FOLDER / f"rank-{self.comm.rank:04d}.json"
         try:
             path.with_suffix(".part").write_text(json.dumps(told))
@@ -139,10 +147,34 @@ class Watchdog:
         latest = self.folder / "LATEST"
         last = latest.read_text().strip() if latest.is_file() else ""
         checkpoint = f"its last checkpoint is {last}, and the same command goes on from there" if last else "it has no checkpoint yet"
-        found = "; ".join(f"rank {rank} {_words(said.get(rank))}" for rank in missing) or "no rank is missing: they wait for each other in different calls"
+        found = "; ".join(f"rank {rank} {self.away(rank, said.get(rank))}" for rank in missing) or f"no rank is missing: {self.apart(said)}"
         return (f"timeouts.collective = {self.limit_s:g} s is over: {found}. "
                 f"{_listed(list(waiting))} in {', '.join(calls)}. The stacks are in {self.folder / 'log'}/rank-*.stack. "
-                f"The run is ended; {checkpoint}. If all this is only slow, raise timeouts.collective")
+                f"The run is ended; {checkpoint}. If all this is only slow, raise timeouts.collective" + self.launchers())
+
+    def away(self, rank: int, told: dict[str, Any] | None) -> str:
+        """What keeps a rank that is missing, in words."""
+        if told:
+            return f"did not arrive: for {told['seconds']:.1f} s, since its last {told['call']}, it has been at work in {told['at']}"
+        gone = f", or its host {self.hosts[rank]} or the network to it is down" if len(set(self.hosts)) > 1 else ""
+        return f"did not arrive and gives no sign: it is gone, stopped, or inside one call that does not let go of Python{gone}"
+
+    def apart(self, said: dict[int, dict[str, Any]]) -> str:
+        """Why ranks wait that are all there, in words: where all made the same calls so far, what one of them sent has not come to another."""
+        first, *others = (each["together"] for each in said.values())
+        if not all(_in_step(first, other) for other in others):
+            return "they wait for each other in different calls"
+        found: dict[str, list[int]] = {}
+        for rank, host in enumerate(self.hosts):
+            found.setdefault(host, []).append(rank)
+        names = [f"{host} ({spoken(ranks)})" for host, ranks in found.items()]
+        if len(names) == 1:
+            return f"they made the same calls, and a message between them does not arrive, on the host {names[0]}"
+        return f"they made the same calls, and a message between the hosts {', '.join(names[:-1])} and {names[-1]} does not arrive: see to the network between them"
+
+    def launchers(self) -> str:
+        """What to do about a launcher that cannot reach its daemon on another host, and waits for that."""
+        return ". If mpirun does not end, it cannot reach a host: end it by hand (Ctrl-C three times), the run has ended" if len(set(self.hosts)) > 1 else ""
 
 
 @contextmanager
@@ -159,10 +191,10 @@ def watching(comm: Communicator, folder: Path, limit_s: float, last_words: Calla
         yield
 
 
-def _words(told: dict[str, Any] | None) -> str:
-    if told is None:
-        return "did not arrive and gives no sign: it is gone, stopped, or inside one call that does not let go of Python"
-    return f"did not arrive: for {told['seconds']:.1f} s, since its last {told['call']}, it has been at work in {told['at']}"
+def _in_step(one: Sequence[Any], other: Sequence[Any]) -> bool:
+    """Whether two ranks made the same calls, as far as both remember; one may be ahead, for who only sends need not wait."""
+    here, there = (dict(enumerate(names, count - len(names))) for count, names in (one, other))
+    return all(here[number] == there[number] for number in here.keys() & there.keys())
 
 
 def _listed(ranks: list[int]) -> str:

@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,11 @@ def hpcfl(monkeypatch, capsys):
         printed = capsys.readouterr()
         return ended.value.code, printed.out + printed.err
     return call
+
+
+def started_at(process: int) -> str:
+    """When a process began, as LOCK has it."""
+    return datetime.fromtimestamp(psutil.Process(process).create_time(), timezone.utc).isoformat(timespec="seconds")
 
 
 def files(folder: Path) -> dict[Path, tuple[bytes, int]]:
@@ -313,7 +319,7 @@ def test_a_second_job_on_a_run_folder_is_refused_and_told_of_the_first(ranks, wh
         with started(tmp_path / "second", "run", whole[1], "--out", folder, ranks=ranks) as second:
             assert second.ends() == 2, second.text()
         text = " ".join(second.text().split())
-        assert text.count(f"{folder}: another run is at work in this folder (process {holder} on {platform.node()}); wait for it, or choose another --out") == 1
+        assert text.count(f"{folder}: another run is at work in this folder (process {holder} on {platform.node()}, since {started_at(holder)}); wait for it, or choose another --out") == 1
         assert files(folder) == before and first.process.poll() is None
         (tmp_path / "go").touch()
         assert first.ends() == 0, first.text()
@@ -328,10 +334,18 @@ def test_the_lock_of_a_process_that_was_killed_holds_nobody_up(whole, hpcfl, tmp
         time.sleep(0.02)
     run.process.kill()
     run.ends()
-    assert (folder / "LOCK").read_text() == f"process {run.process.pid} on {platform.node()}\n"
+    held = json.loads((folder / "LOCK").read_text())
+    assert (held["host"], held["pid"]) == (platform.node(), run.process.pid) and abs(datetime.fromisoformat(held["started"]).timestamp() - time.time()) < 60
     code, text = hpcfl("run", whole[1], "--out", folder)
     assert code == 0 and "resumed after round 2 of 4" in text and not apart(outcome(folder), outcome(whole[2]))
-    assert (folder / "LOCK").read_text() == f"process {os.getpid()} on {platform.node()}\n"
+    assert json.loads((folder / "LOCK").read_text()) == {"host": platform.node(), "pid": os.getpid(), "started": started_at(os.getpid())}
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ('{"host": "n1", "pid": 7, "started": "2026-01-02T03:04:05+00:00"}\n', "process 7 on n1, since 2026-01-02T03:04:05+00:00"),
+    ("process 7 on n1\n", "process 7 on n1"), ('{"host": "n1"}', '{"host": "n1"}'), ("7", "7"), ("", "")])
+def test_who_holds_a_folder_is_said_whoever_wrote_it(text, words):
+    assert launch._held_by(text) == words
 
 
 def of_another(folder: Path, **written: object) -> None:

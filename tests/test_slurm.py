@@ -117,7 +117,30 @@ def test_a_request_fills_the_lines_for_sbatch():
 def test_what_is_not_asked_for_is_left_to_the_site():
     lines = Request().header("it")
     assert "#SBATCH --ntasks-per-node=1" in lines and "#SBATCH --output=%x-%j.out" in lines
-    assert not [line for line in lines if any(word in line for word in ("cpus", "gpus", "partition", "array"))]
+    assert not [line for line in lines if any(word in line for word in ("cpus", "gpus", "partition", "array", "account", "qos", "mem"))]
+
+
+def test_what_a_site_asks_for_reaches_sbatch(capsys):
+    code, text, _ = printed(REPOSITORY / "jobs" / "fedvtc-digits.toml", "--nodes", 2, "--gpus-per-node", "a100:2", "--account", "ab12", "--qos=high", "--mem", "64G",
+                            "--array", "0-9%2", "--", "--constraint=a100|h100", "--exclusive", "--mail-type", "END,FAIL", "-x", "n[1-3]", capsys=capsys)
+    lines = {line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")}
+    assert code == 0 and lines > {"--ntasks-per-node=2", "--gpus-per-node=a100:2", "--account=ab12", "--qos=high", "--mem=64G", "--array=0-9%2",
+                                  "'--constraint=a100|h100'", "--exclusive", "--mail-type END,FAIL", "-x 'n[1-3]'"}
+
+
+def test_an_option_that_a_command_does_not_know_is_told_with_the_usage_of_that_command(capsys):
+    for command, *words in (("slurm", "JOB", "--acount", "ab12"), ("run", "JOB", "--nodes", "2"), ("data get", "mnist", "--npz")):
+        with pytest.raises(SystemExit) as ended:
+            cli.main([*command.split(), *words])
+        error = capsys.readouterr().err
+        assert ended.value.code == 2 and error.startswith(f"usage: hpcfl {command} [-h]"), error
+        assert f"hpcfl {command}: error: unrecognized arguments: {words[1]}" in error
+
+
+def test_what_is_behind_two_dashes_belongs_to_sbatch_under_slurm_alone():
+    arguments = cli._parser().parse_args(["slurm", "JOB", "--nodes", "2", "--", "--nodelist=n1", "--", "-v"])
+    assert (arguments.nodes, arguments.behind) == (2, ["--nodelist=n1", "--", "-v"]) and cli._parser().parse_args(["slurm", "JOB"]).behind == ()
+    assert cli._parser().parse_args(["run", "--", "--odd-name"]).job == Path("--odd-name")
 
 
 @pytest.mark.parametrize(("asked", "ranks_per_node"), [({"nodes": 3}, 1), ({"nodes": 2, "gpus": 8}, 4), ({"nodes": 2, "gpus": 2, "ranks": 8}, 4)])
@@ -129,7 +152,10 @@ def test_there_is_a_rank_for_each_gpu_or_node_unless_more_are_wanted(asked, rank
     ({"nodes": 0}, "--nodes 0: wanted a whole number of at least 1"), ({"lead_s": 0}, "--lead 0: wanted"), ({"cpus": -1}, "--cpus -1: wanted"),
     ({"nodes": 2, "ranks": 3}, "--ranks 3 on 2 nodes: wanted a multiple of 2"), ({"nodes": 2, "gpus": 3}, "--gpus 3 on 2 nodes"),
     ({"gpus": 4, "ranks": 2}, "2 would stay idle"), ({"gpus": 2, "ranks": 3}, "--ranks 3 with 2 GPUs: wanted a multiple of 2"),
-    ({"partition": "a b"}, "--partition 'a b'"), ({"partition": "a\n#SBATCH --nodes=9"}, "--partition"), ({"srun": "pmix; id"}, "--srun 'pmix; id'"),
+    ({"account": "a b"}, "--account 'a b': wanted a name"), ({"qos": "\n"}, "--qos"), ({"mem": "much"}, "--mem 'much': wanted memory of each node, for example 64G"),
+    ({"others": ("exclusive",)}, "'exclusive' behind --: wanted options of sbatch"), ({"others": ("--x=a\nb",)}, "behind --: wanted options"),
+    ({"others": ("--exclusive", "--array=0-3")}, "--array=0-3 behind --: the script stands on it; wanted --array before the --"),
+    ({"others": ("-N", "3")}, "wanted --nodes before the --"), ({"partition": "a b"}, "--partition 'a b'"), ({"partition": "a\n#SBATCH --nodes=9"}, "--partition"), ({"srun": "pmix; id"}, "--srun 'pmix; id'"),
     ({"time": "soon"}, "--time 'soon': wanted minutes"), ({"time": "0"}, "--time '0'"), ({"time": "1:00:00\n"}, "--time"),
     ({"time": "00:02:00", "lead_s": 120}, "the signal would come before the job starts; wanted less than 120 s")])
 def test_a_request_that_cannot_be_met_is_refused_with_what_to_ask_for(asked, said):
@@ -143,11 +169,36 @@ def test_time_limits_are_read_as_sbatch_reads_them(time_, seconds):
     assert slurm.seconds(time_) == seconds
 
 
-def test_seeds_are_numbers_and_ranges():
-    assert slurm.seeds("0-2,7, 5") == (0, 1, 2, 7, 5)
+@pytest.mark.parametrize(("text", "seeds", "at_once"), [
+    ("0-2,7, 5", (0, 1, 2, 7, 5), 0), ("0-8:2", (0, 2, 4, 6, 8), 0), ("0-9:3", (0, 3, 6, 9), 0), ("0-3%2", (0, 1, 2, 3), 2), ("1,10-20:5,3%10", (1, 10, 15, 20, 3), 10)])
+def test_seeds_are_what_arrays_of_sbatch_are(text, seeds, at_once):
+    assert slurm.seeds(text) == (seeds, at_once)
 
 
-@pytest.mark.parametrize("text", ["", "a", "3-1", "1,", "0-2%1", "-1"])
+def test_a_sweep_of_which_two_run_at_once_has_a_task_for_each_seed_and_variant():
+    seeds, at_once = slurm.seeds("0-8:2%2")
+    text = script(sweep=Sweep(seeds, (("training.lr=0.1",), ("training.lr=0.2",)), at_once))
+    assert "#SBATCH --array=0-9%2\n" in text and "seeds=(0 2 4 6 8)\n" in text
+
+
+@pytest.mark.parametrize("text", ["0-9%", "0-9%0", "0-9%two", "0-9%2%3", "0-9%-1"])
+def test_a_limit_of_runs_at_once_that_is_none_is_refused(text):
+    with pytest.raises(JobError, match="how many runs may be at work at once"):
+        slurm.seeds(text)
+
+
+@pytest.mark.parametrize(("text", "gpus"), [("4", (8, "")), ("a100:2", (4, "a100")), ("nvidia_h100.80:1", (2, "nvidia_h100.80"))])
+def test_gpus_of_each_node_are_counted_over_all_nodes(text, gpus):
+    assert slurm.gpus_of(text, 2) == gpus
+
+
+@pytest.mark.parametrize("text", ["four", "a100", "a100:", "4:a100", "-1", "a b:4"])
+def test_gpus_of_each_node_that_are_no_number_are_refused(text):
+    with pytest.raises(JobError, match="--gpus-per-node .*: wanted a number or type:number"):
+        slurm.gpus_of(text, 2)
+
+
+@pytest.mark.parametrize("text", ["", "a", "3-1", "1,", "0-8:0", "5:2", "0-8:", "-1"])
 def test_what_is_no_list_of_seeds_is_refused(text):
     with pytest.raises(JobError, match="is no seed and no range of seeds"):
         slurm.seeds(text)
@@ -162,7 +213,7 @@ def test_runs_that_would_share_a_folder_are_refused(sweep):
 @pytest.mark.parametrize(("arguments", "said"), [
     (["--set", "training.momentun=0.9"], "unknown key training.momentun; did you mean 'momentum'?"),
     (["--vary", "training.lr=0.1", "--vary", "training.lr=quick"], "training.lr = 'quick' is not allowed"), (["--vary", "lr"], "wanted section.key=value"),
-    (["--array", "1,1"], "seed 1 is there twice"), (["--nodes", "0"], "--nodes 0")])
+    (["--array", "1,1"], "seed 1 is there twice"), (["--gpus-per-node", "many"], "--gpus-per-node 'many'"), (["--nodes", "0"], "--nodes 0")])
 def test_mistakes_show_before_anything_waits_in_a_queue(arguments, said, capsys):
     code, out, error = printed(REPOSITORY / "jobs" / "fedvtc-digits.toml", *arguments, capsys=capsys)
     assert (code, out) == (2, "") and error.startswith("hpcfl: ") and said in error and "Traceback" not in error
@@ -219,7 +270,33 @@ def test_a_launcher_that_ends_without_an_error_before_the_run_is_done_goes_on_if
     if after:
         latest.write_text(f"{after}\n")
     ended, text = run.ends(0)
-    assert ended == code and "before the run was done; did it lose a node?" in text and run.read("requeued") == ("requeue 17 " if code == 75 else "")
+    assert ended == code and "before the run was done; did it lose a node? STATUS: running" in text and run.read("requeued") == ("requeue 17 " if code == 75 else "")
+
+
+@pytest.mark.parametrize(("status", "came_on", "code"), [("done", True, 0), ("stopped: on a signal", True, 75), ("failed: a message is lost", True, 75),
+                                                         ("failed: a message is lost", False, 1)])
+def test_a_launcher_that_outlives_its_run_is_killed_and_the_job_ends_as_the_run_did(status, came_on, code, tmp_path):
+    run = StandIn(tmp_path, script().replace("pause=10 ", "pause=0.05 "))
+    run.reaches("runs/it/slurm-17/STATUS")
+    time.sleep(0.6)
+    assert run.process.poll() is None, "the run is at work"
+    folder = tmp_path / "runs" / "it" / "slurm-17"
+    if came_on:
+        (folder / "LATEST").write_text("round-000001\n")
+    (folder / "STATUS.part").write_text(f"{status}\n")
+    os.replace(folder / "STATUS.part", folder / "STATUS")
+    ended, text = run.ends()
+    assert ended == code and "the run has ended and its launcher has not, so it was killed" in text and run.read("requeued") == ("requeue 17 " if code == 75 else "")
+    assert ("STATUS: failed: a message is lost" in text) == status.startswith("failed"), text
+
+
+def test_a_launcher_that_only_takes_its_time_behind_the_run_is_not_killed(tmp_path):
+    run = StandIn(tmp_path, script().replace("pause=10 ", "pause=0.2 "))
+    run.reaches("runs/it/slurm-17/STATUS")
+    (tmp_path / "runs" / "it" / "slurm-17" / "STATUS").write_text("done\n")
+    time.sleep(0.5)
+    code, text = run.ends(6)
+    assert code == 6 and "killed" not in text
 
 
 def test_a_site_that_does_not_requeue_is_told_how_to_go_on(tmp_path):
@@ -369,7 +446,8 @@ def widowed(cluster, tmp_path_factory) -> Submitted:
 def test_sbatch_accepts_what_the_command_prints(cluster, tmp_path, capsys):
     job = write_job(tmp_path / "a folder", tiny("fedvtc", run={"name": "it's \"one\""}))
     for arguments in ([], ["--nodes", "2", "--ranks", "4", "--cpus", "1", "--time", "0-1:30", "--lead", "600", "--partition", "frail"],
-                      ["--nodes", "2", "--gpus", "2", "--ranks", "4", "--srun", "pmix"], ["--array", "0-2", "--vary", "training.lr=0.1", "--vary", "training.lr=0.2"]):
+                      ["--nodes", "2", "--gpus", "2", "--ranks", "4", "--srun", "pmix"],
+                      ["--gpus-per-node", "1", "--mem", "100M", "--array", "0-8:2%2", "--", "--exclusive", "--mail-type", "NONE", "--comment=it's a | b"], ["--array", "0-2", "--vary", "training.lr=0.1", "--vary", "training.lr=0.2"]):
         code, text, error = printed(job, "--set", "run.name=it's 2", "--out", tmp_path / "out put", *arguments, capsys=capsys)
         assert code == 0, error
         cluster.call("sbatch", "--test-only", text=text)

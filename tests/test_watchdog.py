@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from launching import apart, carry_out, deterministic, outcome, started, tiny, write_job
 
-from hpcfl.comm import Alone, Communicator
+from hpcfl.comm import Alone, Communicator, Ranks
 from hpcfl.console import Console
 from hpcfl.errors import RankMissing
-from hpcfl.watchdog import Watchdog, Watched, _listed, watching
+from hpcfl.watchdog import APART, RECENT, TOGETHER, Watchdog, Watched, _listed, watching
 
 STAYS_AWAY = """
 import os, time
@@ -112,7 +112,14 @@ class Waiting(Alone):
         self.aborted.append(code)
         self.released.set()
 
-    bcast = gather = allgather = send = receive = any = bcast_lines = gather_lines = send_lines = receive_lines = reduce = lambda self, *_: None
+    def gather(self, value):
+        """The others would say the same."""
+        return [value] * self.size
+
+    def bcast(self, value):
+        return value
+
+    allgather = send = receive = any = bcast_lines = gather_lines = send_lines = receive_lines = reduce = lambda self, *_: None
 
 
 @pytest.fixture
@@ -149,11 +156,42 @@ def test_an_old_alarm_is_no_alarm(quick, tmp_path):
     assert not engine.aborted
 
 
-def test_ranks_that_wait_for_each_other_are_told_apart(tmp_path):
-    guard = Watchdog(Communicator(Waiting()), tmp_path, 9.0, print)
-    said = {rank: {"inside": True, "call": call, "at": at} for rank, (call, at) in enumerate((("barrier", "a"), ("bcast", "b"), ("barrier", "a")))}
-    assert "no rank is missing: they wait for each other in different calls. Ranks 0 to 2 wait in barrier (a), bcast (b)" in guard.verdict(said)
+def waiting_in(*calls: str, began: int = 0, at: str = "a") -> dict:
+    """What a rank says that waits in the last of these calls."""
+    return {"inside": True, "call": calls[-1], "at": at, "together": [began + len(calls), list(calls)]}
+
+
+def verdict(folder: Path, hosts: list[str], *said: dict) -> str:
+    guard = Watchdog(Communicator(Waiting()), folder, 9.0, print)
+    guard.hosts = hosts
+    return guard.verdict(dict(enumerate(said)))
+
+
+def test_ranks_that_wait_for_each_other_in_different_calls_are_told_apart(tmp_path):
+    text = verdict(tmp_path, ["n1"] * 3, waiting_in("bcast", "barrier"), waiting_in("bcast", "bcast", at="b"), waiting_in("bcast", "barrier"))
+    assert "no rank is missing: they wait for each other in different calls. Ranks 0 to 2 wait in barrier (a), bcast (b)" in text
+    parted = verdict(tmp_path, ["n1"] * 3, waiting_in("any", "barrier"), waiting_in("bcast", "gather", "gather", began=-1), waiting_in("any", "barrier"))
+    assert "in different calls" in parted                          # one of them is ahead, and came there on another way
     assert _listed([0, 1, 2, 5, 7, 8]) == "Ranks 0 to 2, 5, 7 to 8 wait" and _listed([3]) == "Rank 3 waits"
+
+
+@pytest.mark.parametrize("far", [waiting_in("any", "barrier"), waiting_in("any", "barrier", "gather"), waiting_in(*["gather"] * 40, began=90)],
+                         ids=["the same call", "the next call", "far ahead"])
+def test_where_all_made_the_same_calls_the_hosts_are_named_between_which_a_message_is_lost(far, tmp_path):
+    text = verdict(tmp_path, ["near", "near", "far"], waiting_in("any", "barrier"), waiting_in("any", "barrier"), far)
+    assert ("no rank is missing: they made the same calls, and a message between the hosts near (ranks 0-1) and far (rank 2) does not arrive: "
+            "see to the network between them. Ranks 0 to 2 wait in ") in text and "different" not in text
+    assert text.endswith("If mpirun does not end, it cannot reach a host: end it by hand (Ctrl-C three times), the run has ended")
+
+
+def test_a_message_may_be_lost_on_one_host_too(tmp_path):
+    text = verdict(tmp_path, ["n1"] * 3, *[waiting_in("any", "barrier")] * 3)
+    assert "a message between them does not arrive, on the host n1 (ranks 0-2). " in text and "mpirun" not in text
+
+
+def test_a_rank_that_gives_no_sign_may_be_on_a_host_that_is_down(tmp_path):
+    text = verdict(tmp_path, ["near", "far", "far"], waiting_in("barrier"), waiting_in("barrier"))
+    assert "rank 2 did not arrive and gives no sign" in text and "does not let go of Python, or its host far or the network to it is down. " in text
 
 
 def test_calls_to_others_are_counted_and_errors_pass_through():
@@ -162,10 +200,20 @@ def test_calls_to_others_are_counted_and_errors_pass_through():
     watched = Watched(engine)
     assert watched.state[:3] == (0, "the start", False) and watched.size == 3
     watched.bcast(None)
-    assert watched.state[:3] == (1, "bcast", False)
+    assert watched.state[:3] == (1, "bcast", False) and watched.together == (1, ("bcast",))
     with pytest.raises(ValueError):
         watched.receive(1)
-    assert watched.state[:3] == (2, "receive", False)
+    assert watched.state[:3] == (2, "receive", False) and watched.together == (1, ("bcast",)), "only two ranks take part in it"
+    for _ in range(RECENT):
+        watched.any(False)
+    assert watched.together == (1 + RECENT, ("any",) * RECENT)
+
+
+def test_every_call_that_a_communicator_makes_is_watched():
+    """A call that is not in the lists would hang unseen; those that two ranks make alone are no step of all."""
+    lists = {*TOGETHER, *APART}
+    made = {name for name in vars(Ranks) if not name.startswith("_")} | {"bcast", "gather", "allgather", "send", "barrier"}
+    assert made - lists == {"collectives"} and not {*TOGETHER} & {*APART}
 
 
 def test_without_a_limit_or_other_ranks_nothing_is_watched(tmp_path):

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import psutil
 
+from hpcfl.launchers import whole_number
+
 GROUPS = Path("/sys/fs/cgroup")
 OWN_GROUPS = Path("/proc/self/cgroup")                             # lines "number:controllers:path", no controllers in version 2
 LIMITS = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))      # of versions 2 and 1
@@ -27,7 +29,7 @@ def launcher_cores(environment: Mapping[str, str] = os.environ) -> int:
         allowed = len(psutil.Process().parent().cpu_affinity())
     except (AttributeError, psutil.Error):                         # no such thing on this system, or a parent that is gone or somebody else's
         allowed = os.cpu_count() or 1
-    return min(allowed, int(environment.get("SLURM_CPUS_ON_NODE", allowed)))
+    return min(allowed, whole_number(environment.get("SLURM_CPUS_ON_NODE")) or allowed)
 
 
 def memory_left_bytes() -> int:

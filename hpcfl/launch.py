@@ -3,6 +3,7 @@ import fcntl
 import logging
 import os
 import platform
+import shlex
 import sys
 import time
 import traceback
@@ -22,29 +23,31 @@ from hpcfl.algorithms import CONFIGS
 from hpcfl.comm import Alone, Communicator
 from hpcfl.console import Console, keep_log
 from hpcfl.data.store import NO_LOCKS
-from hpcfl.errors import CheckpointError, EnvironmentFault, HpcflError, JobError, Stopped
+from hpcfl.errors import CheckpointError, EnvironmentFault, HpcflError, Interrupted, JobError, Stopped, told
 from hpcfl.federation import State
 from hpcfl.job import Job, load
+from hpcfl.launchers import launched
 from hpcfl.simulation import Simulation
 from hpcfl.watchdog import watching
+from hpcfl.wording import duration
 from hpcfl.world import World, resolved
 
 log = logging.getLogger("hpcfl")
 
 
-def run(job: Job, comm: Communicator, out: Path | None, resume: str, may_differ: tuple[str, ...] = (), stop_requested: Callable[[], bool] = bool) -> Path:
+def run(job: Job, comm: Communicator, out: str | Path | None, resume: str, may_differ: tuple[str, ...] = (), stop_requested: Callable[[], bool] = bool) -> Path:
     """Carry out a job in its run folder and return the folder.
 
     out: the run folder itself, by default runs/<name>/<UTC>-<hash8>. resume: "auto" goes on from the folder's last checkpoint (without `out` from the
     newest unfinished run of the same job), "never" wants an empty folder, anything else is the path of a run folder or of one checkpoint.
     stop_requested: asked after every round; by default never.
-    Raises: the errors of hpcfl.errors; Stopped after a checkpoint on a signal.
+    Raises: the errors of hpcfl.errors; Stopped after a checkpoint on a signal, Interrupted without one.
     """
-    job = resolved(job, comm.size)
-    folder, resume_from = (Path(path) if path else None for path in comm.share(_folders(job, out, resume) if comm.is_server else None))
+    began_s, job = time.monotonic(), resolved(job, comm.size)
+    folder, resume_from = (Path(path) if path else None for path in comm.share(_folders(job, Path(out) if out else None, resume) if comm.is_server else None))
     with _owning(folder, comm), watching(comm, folder, job.timeouts.collective, partial(_fail, folder)):
         keep_log(folder, comm.rank)
-        console = Console(comm.is_server, live=comm.size == 1 and sys.stdout.isatty())     # mpirun gives its ranks a terminal that is none
+        console = Console(comm.is_server, live=launched() is None and sys.stdout is not None and sys.stdout.isatty())      # a launcher gives its ranks terminals that are none
         if comm.share(comm.is_server and resume_from == folder and _finished(folder, job)):
             console.say(f"{folder}: already done; choose another --out to run it again")
             return folder
@@ -68,15 +71,22 @@ def run(job: Job, comm: Communicator, out: Path | None, resume: str, may_differ:
         try:
             with console.beating(job.timeouts.heartbeat, simulation.so_far):
                 simulation.run()
-        except BaseException as error:
-            status = "stopped" if isinstance(error, Stopped) else "failed"
-            if status == "failed" or comm.is_server:
-                _write_status(folder, f"{status}: {str(error) or type(error).__name__}")
+        except KeyboardInterrupt:
+            error = Interrupted(f"{folder}: interrupted from the keyboard; {checkpoint.way_on(folder)}")
+            _write_status(folder, f"stopped: {error}")
+            raise error from None
+        except Stopped as error:
+            if comm.is_server:
+                _write_status(folder, f"stopped: {error}")
+            raise
+        except Exception as error:
+            _write_status(folder, f"failed: {told(error, comm.rank)}")
             raise
         finally:
             console.close()
         if comm.is_server:
             _write_status(folder, "done")
+        console.say(f"done after {duration(time.monotonic() - began_s)}: {folder}; figures and a page: hpcfl report {shlex.quote(str(folder))}")
     return folder
 
 
@@ -109,7 +119,7 @@ def guarded(body: Callable[[], int], comm: Communicator) -> int:
             print(f"hpcfl: {error}", flush=True)
         return error.exit_code
     except KeyboardInterrupt:
-        text, code = "interrupted from the keyboard", 130
+        text, code = "interrupted from the keyboard", Interrupted.exit_code
     except HpcflError as error:
         text, code = str(error), error.exit_code
         log.debug("raised at", exc_info=True)

@@ -15,6 +15,7 @@ from hpcfl.federation import Exchange, Place, State, rounds, schedule
 from hpcfl.group import Group
 from hpcfl.lead import Lead
 from hpcfl.ledger import Ledger
+from hpcfl.pace import Pace
 from hpcfl.record import Record
 from hpcfl.residency import Parked
 from hpcfl.world import World
@@ -37,7 +38,7 @@ class Simulation:
         self.lines: dict[str, float] = {}
         self.answered: dict[tuple[int, ...], tuple[tuple[weakref.ref, ...], Answers]] = {}         # clients -> their models' leaves, and how they did
         self.sent_bytes, self.carried = 0, dict.fromkeys(EXCHANGES, 0)
-        self.lead = Lead()
+        self.lead, self.pace = Lead(), Pace(world.job.checkpoint.seconds)
 
     def run(self) -> None:
         """Carry the run to its end, from its beginning or from where it was resumed.
@@ -53,13 +54,14 @@ class Simulation:
                 self._sample(state, place)
             self._finish_round(place)
             stop = self.comm.agree(self.stop_requested())
-            if end or stop or state.rows % self.world.job.checkpoint.every == 0:
-                with self.ledger("checkpoint"):
+            due = end or stop or state.rows % self.world.job.checkpoint.every == 0
+            if due or (self.world.job.checkpoint.seconds and self.comm.agree(self.comm.is_server and self.pace.due)):
+                with self.ledger("checkpoint"), self.pace.saving():
                     checkpoint.save(self.folder, self.world, state, self.record, self.score)
             if end or stop:
                 self._book_last_checkpoint()
             if stop and not end:
-                raise Stopped(f"{self.folder}: stopped on a signal after round {state.rows} of {len(self.places)}; a checkpoint is there, the same command resumes")
+                raise Stopped(f"{self.folder}: stopped on a signal after round {state.rows} of {len(self.places)}; a checkpoint is there, the same command goes on")
             del state                                              # not to be kept beside those of the next round
 
     def so_far(self) -> tuple[float, str]:

@@ -2,7 +2,7 @@
 import re
 
 from hpcfl.finding import OK, PROBLEM, WARNING, Check, Examined, Finding, alike
-from hpcfl.launchers import RELAUNCH
+from hpcfl.launchers import ALONE, RELAUNCH
 from hpcfl.probes import Facts
 from hpcfl.wording import counted, reasons, shares, size, spoken
 
@@ -43,7 +43,8 @@ def launch(examined: Examined) -> Finding:
     if told.ranks == seen:
         return Finding("launch", OK, f"{started} and MPI sees as many")
     if seen == 1:
-        return Finding("launch", PROBLEM, f"{started}, but each sees only itself: there would be {told.ranks} runs side by side instead of one", RELAUNCH)
+        return Finding("launch", PROBLEM, f"{started}, but each sees only itself: there would be {told.ranks} runs side by side instead of one",
+                       f"{RELAUNCH}. {ALONE}")
     return Finding("launch", WARNING, f"{started}, but MPI sees {seen}: there may be several runs side by side", RELAUNCH)
 
 

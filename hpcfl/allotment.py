@@ -6,11 +6,22 @@ from pathlib import Path
 
 import psutil
 
+from hpcfl.job import Run
 from hpcfl.launchers import whole_number
 
 GROUPS = Path("/sys/fs/cgroup")
 OWN_GROUPS = Path("/proc/self/cgroup")                             # lines "number:controllers:path", no controllers in version 2
 LIMITS = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))      # of versions 2 and 1
+
+
+def threads(run: Run, cores: float, limit: float) -> int:
+    """Of a rank that has so many cores and may start so many: run.threads, else one where the same bits are promised, else one for each core."""
+    return run.threads or (1 if run.deterministic else max(1, int(min(cores, limit))))
+
+
+def thread_limit(environment: Mapping[str, str] = os.environ) -> float:
+    """How many threads OMP_NUM_THREADS allows a process; infinite where it says nothing."""
+    return whole_number(environment.get("OMP_NUM_THREADS", "").partition(",")[0]) or math.inf       # "4,2" is for levels, of which there is one
 
 
 def quota_cores() -> float:

@@ -1,6 +1,7 @@
 """The command line: run, slurm, report, predict, inspect, information, audit, data, bench, doctor."""
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ DATA_COLUMNS = ("name", "status", "train", "test", "classes", "image", "MB", "")
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `hpcfl` and `python -m hpcfl`; ends the process with the exit codes of hpcfl.errors."""
     outlets.open_all()
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")            # read when torch is loaded: threads that spin hold the cores that others wait for
     try:
         arguments = _parser().parse_args(argv)
         code = arguments.command(arguments)
@@ -58,7 +60,7 @@ def _dry_run(job, comm, refused: str) -> int:
     from hpcfl import launch
     from hpcfl.world import World, resolved
     job = resolved(job, comm.size)
-    world = World(job, comm, launch.choose_device(job.run.device, comm.local_rank))
+    world = World(job, comm, launch.device_of(job, comm))
     if comm.is_server:
         print(job.to_toml())
         for phase in world.plan:
@@ -324,7 +326,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--ranks", type=_numbers, metavar="N[,N...]", help="clients: started by mpirun for each case (default: 1)")
     bench.add_argument("--epochs", type=int, default=0, help="gefl: epochs of a generator round (0: 1, published are 5)")
     bench.add_argument("--compile", action="store_true", help="vtc, sampling of gefl: compiled too where that is not done anyway (a minute on a CPU)")
-    bench.add_argument("--threads", type=int, default=0, help="per rank; 0: cores / ranks on the node")
+    bench.add_argument("--threads", type=int, default=0, help="per rank; 0: as run.threads = 0")
     bench.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     bench.add_argument("--json", action="store_true")
     bench.set_defaults(command=_speaking(_bench))

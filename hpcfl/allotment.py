@@ -6,9 +6,22 @@ from pathlib import Path
 
 import psutil
 
+from hpcfl.job import Run
+from hpcfl.launchers import whole_number
+
 GROUPS = Path("/sys/fs/cgroup")
 OWN_GROUPS = Path("/proc/self/cgroup")                             # lines "number:controllers:path", no controllers in version 2
 LIMITS = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))      # of versions 2 and 1
+
+
+def threads(run: Run, cores: float, limit: float) -> int:
+    """Of a rank that has so many cores and may start so many: run.threads, else one where the same bits are promised, else one for each core."""
+    return run.threads or (1 if run.deterministic else max(1, int(min(cores, limit))))
+
+
+def thread_limit(environment: Mapping[str, str] = os.environ) -> float:
+    """How many threads OMP_NUM_THREADS allows a process; infinite where it says nothing."""
+    return whole_number(environment.get("OMP_NUM_THREADS", "").partition(",")[0]) or math.inf       # "4,2" is for levels, of which there is one
 
 
 def quota_cores() -> float:
@@ -27,7 +40,7 @@ def launcher_cores(environment: Mapping[str, str] = os.environ) -> int:
         allowed = len(psutil.Process().parent().cpu_affinity())
     except (AttributeError, psutil.Error):                         # no such thing on this system, or a parent that is gone or somebody else's
         allowed = os.cpu_count() or 1
-    return min(allowed, int(environment.get("SLURM_CPUS_ON_NODE", allowed)))
+    return min(allowed, whole_number(environment.get("SLURM_CPUS_ON_NODE")) or allowed)
 
 
 def memory_left_bytes() -> int:

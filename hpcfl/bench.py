@@ -37,6 +37,7 @@ def w1(comm: Communicator, arguments: Namespace) -> dict[str, float]:
     launch.set_threads(job, comm)
     device = launch.choose_device(job.run.device, comm.local_rank)
     world, laps = World(job, comm, device), []
+    launch.spare_threads(world)
     state, ledger = begin(world), Ledger(device)
     startup = time.time() - psutil.Process().create_time()
     comm.barrier()

@@ -56,9 +56,10 @@ def measured(comm: Communicator, arguments: Namespace, residency: str, count: in
                    "data": {"name": "random", "validation_fraction": 0.0, "test_fraction": 0.0}, "models": {"names": list(ARCHITECTURES)},
                    "federation": {"clients": count, "rounds": repetitions + 1}, "residency": {"location": residency, "chunk": chunk},
                    "training": {"batch": IMAGES}, "algorithm": {"name": "fedavg"}, "evaluation": {"every": never, "personal": False},
-                   "checkpoint": {"every": never}}, CONFIGS)
+                   "checkpoint": {"every": never, "seconds": 0.0}}, CONFIGS)
     launch.set_threads(job, comm)
     world = Few(job, comm, launch.choose_device(job.run.device, comm.local_rank), IMAGES)
+    launch.spare_threads(world)
     with ExitStack() as stack:
         folder = Path(comm.share(stack.enter_context(tempfile.TemporaryDirectory()) if comm.is_server else None))
         simulation, _ = Simulation(world, folder, Console(False, live=False), lambda: False), world.holdings

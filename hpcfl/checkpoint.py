@@ -19,8 +19,8 @@ from hpcfl.world import World
 
 FORMAT = 2
 VERSION = "hpcfl"                                                  # what --may-differ calls the version that wrote a checkpoint
-FREE_TO_DIFFER = ("checkpoint.every", "checkpoint.keep", "residency.chunk", "residency.folder", "residency.location", "evaluation.batch", "run.name",
-                  "timeouts.collective", "timeouts.heartbeat")     # settings that no result depends on; on residency.chunk by rounding, with vmap
+FREE_TO_DIFFER = ("checkpoint.every", "checkpoint.keep", "checkpoint.seconds", "residency.chunk", "residency.folder", "residency.location", "evaluation.batch",
+                  "run.name", "timeouts.collective", "timeouts.heartbeat")              # settings that no result depends on; on residency.chunk by rounding, with vmap
 
 
 def save(folder: Path, world: World, state: State, record: Record, score: float | None) -> None:
@@ -118,6 +118,12 @@ def latest(folder: Path) -> Path | None:
     if (folder / "LATEST").is_file():
         return folder / "checkpoints" / (folder / "LATEST").read_text().strip()
     return max((path.parent for path in folder.glob("checkpoints/round-*/manifest.json")), default=None)
+
+
+def way_on(folder: Path) -> str:
+    """What becomes of a run that ends here, in words."""
+    found = latest(folder)
+    return f"the same command goes on from {found.name}" if found else "there is no checkpoint yet, the same command begins again"
 
 
 def _seal(folder: Path, target: Path, world: World, state: State, score: float | None, files: dict) -> str | None:

@@ -1,25 +1,36 @@
 """The command line: run, slurm, report, predict, inspect, information, audit, data, bench, doctor."""
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import hpcfl
-from hpcfl import signals
-from hpcfl.errors import HpcflError
+from hpcfl import outlets, signals
+from hpcfl.errors import EnvironmentFault, HpcflError, Interrupted
 
 DATA_COLUMNS = ("name", "status", "train", "test", "classes", "image", "MB", "")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `hpcfl` and `python -m hpcfl`; ends the process with the exit codes of hpcfl.errors."""
-    arguments = _parser().parse_args(argv)
-    sys.exit(arguments.command(arguments))
+    outlets.open_all()
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")            # read when torch is loaded: threads that spin hold the cores that others wait for
+    try:
+        arguments = _parser().parse_args(argv)
+        code = arguments.command(arguments)
+    except SystemExit as end:                                      # argparse has printed what was asked for, or what is wrong
+        code = end.code
+    failure = outlets.lost(sys.stdout)
+    if failure and failure.errno not in outlets.GONE:
+        print(f"hpcfl: standard output takes nothing any more: {failure.strerror}; what is missing there is lost", file=sys.stderr)
+        code = code or EnvironmentFault.exit_code
+    sys.exit(code)
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    stop_requested = signals.listen()                              # before the imports below, which take seconds
+    stop_requested = bool if arguments.dry_run else signals.listen()                     # before the imports below, which take seconds
     from hpcfl import launch
     from hpcfl.algorithms import CONFIGS
     from hpcfl.comm import connect
@@ -28,26 +39,37 @@ def _run(arguments: argparse.Namespace) -> int:
     def body() -> int:
         job = load(arguments.job, CONFIGS, arguments.set)
         if arguments.dry_run:
-            return _dry_run(job, comm)
-        engine = connect(deterministic=True) if job.run.deterministic else comm
+            return _dry_run(job, comm, "" if arguments.alone else comm.unseen())
+        engine = connect(deterministic=True, alone=arguments.alone) if job.run.deterministic else comm
         launch.run(job, engine, arguments.out, arguments.resume, tuple(arguments.may_differ), stop_requested)
         return 0
-    comm = connect()
+    comm = connect(checked=not arguments.dry_run, alone=arguments.alone)
+    if arguments.dry_run and not arguments.alone and _one_of_many(comm):
+        return 0
     return launch.guarded(body, comm)
 
 
-def _dry_run(job, comm) -> int:
-    """Check everything that can be checked without training, and say what would run."""
+def _one_of_many(comm) -> bool:
+    """Whether this is one of ranks that do not see each other, and not the one that speaks for all."""
+    from hpcfl.launchers import launched
+    told = launched()
+    return comm.size == 1 and told is not None and told.rank > 0
+
+
+def _dry_run(job, comm, refused: str) -> int:
+    """Check everything that can be checked without training, and say what would run, and why it would be `refused`."""
     from hpcfl import launch
     from hpcfl.world import World, resolved
     job = resolved(job, comm.size)
-    world = World(job, comm, launch.choose_device(job.run.device, comm.local_rank))
+    world = World(job, comm, launch.device_of(job, comm))
     if comm.is_server:
         print(job.to_toml())
         for phase in world.plan:
             print(f"# phase {phase.name}: {phase.rounds} round(s) of {', '.join(type(step).__name__ for step in phase.steps)}")
         for client, rank in enumerate(world.home):
             print(f"# client {client}: {world.problem.architectures[client]} on rank {rank}, {len(world.split.train[client])} training images")
+        if refused:
+            print(f"# hpcfl run would not start here: {refused}")
     return 0
 
 
@@ -165,7 +187,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
             code = doctor.exit_code(found)
         return comm.share(code)                                    # after the printing, which a rank that ends with another code than 0 would cut short
     comm, told = connect(checked=False), launched()
-    if comm.size == 1 and told and told.rank > 0:                  # of ranks that do not see each other one speaks for all
+    if _one_of_many(comm):
         return 0
     return launch.guarded(body, comm)
 
@@ -212,6 +234,9 @@ def _speaking(command):
         except HpcflError as error:
             print(f"hpcfl: {error}", file=sys.stderr)
             return error.exit_code
+        except KeyboardInterrupt:
+            print("hpcfl: interrupted from the keyboard", file=sys.stderr)
+            return Interrupted.exit_code
     return wrapped
 
 
@@ -228,6 +253,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="auto (default): go on from the last checkpoint of this job if there is one")
     run.add_argument("--may-differ", action="append", default=[], metavar="SECTION.KEY",
                      help="a setting that may differ from the checkpoint's; hpcfl: the version that wrote it")
+    run.add_argument("--alone", action="store_true", help="in this one process and without MPI, whatever the environment says of ranks (in a shell that srun started)")
     run.add_argument("--dry-run", action="store_true", help="check the job, print it with every default and who would train where, train nothing")
     run.set_defaults(command=_speaking(_run))
 
@@ -327,7 +353,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--ranks", type=_numbers, metavar="N[,N...]", help="clients: started by mpirun for each case (default: 1)")
     bench.add_argument("--epochs", type=int, default=0, help="gefl: epochs of a generator round (0: 1, published are 5)")
     bench.add_argument("--compile", action="store_true", help="vtc, sampling of gefl: compiled too where that is not done anyway (a minute on a CPU)")
-    bench.add_argument("--threads", type=int, default=0, help="per rank; 0: cores / ranks on the node")
+    bench.add_argument("--threads", type=int, default=0, help="per rank; 0: as run.threads = 0")
     bench.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     bench.add_argument("--json", action="store_true")
     bench.set_defaults(command=_speaking(_bench))

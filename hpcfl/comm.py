@@ -3,6 +3,7 @@ import heapq
 import os
 import pickle
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from hpcfl import packing, tree
 from hpcfl.errors import EnvironmentFault
-from hpcfl.launchers import RELAUNCH, launched
+from hpcfl.launchers import ALONE, RELAUNCH, launched
 from hpcfl.packing import LINE
 from hpcfl.statistics import Contribution, Header, Statistics, Sums, Total, Uploads, check_alike, floats, header
 from hpcfl.tree import Tree
@@ -250,10 +251,16 @@ class Communicator:
 
     def check_launch(self, environment: Mapping[str, str] = os.environ) -> None:
         """Raises EnvironmentFault where a launcher started several ranks but each of them would run alone."""
+        if fault := self.unseen(environment):
+            raise EnvironmentFault(fault)
+
+    def unseen(self, environment: Mapping[str, str] = os.environ) -> str:
+        """That a launcher started several ranks of which each sees only itself, and the way out; empty where it is not so."""
         launch = launched(environment)
-        if self.size == 1 and launch and launch.ranks > 1:
-            raise EnvironmentFault(f"{launch.launcher} started {launch.ranks} ranks ({launch.variable}), but each sees only itself through {self.library}: "
-                                   f"they would run the same job side by side. {RELAUNCH}")
+        if self.size > 1 or launch is None or launch.ranks == 1:
+            return ""
+        return (f"{launch.launcher} started {launch.ranks} ranks ({launch.variable}), but each sees only itself through {self.library}: "
+                f"they would run the same job side by side. {RELAUNCH}. {ALONE}")
 
     def collectives(self, size: int) -> dict[str, Callable[[], object]]:
         """Bcast, Reduce and Gatherv of `size` bytes, a multiple of 8, of every rank, by name: bare and uncounted, to be timed; none where there is one rank."""
@@ -334,11 +341,14 @@ class Communicator:
         return {name: _ordered(found) if kinds[name] == "Uploads" else Sums(tuple(found)).total() for name, found in pieces.items()}
 
 
-def connect(deterministic: bool = False, checked: bool = True) -> Communicator:
-    """The ranks of this job: all that MPI knows, or this process alone where there is neither launcher nor MPI.
+def connect(deterministic: bool = False, checked: bool = True, alone: bool = False) -> Communicator:
+    """The ranks of this job: all that MPI knows, or this process alone where there is neither launcher nor MPI, or where nothing else is asked for.
 
     Raises: EnvironmentFault where a launcher started several ranks that cannot see each other, unless that is not to be checked.
     """
+    if alone:
+        return Communicator(Alone(), deterministic)
+    os.environ.setdefault("HOME", _home())                         # Open MPI does not start without one
     try:
         from mpi4py import MPI                                     # here, not above: importing it starts MPI
     except (ImportError, RuntimeError):                            # not installed; installed, but without a library to load
@@ -364,6 +374,12 @@ def carry(device: str) -> None:
     MPI.COMM_SELF.Reduce(sent, total, op=MPI.SUM, root=0)
     if not (received.equal(sent) and total.equal(sent)):
         raise EnvironmentFault(f"what MPI moved between buffers on {device} did not arrive as it was sent")
+
+
+def _home() -> str:
+    """The home folder of this user, or where he has none (a container without an account for him) the folder for temporary files."""
+    home = os.path.expanduser("~")
+    return tempfile.gettempdir() if home == "~" else home
 
 
 def _labelled(name: str, part: Sums | Uploads) -> list[tuple[str, Any, Tree]]:

@@ -1,5 +1,6 @@
 """Console: progress and one aligned line per round on rank 0; the other ranks speak at WARNING; every rank keeps a log."""
 import logging
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -8,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from hpcfl import outlets
 from hpcfl.federation import Place
 
 log = logging.getLogger("hpcfl")
@@ -24,7 +26,7 @@ class Console:
         """One line on the server's standard output and in the log."""
         log.info(text)
         if self.speaks:
-            self._print(text)
+            self._tell(self._print, text)
 
     def round(self, place: Place, total: int, row: Mapping[str, Any], values: Mapping[str, float]) -> None:
         """One aligned line for a finished round; accuracies in percent where they were measured."""
@@ -66,12 +68,15 @@ class Console:
     def close(self) -> None:
         """Leave the terminal as it was."""
         if self._progress is not None:
-            self._progress.stop()
+            self._tell(self._progress.stop)
             self._progress = None
 
     def _advance(self, done: int, total: int) -> None:
         if not self.live:
             return
+        self._tell(self._show, done, total)
+
+    def _show(self, done: int, total: int) -> None:
         if self._progress is None:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
             self._progress = Progress(TextColumn("rounds"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -85,20 +90,48 @@ class Console:
         else:
             print(text, flush=True)
 
+    def _tell(self, telling: Callable[..., None], *what: Any) -> None:
+        """Print; an output that goes away ends the printing, not the run."""
+        try:
+            telling(*what)
+            failure = outlets.lost(sys.stdout)
+        except (OSError, ValueError) as error:                     # a stream of somebody else's, broken or closed
+            failure = error
+        if failure:
+            self.speaks = self.live = False
+            log.warning("standard output takes nothing any more (%s); the run goes on, and what it has to say is in its folder log", failure)
+
 
 def megabytes(count: float) -> str:
     """A byte count in MB (1e6 bytes), eight characters wide."""
     return f"{count / 1e6:8.3f} MB"
 
 
+class LogFile(logging.FileHandler):
+    """A log that says once, where it still can, that its disk takes no more, and goes on trying."""
+
+    _said = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """What logging does with a line that it could not write."""
+        if not self._said:
+            self._said = True
+            log.warning("%s takes no more: %s; the run goes on", self.baseFilename, sys.exc_info()[1])
+
+
 def keep_log(folder: Path, rank: int) -> None:
     """Send this rank's log to log/rank-NNNN.log, and its warnings to standard error as well."""
-    (folder / "log").mkdir(parents=True, exist_ok=True)
-    file = logging.FileHandler(folder / "log" / f"rank-{rank:04d}.log")
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     screen = logging.StreamHandler()
     screen.setLevel(logging.WARNING)
     screen.setFormatter(logging.Formatter(f"hpcfl: rank {rank}: %(message)s"))
-    log.handlers[:] = [file, screen]
+    log.handlers[:] = [screen]
     log.setLevel(logging.INFO)
     log.propagate = False
+    try:
+        (folder / "log").mkdir(parents=True, exist_ok=True)
+        file = LogFile(folder / "log" / f"rank-{rank:04d}.log", encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        log.warning("%s: no log can be kept there: %s; the run goes on", folder / "log", error.strerror)
+    else:
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.handlers.append(file)

@@ -52,7 +52,9 @@ def heard(comm: Communicator, value: Any, fault: str) -> tuple[list[Any], dict[i
 def estimate_on(comm: Communicator, job: Job, wire: Sequence[dict[str, Any]]) -> tuple[Estimate | None, dict[int, str]]:
     """A round of the job with the threads and devices that its ranks would have; called by all ranks."""
     launch.set_threads(job, comm)
-    return estimate(comm, job, launch.choose_device(job.run.device, comm.local_rank), wire)
+    device, fault = probes.attempt(launch.device_of, job, comm)
+    _, faults = heard(comm, None, fault)
+    return (None, faults) if comm.agree(bool(fault)) else estimate(comm, job, device, wire)
 
 
 def findings(examined: Examined) -> list[Finding]:

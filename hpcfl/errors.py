@@ -1,4 +1,8 @@
 """What can go wrong, as types: every error says what, where, got, wanted and the way out, and knows the exit code of the process."""
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+AT = "at "                                                         # begins the note of an error that says with whom it came up
 
 
 class HpcflError(Exception):
@@ -55,3 +59,32 @@ class Stopped(HpcflError):
     """A signal asked the run to stop; a checkpoint lies behind it and the job may be requeued."""
 
     exit_code = 75
+
+
+class Interrupted(HpcflError):
+    """Somebody at the keyboard ended the process at once; what came after the last checkpoint is lost."""
+
+    exit_code = 130
+
+
+@contextmanager
+def at(whom: Callable[[], str]) -> Iterator[None]:
+    """Have what goes wrong in the block note with whom it did; the innermost block knows best. What hpcfl raises on purpose says so itself."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, HpcflError) and not _at(error):
+            error.add_note(f"{AT}{whom()}")
+        raise
+
+
+def told(error: Exception, rank: int) -> str:
+    """An error in one line: type, rank, with whom as far as that is known, and what it says; of those that hpcfl raises on purpose what they say."""
+    if isinstance(error, HpcflError):
+        return str(error)
+    said = f": {error}" if str(error) else ""
+    return f"{type(error).__name__} on {', '.join([f'rank {rank}', *_at(error)])}{said}"
+
+
+def _at(error: Exception) -> list[str]:
+    return [note.removeprefix(AT) for note in getattr(error, "__notes__", []) if note.startswith(AT)]

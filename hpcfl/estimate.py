@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hpcfl import tree
+from hpcfl import launch, tree
 from hpcfl.comm import Communicator
 from hpcfl.data.shards import batch_sizes
 from hpcfl.fit import Turn
@@ -78,6 +78,7 @@ def estimate(comm: Communicator, job: Job, device: torch.device, wire: Sequence[
 
 def load_of(world: World) -> Load:
     """The share of this rank, with a few batches of each of its architectures trained on noise."""
+    launch.spare_threads(world)
     job, problem = world.job, world.problem
     hosted = world.architectures(world.mine)
     sizes = {client: len(world.split.train[client]) for client in world.mine}

@@ -7,12 +7,14 @@ from functools import partial
 from torch import Tensor
 
 from hpcfl.algorithms.base import Algorithm, Phase, Totals, Update
+from hpcfl.errors import at
 from hpcfl.flops import counting
 from hpcfl.group import Group
 from hpcfl.ledger import Ledger
 from hpcfl.residency import Parked
 from hpcfl.statistics import Statistics
 from hpcfl.tree import Tree
+from hpcfl.wording import spoken
 from hpcfl.world import World
 
 Versions = dict[str, int]                                          # part -> version
@@ -247,7 +249,8 @@ class Exchange:
                 whole = parked.fetch()
                 group = whole.select(present)
                 site = world.client_site(group, place.phase, place.round)
-                update = verb(group, message, site)
+                with at(lambda: spoken(group.clients, "client")):
+                    update = verb(group, message, site)
                 parked = world.park(whole.updated(update.group))
         costs = {"seconds": time.perf_counter() - start} | ({"flops": counter.flops} if counter else {})
         share = site.sizes(group) / site.sizes(group).sum()        # a client's part of its group's, by images

@@ -40,10 +40,6 @@ class Examined:
         """The ranks of a host."""
         return [facts for facts in self.facts if facts.host == host]
 
-    def cores(self, facts: Facts) -> float:
-        """The cores of a rank, or its part of the processor time that control groups grant to its host's ranks, whichever is less."""
-        return facts.cores if facts.quota_cores is None else min(facts.cores, facts.quota_cores / len(self.on(facts.host)))
-
     def needs(self, facts: Facts) -> int:
         """Bytes that the job is estimated to need for a rank's clients; 0 where there is no estimate."""
         return self.estimate.loads[facts.rank].needed_bytes if self.estimate else 0

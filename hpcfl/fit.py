@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from hpcfl.engines import Plan, compiled, forward_one, forward_together, sequential, together
-from hpcfl.errors import JobError, LayoutError
+from hpcfl.errors import JobError, LayoutError, at
 from hpcfl.group import OPTIMIZER, Group
 from hpcfl.optimizers import Optimizer
 from hpcfl.tree import Tree
+from hpcfl.wording import spoken
 
 ENGINES = {"sequential": (sequential, forward_one), "vmap": (together, forward_together)}
 PRECISIONS = {"auto": None, "float32": None, "bfloat16": torch.bfloat16}
@@ -90,8 +91,13 @@ def fit(group: Group, modules: Mapping[str, nn.Module], turns: Sequence[Turn], b
         forward = torch.autocast(device, PRECISIONS[precision], cache_enabled=False)(forward)
     plan = _plan(group, modules, turns, keep_optimizer, forward=forward, context=context or {}, where=where, member=member,
                  channels_last=device == "cpu" if channels_last is None else channels_last)
-    with _modes(plan, frozen_norm):
-        changed, rows = run(plan, group, batches)
+    asked: list[int] = []                                          # whose batches are read, the client at work last; with vmap all are at work
+
+    def noted(client: int) -> Iterable[Tree]:
+        asked.append(client)
+        return batches(client)
+    with _modes(plan, frozen_norm), at(lambda: spoken(asked[-1:] if run is sequential else asked, member)):
+        changed, rows = run(plan, group, noted)
     names = dict.fromkeys(["loss", *(name for row in rows for name in row)])
     metrics = {name: torch.tensor([row.get(name, math.nan) for row in rows], dtype=torch.float64) for name in names}
     return replace(group, state={**group.state, **changed}), metrics

@@ -20,7 +20,7 @@ class Run:
     device: str = choice("auto", "cpu", "cuda")                    # auto: cuda where torch sees one
     compile: str = choice("auto", "on", "off")                     # auto: where the expected steps pay for the compilation
     deterministic: bool = flag(False)                              # bit-identical on any number of ranks (CPU), at a measured price
-    threads: int = integer(0, 0)                                   # per rank; 0: cores / ranks on the node
+    threads: int = integer(0, 0)                                   # per rank; 0: its part of the host's cores, as many as its models keep busy
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,7 @@ class Evaluation:
 @dataclass(frozen=True)
 class Checkpoint:
     every: int = integer(10, 1)                                    # rounds; the last round is always kept
+    seconds: float = real(60.0, 0.0)                               # and behind the round that passes so many since the last, earlier where one takes little; 0: no
     keep: int = integer(2, 1)                                      # newest checkpoints kept
 
 

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import platform
+import shlex
 import sys
 import time
 import traceback
@@ -21,44 +22,46 @@ import torch
 import hpcfl
 from hpcfl import checkpoint, storage
 from hpcfl.algorithms import CONFIGS
+from hpcfl.allotment import quota_cores, thread_limit, threads
 from hpcfl.comm import Alone, Communicator
 from hpcfl.console import Console, keep_log
 from hpcfl.data.store import NO_LOCKS
-from hpcfl.errors import CheckpointError, EnvironmentFault, HpcflError, JobError, Stopped
+from hpcfl.errors import CheckpointError, EnvironmentFault, HpcflError, Interrupted, JobError, Stopped, told
 from hpcfl.federation import State
 from hpcfl.job import Job, recall, refuse_old_names
+from hpcfl.launchers import launched
 from hpcfl.simulation import Simulation
 from hpcfl.watchdog import watching
+from hpcfl.wording import counted, duration
 from hpcfl.world import World, resolved
 
+WORTH_A_THREAD_FLOPS = 100_000_000                                 # of a batch's forward pass: with less a second thread costs more than it does (README)
 log = logging.getLogger("hpcfl")
 
 
-def run(job: Job, comm: Communicator, out: Path | None, resume: str, may_differ: tuple[str, ...] = (), stop_requested: Callable[[], bool] = bool) -> Path:
+def run(job: Job, comm: Communicator, out: str | Path | None, resume: str, may_differ: tuple[str, ...] = (), stop_requested: Callable[[], bool] = bool) -> Path:
     """Carry out a job in its run folder and return the folder.
 
     out: the run folder itself, by default runs/<name>/<UTC>-<hash8>. resume: "auto" goes on from the folder's last checkpoint (without `out` from the
     newest unfinished run of the same job), "never" wants an empty folder, anything else is the path of a run folder or of one checkpoint.
     stop_requested: asked after every round; by default never.
-    Raises: the errors of hpcfl.errors; Stopped after a checkpoint on a signal.
+    Raises: the errors of hpcfl.errors; Stopped after a checkpoint on a signal, Interrupted without one.
     """
     refuse_old_names(may_differ, "--may-differ")
-    job = resolved(job, comm.size)
-    folder, resume_from = (Path(path) if path else None for path in comm.share(_folders(job, out, resume) if comm.is_server else None))
+    began_s, job = time.monotonic(), resolved(job, comm.size)
+    folder, resume_from = (Path(path) if path else None for path in comm.share(_folders(job, Path(out) if out else None, resume) if comm.is_server else None))
     with _owning(folder, comm), watching(comm, folder, job.timeouts.collective, partial(_fail, folder)):
         keep_log(folder, comm.rank)
-        console = Console(comm.is_server, live=comm.size == 1 and sys.stdout.isatty())     # mpirun gives its ranks a terminal that is none
+        console = Console(comm.is_server, live=launched() is None and sys.stdout is not None and sys.stdout.isatty())      # a launcher gives its ranks terminals that are none
         if comm.share(comm.is_server and resume_from == folder and _finished(folder) and _of(folder, job)):
             console.say(f"{folder}: already done; choose another --out to run it again")
             return folder
+        device = device_of(job, comm)
         set_threads(job, comm)
-        device = choose_device(job.run.device, comm.local_rank)
-        if job.run.deterministic and device.type == "cuda":
-            raise JobError("run.deterministic = true promises the same bits, which no GPU keeps, but run.device chose one; set run.device = 'cpu', or "
-                           "run.deterministic = false")
         world = World(job, comm, device, comm.share(checkpoint.past(resume_from) if comm.is_server and resume_from else None))
-        console.say(f"{job.run.name}: {job.algorithm_name} on {job.data.name}, {world.clients} clients on {comm.size} rank(s), "
-                    f"{sum(phase.rounds for phase in world.plan)} rounds -> {folder}")
+        spare_threads(world)
+        console.say(f"{job.run.name}: {job.algorithm_name} on {job.data.name}, {world.clients} clients on {comm.size} rank(s) of "
+                    f"{counted(torch.get_num_threads(), 'thread')}, {sum(phase.rounds for phase in world.plan)} rounds -> {folder}")
         simulation = Simulation(world, folder, console, stop_requested)
         if resume_from:
             simulation.resume(resume_from, may_differ)             # before anything is written: a refusal changes nothing
@@ -71,15 +74,22 @@ def run(job: Job, comm: Communicator, out: Path | None, resume: str, may_differ:
         try:
             with console.beating(job.timeouts.heartbeat, simulation.so_far):
                 simulation.run()
-        except BaseException as error:
-            status = "stopped" if isinstance(error, Stopped) else "failed"
-            if status == "failed" or comm.is_server:
-                _write_status(folder, f"{status}: {str(error) or type(error).__name__}")
+        except KeyboardInterrupt:
+            error = Interrupted(f"{folder}: interrupted from the keyboard; {checkpoint.way_on(folder)}")
+            _write_status(folder, f"stopped: {error}")
+            raise error from None
+        except Stopped as error:
+            if comm.is_server:
+                _write_status(folder, f"stopped: {error}")
+            raise
+        except Exception as error:
+            _write_status(folder, f"failed: {told(error, comm.rank)}")
             raise
         finally:
             console.close()
         if comm.is_server:
             _write_status(folder, "done")
+        console.say(f"done after {duration(time.monotonic() - began_s)}: {folder}; figures and a page: hpcfl report {shlex.quote(str(folder))}")
     return folder
 
 
@@ -112,7 +122,7 @@ def guarded(body: Callable[[], int], comm: Communicator) -> int:
             print(f"hpcfl: {error}", flush=True)
         return error.exit_code
     except KeyboardInterrupt:
-        text, code = "interrupted from the keyboard", 130
+        text, code = "interrupted from the keyboard", Interrupted.exit_code
     except HpcflError as error:
         text, code = str(error), error.exit_code
         log.debug("raised at", exc_info=True)
@@ -127,27 +137,53 @@ def guarded(body: Callable[[], int], comm: Communicator) -> int:
 
 
 def set_threads(job: Job, comm: Communicator) -> None:
-    """Threads of this rank: run.threads, else one when deterministic, else as many as it has cores.
+    """Have torch use the threads that are this rank's. Called by all ranks."""
+    torch.set_num_threads(threads(job.run, cores_of_rank(comm), thread_limit()))
 
-    Called by all ranks.
+
+def spare_threads(world: World) -> None:
+    """Have torch use fewer threads where the largest batch of a classifier does not keep so many busy, unless the job says how many.
+
+    A batch is weighed by the operations of its forward pass, so that the number, on which the last bits hang, follows from the job and the launch alone.
+    What a method trains beside classifiers, or all clients at once, is not weighed: then all stay.
     """
-    cores = cores_of_rank(comm)
-    torch.set_num_threads(job.run.threads or (1 if job.run.deterministic else max(1, int(cores))))
+    job, sizes = world.job, [len(part) for part in world.split.train]
+    weighed = all(networks.keys() <= {"model"} for networks in world.modules.values()) and job.training.engine != "vmap"
+    if job.run.threads or not weighed or world.problem.device.type == "cuda":
+        return
+    flops = max(min(job.training.batch, size) * flops for size, flops in zip(sizes, world.forward_flops, strict=True))
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), flops // WORTH_A_THREAD_FLOPS)))
 
 
 def cores_of_rank(comm: Communicator) -> float:
-    """This rank's part of the node's cores: each core is shared by the ranks bound to it.
+    """This rank's part of its host's cores: each core is shared by the ranks bound to it, the time that control groups grant by all ranks of the host.
 
     Called by all ranks.
     """
-    own = platform.node(), bound_cores()
-    ranks = Counter((host, core) for host, cores in comm.share(comm.gather(own)) for core in cores)
-    return round(sum(1 / ranks[own[0], core] for core in own[1]), 6)
+    host, own, quota = platform.node(), bound_cores(), quota_cores()
+    told = [cores for other, cores in comm.share(comm.gather((host, own))) if other == host]
+    sharing = Counter(core for cores in told for core in cores)
+    return min(round(sum(1 / sharing[core] for core in own), 6), quota / len(told))
 
 
 def bound_cores() -> set[int]:
     """The cores that this process may run on."""
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
+def device_of(job: Job, comm: Communicator) -> torch.device:
+    """The device of this rank, with which the job's promises can be kept.
+
+    Raises: EnvironmentFault as `choose_device`; JobError where the same bits are promised and a GPU or several threads would be at work.
+    """
+    device = choose_device(job.run.device, comm.local_rank)
+    if job.run.deterministic and device.type == "cuda":
+        raise JobError("run.deterministic = true promises the same bits, which no GPU keeps, but run.device chose one; set run.device = 'cpu', or "
+                       "run.deterministic = false")
+    if job.run.deterministic and job.run.threads > 1:
+        raise JobError(f"run.deterministic = true promises the same bits, which take one thread for each rank, as the libraries below torch share out work, "
+                       f"and round, as they find cores free; got run.threads = {job.run.threads}, wanted 0 or 1, or run.deterministic = false")
+    return device
 
 
 def choose_device(wanted: str, local_rank: int) -> torch.device:

@@ -1,5 +1,6 @@
 """Launchers: what mpirun and srun say in the environment of a process they started."""
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ LAUNCHERS = {"OMPI_COMM_WORLD_SIZE": ("mpirun of Open MPI", "OMPI_COMM_WORLD_RAN
 STEPS = ("SLURM_STEP_ID", "SLURM_STEPID")                          # without one of these SLURM_NTASKS belongs to the batch script, not to a launch
 RELAUNCH = ("Launch with the mpirun that belongs to the MPI library of mpi4py, or with srun --mpi=pmix (srun --mpi=list shows what the site offers); "
             "mpi4py must be installed and find its MPI library on every node")
+ALONE = "To run one process here, whatever launched the shell that it is started from: hpcfl run --alone"
 
 
 @dataclass(frozen=True)
@@ -23,9 +25,14 @@ class Launch:
 
 def launched(environment: Mapping[str, str] = os.environ) -> Launch | None:
     """What the environment says of the launch, None where there was no launcher."""
-    in_step = any(name in environment for name in STEPS)
-    declared = next((name for name in LAUNCHERS if name in environment and (in_step or name != "SLURM_NTASKS")), None)
+    in_step = any(environment.get(name) for name in STEPS)
+    declared = next((name for name in LAUNCHERS if whole_number(environment.get(name)) and (in_step or name != "SLURM_NTASKS")), None)
     if declared is None:
         return None
     launcher, rank = LAUNCHERS[declared]
-    return Launch(launcher, declared, int(environment[declared]), int(environment.get(rank, 0)))
+    return Launch(launcher, declared, whole_number(environment[declared]), whole_number(environment.get(rank)))
+
+
+def whole_number(text: str | None) -> int:
+    """What a variable of the environment says; 0 where it is not set, or set to what is no number."""
+    return int(text) if text and re.fullmatch(r"\s*[0-9]+\s*", text) else 0

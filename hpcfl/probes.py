@@ -25,7 +25,7 @@ import torch
 
 import hpcfl
 from hpcfl import launch
-from hpcfl.allotment import launcher_cores, memory_left_bytes, quota_cores
+from hpcfl.allotment import launcher_cores, memory_left_bytes, quota_cores, thread_limit
 from hpcfl.comm import Communicator
 from hpcfl.errors import EnvironmentFault, HpcflError
 
@@ -57,7 +57,7 @@ class Facts:
     visible_gpus: int
     has_driver: bool                                               # of an NVIDIA GPU
     device_free_bytes: int | None
-    cores: float                                                   # this rank's part
+    cores: float                                                   # this rank's part, of what control groups grant too
     bound_cores: tuple[int, ...]
     launcher_cores: int                                            # that the launcher had to give on this host
     quota_cores: float | None                                      # of all ranks of this host together
@@ -67,6 +67,9 @@ class Facts:
     compiler_fault: str | None
     device_buffers: str | None                                     # what came of MPI on GPU memory; "" without a GPU
     mpirun: str | None
+    thread_limit: int | None = None                                # OMP_NUM_THREADS
+    load: float = 0.0                                              # of this host in the last minute: processes that want a core
+    host_cores: int = 0
 
 
 def attempt(function: Callable, *arguments: Any) -> tuple[Any, str]:
@@ -92,7 +95,8 @@ def look_around(comm: Communicator, wanted: str, cores: float) -> Facts:
         has_driver=DRIVER.exists(), device_free_bytes=torch.cuda.mem_get_info(device)[0] if of_gpu else None,
         cores=cores, bound_cores=tuple(sorted(launch.bound_cores())), launcher_cores=launcher_cores(), quota_cores=quota if quota < math.inf else None,
         memory_left_bytes=memory_left_bytes(), resident_bytes=psutil.Process().memory_info().rss, compiler=compiler, compiler_fault=compiler_fault,
-        device_buffers=(try_device_buffers(str(device)) if of_gpu else "") if first else None, mpirun=mpirun() if first else None)
+        device_buffers=(try_device_buffers(str(device)) if of_gpu else "") if first else None, mpirun=mpirun() if first else None,
+        thread_limit=limit if (limit := thread_limit()) < math.inf else None, load=psutil.getloadavg()[0], host_cores=os.cpu_count() or 1)
 
 
 def versions(comm: Communicator) -> dict[str, str]:

@@ -13,6 +13,7 @@ from hpcfl.examination import Examination
 from hpcfl.federation import Exchange, Place, State, rounds, schedule
 from hpcfl.lead import Lead
 from hpcfl.ledger import Ledger
+from hpcfl.pace import Pace
 from hpcfl.record import Record
 from hpcfl.world import World
 
@@ -33,7 +34,7 @@ class Simulation:
         self.lines: dict[str, float] = {}
         self.examination = Examination(world, self.ledger)
         self.sent_bytes, self.carried = 0, dict.fromkeys(EXCHANGES, 0)
-        self.lead = Lead()
+        self.lead, self.pace = Lead(), Pace(world.job.checkpoint.seconds)
 
     def run(self) -> None:
         """Carry the run to its end, from its beginning or from where it was resumed.
@@ -49,13 +50,14 @@ class Simulation:
                 self._sample(state, place)
             self._finish_round(place)
             stop = self.comm.agree(self.stop_requested())
-            if end or stop or state.rows % self.world.job.checkpoint.every == 0:
-                with self.ledger("checkpoint"):
+            due = end or stop or state.rows % self.world.job.checkpoint.every == 0
+            if due or (self.world.job.checkpoint.seconds and self.comm.agree(self.comm.is_server and self.pace.due)):
+                with self.ledger("checkpoint"), self.pace.saving():
                     checkpoint.save(self.folder, self.world, state, self.record, self.score)
             if end or stop:
                 self._book_last_checkpoint()
             if stop and not end:
-                raise Stopped(f"{self.folder}: stopped on a signal after round {state.rows} of {len(self.places)}; a checkpoint is there, the same command resumes")
+                raise Stopped(f"{self.folder}: stopped on a signal after round {state.rows} of {len(self.places)}; a checkpoint is there, the same command goes on")
             del state                                              # not to be kept beside those of the next round
 
     def so_far(self) -> tuple[float, str]:

@@ -1,8 +1,11 @@
 """Verdicts on a launch: MPI, hosts, software, devices, cores and memory, one small function for each thing to check."""
+import math
 import re
 
+from hpcfl import allotment
 from hpcfl.finding import OK, PROBLEM, WARNING, Check, Examined, Finding, alike
-from hpcfl.launchers import RELAUNCH
+from hpcfl.job import Run
+from hpcfl.launchers import ALONE, RELAUNCH
 from hpcfl.probes import Facts
 from hpcfl.wording import counted, reasons, shares, size, spoken
 
@@ -43,7 +46,8 @@ def launch(examined: Examined) -> Finding:
     if told.ranks == seen:
         return Finding("launch", OK, f"{started} and MPI sees as many")
     if seen == 1:
-        return Finding("launch", PROBLEM, f"{started}, but each sees only itself: there would be {told.ranks} runs side by side instead of one", RELAUNCH)
+        return Finding("launch", PROBLEM, f"{started}, but each sees only itself: there would be {told.ranks} runs side by side instead of one",
+                       f"{RELAUNCH}. {ALONE}")
     return Finding("launch", WARNING, f"{started}, but MPI sees {seen}: there may be several runs side by side", RELAUNCH)
 
 
@@ -146,13 +150,14 @@ def compiler(examined: Examined) -> Finding:
 
 def cores(examined: Examined) -> Finding:
     """Whether every rank has a core, and every thread, on the host where they have least."""
-    worst = min(examined.facts, key=examined.cores)
-    here, part = examined.on(worst.host), examined.cores(worst)
+    worst = min(examined.facts, key=lambda facts: facts.cores)
+    here, part = examined.on(worst.host), worst.cores
     bound = len({core for facts in here for core in facts.bound_cores})
-    idle, run = worst.launcher_cores - bound, examined.job.run if examined.job else None
-    threads = run.threads if run and run.threads else 1 if run and run.deterministic else max(1, int(worst.cores))
+    idle = worst.launcher_cores - bound
+    threads = allotment.threads(examined.job.run if examined.job else Run(), part, worst.thread_limit or math.inf)
     quota = f", of which control groups grant the time of {worst.quota_cores:g}" if worst.quota_cores is not None else ""
-    text = f"{worst.host}: {counted(len(here), 'rank')} on {counted(bound, 'core')}{quota}; for each rank {part:.3g}, and {counted(threads, 'thread')}"
+    limit = f" (OMP_NUM_THREADS = {worst.thread_limit})" if worst.thread_limit == threads < int(part) else ""
+    text = f"{worst.host}: {counted(len(here), 'rank')} on {counted(bound, 'core')}{quota}; for each rank {part:.3g}, and {counted(threads, 'thread')}{limit}"
     unused = f"while {counted(idle, 'more core')} of the host {'is' if idle == 1 else 'are'} idle"
     widen = f"mpirun --bind-to none, or srun --cpus-per-task={max(1, worst.launcher_cores // len(here))}"
     if part * CROWDED <= 1 and idle > 0:
@@ -167,6 +172,16 @@ def cores(examined: Examined) -> Finding:
     if worst.device == "cpu" and idle >= bound:
         return Finding("cores", WARNING, f"{text}, {unused}", widen)
     return Finding("cores", OK, text)
+
+
+def load(examined: Examined) -> Finding | None:
+    """Whether others are at work on the hosts."""
+    busy = {facts.host: facts for facts in examined.facts if facts.load > facts.host_cores + len(examined.on(facts.host))}      # these ranks are part of it
+    if not busy:
+        return None
+    return Finding("load", WARNING, "; ".join(f"{host}: {facts.load:.3g} processes want its {counted(facts.host_cores, 'core')}" for host, facts in busy.items())
+                   + ": others are at work there; a run takes longer, all ranks wait for the slowest, and no time measured now is one to go by",
+                   "wait for them, use other hosts, or ask for hosts of your own (sbatch --exclusive)")
 
 
 def memory(examined: Examined) -> Finding:
@@ -191,4 +206,4 @@ def memory(examined: Examined) -> Finding:
 
 
 LAUNCH_CHECKS: tuple[Check, ...] = (ranks, mpi_library, launch, mpirun, hosts, software, hdf5, devices, shared_gpus, unused_gpus, device_buffers,
-                                    compiler, cores, memory)
+                                    compiler, cores, load, memory)

@@ -19,7 +19,7 @@ def wire(examined: Examined) -> Finding:
            f"{', '.join(f'{name} {size(per_s)}/s' for name, per_s in rate.items())} for {size(large)}"
     if took["Bcast"] <= SLOW_S and rate["Bcast"] >= SLOW_BYTES_PER_S:
         return Finding("wire", OK, text)
-    crowded = min(map(examined.cores, examined.facts)) < 1
+    crowded = min(facts.cores for facts in examined.facts) < 1
     return Finding("wire", WARNING, f"{text}: slow", "first give every rank a core of its own" if crowded else
                    "see that MPI takes the fast network (UCX_NET_DEVICES; for TCP --mca btl_tcp_if_include), and that nothing else keeps the cores busy")
 

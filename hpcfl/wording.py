@@ -18,15 +18,15 @@ def reasons(faults: Mapping[int, str]) -> str:
     return "; ".join(f"{spoken(ranks)}: {said}" for said, ranks in found.items())
 
 
-def spoken(ranks: Sequence[int]) -> str:
-    """Ranks in words: "rank 3", "ranks 0-3, 6"."""
+def spoken(numbers: Sequence[int], noun: str = "rank") -> str:
+    """Ranks, or what else is numbered, in words: "rank 3", "ranks 0-3, 6"."""
     spans: list[list[int]] = []
-    for rank in sorted(ranks):
-        if spans and rank == spans[-1][-1] + 1:
-            spans[-1][1:] = [rank]
+    for number in sorted(numbers):
+        if spans and number == spans[-1][-1] + 1:
+            spans[-1][1:] = [number]
         else:
-            spans.append([rank])
-    return f"rank{'s' * (len(ranks) > 1)} {', '.join('-'.join(map(str, span)) for span in spans)}"
+            spans.append([number])
+    return f"{noun}{'s' * (len(numbers) > 1)} {', '.join('-'.join(map(str, span)) for span in spans)}"
 
 
 def counted(count: int, word: str, plural: str = "s") -> str:

@@ -34,7 +34,7 @@ TINY: Tables = {
     "federation": {"clients": 5, "rounds": 3, "participation": 0.6},
     "training": {"batch": 8},
     "evaluation": {"every": 2},
-    "checkpoint": {"every": 100}}
+    "checkpoint": {"every": 100, "seconds": 0.0}}                    # when a checkpoint is written hangs on no clock
 WIDTHS: Tables = {"models": {"names": ["cnn2_bn"], "sizes": [0, 1, 2]}}                # for methods with one global model
 QUICK: dict[str, Tables] = {                                       # what makes an algorithm quick whose own defaults are not
     "fedvtc": {"algorithm": {"finetune_epochs": 1, "per_class": 4, "dm_classes": 3, "dm_samples": 4, "common_size": 8}},

@@ -1,5 +1,6 @@
 """The command line and the launch say what is wrong before anything starts, and take no folder and no core that belongs to another."""
 import json
+import math
 import os
 import shutil
 from argparse import Namespace
@@ -15,6 +16,7 @@ from hpcfl.algorithms.fedavg import FedAvg
 from hpcfl.comm import Alone, Communicator, connect
 from hpcfl.errors import CheckpointError, JobError, LayoutError
 from hpcfl.examination import Examination
+from hpcfl.world import World
 
 
 class Node:
@@ -96,8 +98,35 @@ def test_a_rank_takes_its_part_of_the_cores_it_is_bound_to(cores, threads, monke
     chosen = []
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: cores[0], raising=False)
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(launch, "quota_cores", lambda: math.inf)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     launch.set_threads(tiny("standalone", run={"threads": 0}), Node(cores))
     assert chosen == [threads]
+
+
+@pytest.mark.parametrize(("quota", "variable", "settings", "threads"), [
+    (3.5, "", {}, 1), (6.0, "", {}, 3), (math.inf, "2", {}, 2), (math.inf, "3,1", {}, 3), (math.inf, "many", {}, 32), (2.0, "16", {}, 1),
+    (2.0, "1", {"threads": 5}, 5), (math.inf, "", {"deterministic": True}, 1)])
+def test_control_groups_and_omp_num_threads_bound_the_threads_of_a_rank(quota, variable, settings, threads, monkeypatch):
+    """Two ranks of a host with 64 cores."""
+    chosen = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(64)), raising=False)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(launch, "quota_cores", lambda: quota)
+    monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    launch.set_threads(tiny("standalone", run={"threads": 0} | settings), Node([set(range(64))] * 2))
+    assert chosen == [threads]
+
+
+@pytest.mark.parametrize(("case", "changes", "threads"), [
+    ("fedavg", {}, 1), ("fedavg", {"run": {"threads": 3}}, 8), ("fedavg", {"training": {"engine": "vmap"}}, 8),
+    ("gefl", {}, 8), ("fedavg", {"models": {"names": ["mlp2", "resnet8"]}, "data": {"image_size": 32}, "training": {"batch": 16}}, 8)])
+def test_small_models_on_small_batches_train_on_one_thread(case, changes, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    left = [8]
+    monkeypatch.setattr(torch, "set_num_threads", left.append)
+    launch.spare_threads(World(tiny(case, **{"run": {"threads": 0}, **changes}), Communicator(Alone()), torch.device("cpu")))
+    assert left[-1] == threads
 
 
 def test_a_run_that_died_in_its_first_checkpoint_begins_again(finished, tmp_path):

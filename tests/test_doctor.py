@@ -42,7 +42,7 @@ if rank == "3":
 @pytest.fixture
 def doctor(monkeypatch, capsys):
     """The command in this process, without MPI: (exit code, what it printed as one line)."""
-    monkeypatch.setattr(comm, "connect", lambda deterministic=False, checked=True: comm.Communicator(comm.Alone(), deterministic))
+    monkeypatch.setattr(comm, "connect", lambda deterministic=False, **how: comm.Communicator(comm.Alone(), deterministic))
 
     def call(*arguments: object) -> tuple[int, str]:
         with undisturbed(), pytest.raises(SystemExit) as ended:

@@ -82,7 +82,7 @@ def whole(tmp_path_factory):
 @pytest.fixture
 def hpcfl(monkeypatch, capsys):
     """The command line in this process, without MPI: (exit code, what it printed)."""
-    monkeypatch.setattr(comm, "connect", lambda deterministic=False: comm.Communicator(comm.Alone(), deterministic))
+    monkeypatch.setattr(comm, "connect", lambda deterministic=False, **how: comm.Communicator(comm.Alone(), deterministic))
 
     def call(*arguments: object) -> tuple[int, str]:
         with undisturbed(), pytest.raises(SystemExit) as ended:
@@ -159,7 +159,7 @@ def test_a_signal_stops_the_job_after_a_checkpoint_with_exit_code_75(number, rec
             time.sleep(0.2)                                        # a launcher passes signals on in its own time
         (tmp_path / "go").touch()
         assert job.ends() == 75, job.text()
-        assert "stopped on a signal after round 3 of 4; a checkpoint is there, the same command resumes" in job.text()
+        assert "stopped on a signal after round 3 of 4; a checkpoint is there, the same command goes on" in job.text()
     assert (folder / "STATUS").read_text().startswith("stopped: ") and (folder / "LATEST").read_text() == "round-000003\n"
     if receiver == "launcher":                                     # the same command, on another number of ranks
         with started(tmp_path / "again", "run", whole[1], "--out", folder, ranks=3) as job:

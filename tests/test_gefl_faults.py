@@ -120,7 +120,7 @@ def test_a_generator_that_goes_wrong_while_models_learn_names_that_phase(monkeyp
 
 
 def test_a_generator_that_is_not_finite_ends_the_run_with_6_and_leaves_the_warm_up(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(comm, "connect", lambda deterministic=False: Communicator(Alone(), deterministic))
+    monkeypatch.setattr(comm, "connect", lambda deterministic=False, **how: Communicator(Alone(), deterministic))
     job = tiny("gefl_f", algorithm={"generator": "vtc", "warmup_rounds": 2}, checkpoint=ALL)
     with undisturbed(), pytest.raises(SystemExit) as ended:
         cli.main(["run", str(write_job(tmp_path, job)), "--set", "algorithm.generator_lr=1e30", "--out", str(tmp_path / "run")])

@@ -66,7 +66,7 @@ def starts(folder: Path, path: Path, where: str) -> Iterator[tuple[int, str]]:
         yield code, run.text()
         if code != 75:
             return
-        assert "a checkpoint is there, the same command resumes" in run.text() and (folder / "run" / "STATUS").read_text().startswith("stopped: ")
+        assert "a checkpoint is there, the same command goes on" in run.text() and (folder / "run" / "STATUS").read_text().startswith("stopped: ")
 
 
 def same(folder: Path, whole: Path) -> None:

@@ -119,7 +119,8 @@ def test_what_is_odd_about_a_launch_is_said_with_the_way_out(check, facts, verdi
 
 def sharing(count: int, cores: int, **changes) -> list[Facts]:
     """So many ranks of one host, all bound to the same cores."""
-    return [cpu(rank, host="n1", cores=cores / count, bound_cores=tuple(range(cores)), **changes) for rank in range(count)]
+    part = min(cores, changes.get("quota_cores", cores)) / count
+    return [cpu(rank, host="n1", cores=part, bound_cores=tuple(range(cores)), **changes) for rank in range(count)]
 
 
 @pytest.mark.parametrize(("facts", "verdict", "words"), [
@@ -127,7 +128,8 @@ def sharing(count: int, cores: int, **changes) -> list[Facts]:
     (sharing(4, 1, launcher_cores=1), WARNING, "start at most 1 rank here, or ask for more cores (sbatch and srun --cpus-per-task=N). mpirun --oversubscribe"),
     (sharing(4, 2, launcher_cores=2), WARNING, "4 ranks on 2 cores; for each rank 0.5, and 1 thread: all takes 2 times as long as on cores of their own"),
     (sharing(1, 1, launcher_cores=64), WARNING, "while 63 more cores of the host are idle -> mpirun --bind-to none, or srun --cpus-per-task=64"),
-    (sharing(2, 64, launcher_cores=64, quota_cores=4.0), WARNING, "control groups grant the time of 4; for each rank 2, and 32 threads: threads without"),
+    (sharing(2, 64, launcher_cores=64, quota_cores=4.0), OK, "control groups grant the time of 4; for each rank 2, and 2 threads"),
+    (sharing(2, 64, launcher_cores=64, thread_limit=8), OK, "for each rank 32, and 8 threads (OMP_NUM_THREADS = 8)"),
     (sharing(8, 64, launcher_cores=64, quota_cores=4.0), WARNING, "for each rank 0.5"),
     (sharing(2, 8, launcher_cores=8), OK, "2 ranks on 8 cores; for each rank 4, and 4 threads"),
     ([gpu(0, 0, cores=1.0, bound_cores=(0,), launcher_cores=64)], OK, "1 rank on 1 core"),
@@ -135,6 +137,12 @@ def sharing(count: int, cores: int, **changes) -> list[Facts]:
 def test_too_few_cores_are_a_warning_and_a_problem_where_others_are_idle(facts, verdict, words):
     found, text = judged(verdicts.cores, examined(*facts))
     assert found == verdict and words in text, text
+
+
+def test_hosts_on_which_others_are_at_work_are_a_warning():
+    found, text = judged(verdicts.load, examined(cpu(0, load=9.6, host_cores=8), cpu(4, load=9.0, host_cores=8)))
+    assert found == WARNING and text.startswith("n1: 9.6 processes want its 8 cores: others are at work there; a run takes longer")
+    assert verdicts.load(examined(cpu(4, load=9.0, host_cores=8))) is None, "the doctor's own rank is no load"
 
 
 def test_threads_that_a_job_asks_for_want_cores():

@@ -38,8 +38,7 @@ def _run(arguments: argparse.Namespace) -> int:
 def _dry_run(job, comm) -> int:
     """Check everything that can be checked without training, and say what would run."""
     from hpcfl import launch
-    from hpcfl.world import World, resolved
-    job = resolved(job, comm.size)
+    from hpcfl.world import World
     world = World(job, comm, launch.choose_device(job.run.device, comm.local_rank))
     if comm.is_server:
         print(job.to_toml())

@@ -27,7 +27,7 @@ from hpcfl.federation import State
 from hpcfl.job import Job, load
 from hpcfl.simulation import Simulation
 from hpcfl.watchdog import watching
-from hpcfl.world import World, resolved
+from hpcfl.world import World
 
 log = logging.getLogger("hpcfl")
 
@@ -40,7 +40,6 @@ def run(job: Job, comm: Communicator, out: Path | None, resume: str, may_differ:
     stop_requested: asked after every round; by default never.
     Raises: the errors of hpcfl.errors; Stopped after a checkpoint on a signal.
     """
-    job = resolved(job, comm.size)
     folder, resume_from = (Path(path) if path else None for path in comm.share(_folders(job, out, resume) if comm.is_server else None))
     with _owning(folder, comm), watching(comm, folder, job.timeouts.collective, partial(_fail, folder)):
         keep_log(folder, comm.rank)

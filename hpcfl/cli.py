@@ -2,17 +2,22 @@
 import argparse
 import json
 import sys
+from io import TextIOWrapper
 from pathlib import Path
 
 import hpcfl
 from hpcfl import signals
 from hpcfl.errors import HpcflError
+from hpcfl.places import place
 
 DATA_COLUMNS = ("name", "status", "train", "test", "classes", "image", "MB", "")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `hpcfl` and `python -m hpcfl`; ends the process with the exit codes of hpcfl.errors."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")          # a terminal that lacks a character is no reason to end
     arguments = _parser().parse_args(argv)
     sys.exit(arguments.command(arguments))
 
@@ -65,7 +70,7 @@ def _report(arguments: argparse.Namespace) -> int:
     from hpcfl import report
     if arguments.trace is not None:
         from hpcfl import trace
-        path = trace.write(arguments.runs, Path(arguments.trace) if arguments.trace else (arguments.out or arguments.runs[0]) / "trace.json")
+        path = trace.write(arguments.runs, place(arguments.trace) if arguments.trace else (arguments.out or arguments.runs[0]) / "trace.json")
         print(f"trace: {path} (open it in ui.perfetto.dev or chrome://tracing)")
         return 0
     if arguments.json:
@@ -181,11 +186,21 @@ def _residencies(text: str) -> tuple[str, ...]:
     return tuple(text.split(","))
 
 
+def _at_home(arguments: argparse.Namespace) -> argparse.Namespace:
+    """The arguments with every path that begins with ~ in the home folder that it stands for: no shell does that behind an equals sign."""
+    for name, value in vars(arguments).items():
+        if isinstance(value, Path):
+            setattr(arguments, name, place(value))
+        elif isinstance(value, list):
+            setattr(arguments, name, [place(each) if isinstance(each, Path) else each for each in value])
+    return arguments
+
+
 def _speaking(command):
     """What goes wrong where no rank is guarded (no communicator, or none yet) is printed and becomes the exit code."""
     def wrapped(arguments: argparse.Namespace) -> int:
         try:
-            return command(arguments)
+            return command(_at_home(arguments))
         except HpcflError as error:
             print(f"hpcfl: {error}", file=sys.stderr)
             return error.exit_code

@@ -25,6 +25,7 @@ from hpcfl.data.store import NO_LOCKS
 from hpcfl.errors import CheckpointError, EnvironmentFault, HpcflError, JobError, Stopped
 from hpcfl.federation import State
 from hpcfl.job import Job, load
+from hpcfl.places import place
 from hpcfl.simulation import Simulation
 from hpcfl.watchdog import watching
 from hpcfl.world import World
@@ -166,7 +167,7 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
 def _folders(job: Job, out: Path | None, resume: str) -> tuple[str, str | None]:
     """(run folder, where to resume from or None), decided at the server."""
     if resume not in ("auto", "never"):
-        source = Path(resume)
+        source = place(resume)
         found = checkpoint.latest(source)
         if found is None:
             raise JobError(f"--resume {source}: no checkpoint there; wanted a run folder with LATEST or a folder with manifest.json")
@@ -194,7 +195,7 @@ def _owning(folder: Path, comm: Communicator) -> Iterator[None]:
     if comm.is_server:
         try:
             storage.make_folder(folder)
-            handle = (folder / "LOCK").open("a+")                  # what another has written there is not to be lost
+            handle = (folder / "LOCK").open("a+", encoding="utf-8")                  # what another has written there is not to be lost
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             handle.truncate(0)
             print(f"process {os.getpid()} on {platform.node()}", file=handle, flush=True)
@@ -216,8 +217,8 @@ def _owning(folder: Path, comm: Communicator) -> Iterator[None]:
 def _finished(folder: Path, job: Job | None = None) -> bool:
     """Whether the run in a folder came to its end; given a job, also whether it was this very job."""
     status, carried_out = folder / "STATUS", folder / "job.toml"
-    done = status.is_file() and status.read_text().strip() == "done"
-    return done and (job is None or (carried_out.is_file() and carried_out.read_text() == job.to_toml()))
+    done = status.is_file() and status.read_text(encoding="utf-8").strip() == "done"
+    return done and (job is None or (carried_out.is_file() and carried_out.read_bytes() == job.to_toml().encode()))
 
 
 def _fail(folder: Path, why: str) -> None:

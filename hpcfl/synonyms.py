@@ -58,7 +58,7 @@ def setting(section: str, key: str, value: Any, known: Mapping[str, Collection[s
         return f"; did you mean {' or '.join(map(repr, found))}?"
     told = next((sentence for sentence, words in ABSENT.items() if plain in words.split()), "")
     close = difflib.get_close_matches(key, list(known.get(section, ())), n=1, cutoff=0.5)
-    return f"; {told}." if told else f"; did you mean '{section}.{close[0]}'?" if close else ""
+    return f"; {told}." if told else f"; did you mean '{close[0]}'?" if close else ""
 
 
 def section(name: str, known: Collection[str]) -> str:

@@ -71,7 +71,8 @@ def test_a_job_with_annotated_settings_reads_back_equal(settings):
     ("warm", 1, "true or false"), ("note", 3, "a string"), ("widths", 4, "a list, each of it a whole number"),
     ("widths", [4, "b"], "a list, each of it a whole number"), ("pair", ["a"], "a list of a string, a number"), ("way", "left", "one of 'up', 'down', 3"),
     ("way", 3.0, "one of"), ("shape", "oval", "one of 'round', 'square'"),
-    ("depths", ["MIDDLE"], "each of it one of 'SHALLOW', 'DEEP'"), ("limit", 1.5, "a whole number, or to be left out"), ("either", 1.5, "a whole number or a string")])
+    ("depths", ["MIDDLE"], "each of it one of 'SHALLOW', 'DEEP'"), ("limit", 1.5, "a whole number, or to be left out"),
+    ("either", 1.5, "a whole number or a string")])
 def test_another_value_is_refused_with_what_is_wanted(key, value, wanted):
     message = refusal(**{key: value})
     assert message.startswith(f"some.toml: algorithm.{key} = {value!r} is not allowed; wanted ") and wanted in message

@@ -148,7 +148,7 @@ def test_a_malformed_override_is_shown_the_right_form(path, override):
 
 def test_an_unknown_key_is_told_the_nearest_one_and_those_there_are():
     message = refusal({"checkpoint": {"evry": 2}, "algorithm": {"name": "prox"}})
-    assert message == "some.toml: unknown key checkpoint.evry; did you mean 'checkpoint.every'? [checkpoint] has every, keep"
+    assert message == "some.toml: unknown key checkpoint.evry; did you mean 'every'? [checkpoint] has every, keep"
     assert "[algorithm] of prox has mu, names" in refusal({"algorithm": {"name": "prox", "xyzzy": 2}})
     assert "[algorithm] of standalone has no settings" in refusal({"algorithm": {"name": "standalone", "xyzzy": 2}})
 

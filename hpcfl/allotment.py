@@ -71,6 +71,6 @@ def _words(file: Path) -> list[str]:
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text()
+        return file.read_text(encoding="utf-8", errors="replace")
     except OSError:                                                # a container shows its processes fewer folders than it names
         return ""

@@ -146,7 +146,7 @@ def _refuse_foreign(folder: Path) -> None:
     """Raises: JobError where a file would be replaced that no audit wrote."""
     report = folder / FILES[0]
     try:
-        there = json.loads(report.read_text()) if report.is_file() else None
+        there = json.loads(report.read_bytes()) if report.is_file() else None
     except ValueError:
         there = None
     if not (isinstance(there, dict) and "hpcfl_audit" in there):

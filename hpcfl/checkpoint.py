@@ -116,7 +116,7 @@ def latest(folder: Path) -> Path | None:
     if (folder / "manifest.json").is_file():
         return folder
     if (folder / "LATEST").is_file():
-        return folder / "checkpoints" / (folder / "LATEST").read_text().strip()
+        return folder / "checkpoints" / (folder / "LATEST").read_text(encoding="utf-8").strip()
     return max((path.parent for path in folder.glob("checkpoints/round-*/manifest.json")), default=None)
 
 
@@ -141,7 +141,7 @@ def _seal(folder: Path, target: Path, world: World, state: State, score: float |
 def _prune(newest: Path, keep: int) -> None:
     """Remove all checkpoints up to the newest but the last `keep` and the one with the best validation accuracy."""
     older = [path for path in newest.parent.glob("round-*") if path.name <= newest.name]
-    scores = {path: json.loads((path / "manifest.json").read_text())["validation_accuracy"] for path in older if (path / "manifest.json").is_file()}
+    scores = {path: json.loads((path / "manifest.json").read_bytes())["validation_accuracy"] for path in older if (path / "manifest.json").is_file()}
     best = max((path for path in scores if scores[path] is not None), key=lambda path: (scores[path], path.name), default=newest)
     for path in set(older) - {best, *sorted(scores)[-keep:]}:
         with suppress(OSError):                                    # what does not go now goes later, here or in `clear`
@@ -154,7 +154,7 @@ def _manifest(folder: Path) -> tuple[str, dict] | None:
     if checkpoint is None:
         return None
     try:
-        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        manifest = json.loads((checkpoint / "manifest.json").read_bytes())
         return str(checkpoint), manifest | {"job": recorded(manifest.get("job", {}))}
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{checkpoint / 'manifest.json'}: cannot be read ({error}); {_earlier(checkpoint)}") from None

@@ -9,6 +9,7 @@ from pathlib import Path
 import hpcfl
 from hpcfl import outlets, signals
 from hpcfl.errors import EnvironmentFault, HpcflError, Interrupted
+from hpcfl.places import place
 
 DATA_COLUMNS = ("name", "status", "train", "test", "classes", "image", "MB", "")
 
@@ -59,8 +60,7 @@ def _one_of_many(comm) -> bool:
 def _dry_run(job, comm, refused: str) -> int:
     """Check everything that can be checked without training, and say what would run, and why it would be `refused`."""
     from hpcfl import launch
-    from hpcfl.world import World, resolved
-    job = resolved(job, comm.size)
+    from hpcfl.world import World
     world = World(job, comm, launch.device_of(job, comm))
     if comm.is_server:
         print(job.to_toml())
@@ -90,7 +90,7 @@ def _report(arguments: argparse.Namespace) -> int:
     from hpcfl import report
     if arguments.trace is not None:
         from hpcfl import trace
-        path = trace.write(arguments.runs, Path(arguments.trace) if arguments.trace else (arguments.out or arguments.runs[0]) / "trace.json")
+        path = trace.write(arguments.runs, place(arguments.trace) if arguments.trace else (arguments.out or arguments.runs[0]) / "trace.json")
         print(f"trace: {path} (open it in ui.perfetto.dev or chrome://tracing)")
         return 0
     if arguments.json:
@@ -226,11 +226,21 @@ class _Parser(argparse.ArgumentParser):
         return known, unknown
 
 
+def _at_home(arguments: argparse.Namespace) -> argparse.Namespace:
+    """The arguments with every path that begins with ~ in the home folder that it stands for: no shell does that behind an equals sign."""
+    for name, value in vars(arguments).items():
+        if isinstance(value, Path):
+            setattr(arguments, name, place(value))
+        elif isinstance(value, list):
+            setattr(arguments, name, [place(each) if isinstance(each, Path) else each for each in value])
+    return arguments
+
+
 def _speaking(command):
     """What goes wrong where no rank is guarded (no communicator, or none yet) is printed and becomes the exit code."""
     def wrapped(arguments: argparse.Namespace) -> int:
         try:
-            return command(arguments)
+            return command(_at_home(arguments))
         except HpcflError as error:
             print(f"hpcfl: {error}", file=sys.stderr)
             return error.exit_code

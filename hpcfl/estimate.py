@@ -19,7 +19,7 @@ from hpcfl.losses import cross_entropy
 from hpcfl.optimizers import Optimizer
 from hpcfl.probes import attempt
 from hpcfl.tree import Tree
-from hpcfl.world import World, resolved
+from hpcfl.world import World
 
 BATCHES, ENOUGH_S = 5, 2.0                                         # batches that are timed of each architecture, and when fewer will do
 GENTLE = 1e-6                                                      # a learning rate that leaves noise what it is
@@ -67,7 +67,7 @@ class Estimate:
 def estimate(comm: Communicator, job: Job, device: torch.device, wire: Sequence[Mapping[str, Any]]) -> tuple[Estimate | None, dict[int, str]]:
     """A round of a job, known at the server, and by rank what kept it from being estimated; called by all ranks."""
     quiet = replace(job, run=replace(job.run, compile="off"))      # a minute of compilation is nothing to wait for here
-    world, fault = attempt(lambda: World(resolved(quiet, comm.size), comm, device))
+    world, fault = attempt(lambda: World(quiet, comm, device))
     load, failed = attempt(load_of, world) if world else (None, fault)
     told = comm.gather((load, failed))
     if not comm.is_server:

@@ -1,4 +1,5 @@
 """Job: an experiment as frozen dataclasses, read from TOML; the one place where defaults live."""
+import codecs
 import dataclasses
 import difflib
 import hashlib
@@ -9,13 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hpcfl import annotations, synonyms
 from hpcfl.errors import JobError
-from hpcfl.kinds import choice, flag, integer, integers, real, reals, selection, text, words
+from hpcfl.kinds import choice, flag, folder_name, integer, integers, real, reals, selection, text, words
+
+MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
 
 
 @dataclass(frozen=True)
 class Run:
-    name: str = text("run")                                        # names the folder under runs/
+    name: str = folder_name("run")                                 # names the folder under runs/
     seed: int = integer(0, 0)                                      # the root of every Stream
     device: str = choice("auto", "cpu", "cuda")                    # auto: cuda where torch sees one
     compile: str = choice("auto", "on", "off")                     # auto: where the expected steps pay for the compilation
@@ -54,7 +58,7 @@ class Models:
 
 @dataclass(frozen=True)
 class Federation:
-    clients: int = integer(0, 0)                                   # 0: one per rank
+    clients: int = integer(10, 1)                                  # whatever the ranks
     rounds: int = integer(10, 1)
     participation: float = real(1.0, 0.0, 1.0, above=True)         # share of the clients in each round's cohort
     server_rank: str = choice("shared", "dedicated")               # shared: rank 0 hosts clients too
@@ -127,7 +131,8 @@ class Job:
     def tables(self) -> dict[str, dict[str, Any]]:
         """Every setting spelled out: {section: {key: value}}."""
         sections = {name: dataclasses.asdict(getattr(self, name)) for name in SECTIONS}
-        sections["algorithm"] = {"name": self.algorithm_name, **dataclasses.asdict(self.algorithm)}
+        settings = {entry.name: getattr(self.algorithm, entry.name) for entry in dataclasses.fields(self.algorithm) if entry.init}
+        sections["algorithm"] = {"name": self.algorithm_name, **{key: annotations.written(value) for key, value in settings.items()}}
         return sections
 
     def digest(self) -> str:
@@ -138,7 +143,7 @@ class Job:
         """The resolved job as a job file that reads back equal."""
         lines: list[str] = []
         for section, table in self.tables().items():
-            lines += [f"[{section}]", *(f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in table.items()), ""]
+            lines += [f"[{section}]", *(f"{_quoted(key)} = {_toml(value)}" for key, value in table.items() if value is not None), ""]
         return "\n".join(lines)
 
 
@@ -198,17 +203,23 @@ def refuse_old_names(names: Iterable[str], where: str) -> None:
 def resolve(tables: Mapping[str, Any], configs: Mapping[str, type], where: str = "job") -> Job:
     """A Job from nested tables; `configs` maps algorithm names to their Config dataclass. Raises JobError as `load` does."""
     refuse_old_names((f"{section}.{key}" for section, table in tables.items() if isinstance(table, Mapping) for key in table), where)
+    known = {name: tuple(annotations.kinds(kind, where)) if kind else ("name",) for name, kind in SECTIONS.items()}
     for section, table in tables.items():
-        if section not in SECTIONS:
-            raise JobError(f"{where}: unknown section [{section}]{_nearest(section, SECTIONS)}")
-        if not isinstance(table, Mapping):
+        if section in SECTIONS and not isinstance(table, Mapping):
             raise JobError(f"{where}: '{section}' is {table!r}, wanted a section [{section}]")
-    sections = {name: _section(kind, tables.get(name, {}), name, where) for name, kind in SECTIONS.items() if kind is not None}
+        if section not in SECTIONS:
+            meant = synonyms.section(section, SECTIONS) if isinstance(table, Mapping) else synonyms.setting("", section, table, known)
+            unknown = f"unknown section [{section}]" if isinstance(table, Mapping) else f"'{section}' stands in no section"
+            raise JobError(f"{where}: {unknown}{meant or ';'} There are {', '.join(f'[{name}]' for name in SECTIONS)}")
+    sections = {name: _section(kind, tables.get(name, {}), name, where, known) for name, kind in SECTIONS.items() if kind is not None}
     algorithm = dict(tables.get("algorithm", {}))
     name = algorithm.pop("name", None)
+    if name is None:
+        raise JobError(f"{where}: {'names no method' if tables else 'is empty'}; wanted at least a section [algorithm] with name = one of {_listed(configs)} "
+                       "(algorithm.name)")
     if not isinstance(name, str) or name not in configs:
-        raise JobError(f"{where}: algorithm.name = {name!r} is not known{_nearest(str(name), configs)}; there are {', '.join(sorted(configs))}")
-    return Job(**sections, algorithm=_section(configs[name], algorithm, "algorithm", where), algorithm_name=name)
+        raise JobError(f"{where}: algorithm.name = {name!r} is not known{_nearest(str(name), configs)}; there are {_listed(configs)}")
+    return Job(**sections, algorithm=_section(configs[name], algorithm, "algorithm", where, known, f" of {name}"), algorithm_name=name)
 
 
 def differences(one: Mapping[str, Mapping[str, Any]], other: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -221,30 +232,43 @@ def differences(one: Mapping[str, Mapping[str, Any]], other: Mapping[str, Mappin
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text())
+        return tomllib.loads(_text(path.read_bytes()))
     except OSError as error:
         raise JobError(f"{path}: cannot read the job file: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:                  # of tomllib, or of a number or a list that Python does not take
         raise JobError(f"{path}: not a TOML file: {error}") from None
 
 
-def _section(kind: type, table: Mapping[str, Any], section: str, where: str) -> Any:
-    fields = {entry.name: entry for entry in dataclasses.fields(kind)}
-    for key in table:
-        if key not in fields:
-            raise JobError(f"{where}: unknown key {section}.{key}{_nearest(key, fields)}")
-    checked = {}
+def _section(section_type: type, table: Mapping[str, Any], section: str, where: str, known: Mapping[str, Sequence[str]], owner: str = "") -> Any:
+    """A section from its table; `known` are the keys of all sections, `owner` whose section it is, for words to the user."""
+    kinds = annotations.kinds(section_type, f"{where}: [{section}]{owner}")
     for key, value in table.items():
+        if key not in kinds:
+            meant = synonyms.setting(section, key, value, {**known, section: tuple(kinds)})
+            raise JobError(f"{where}: unknown key {section}.{key}{meant or ';'} [{section}]{owner} has {', '.join(kinds) or 'no settings'}")
+    defaults = {entry.name: _default(entry) for entry in dataclasses.fields(section_type) if entry.init}
+    checked = {}
+    for key, kind in kinds.items():
+        value = table.get(key, defaults[key])
+        if value is dataclasses.MISSING:
+            raise JobError(f"{where}: {section}.{key} is not set and has no default; wanted {kind.allowed}")
         try:
-            checked[key] = fields[key].metadata["kind"].check(f"{section}.{key}", value)
+            checked[key] = kind.check(f"{section}.{key}", value)
         except JobError as error:
-            raise JobError(f"{where}: {error}") from None
-    return kind(**checked)
+            raise JobError(f"{where}: {error}" + ("" if key in table else f", also for the default that [{section}]{owner} has for it")) from None
+    try:
+        return section_type(**checked)
+    except (ValueError, TypeError) as error:                       # of its own __post_init__
+        raise JobError(f"{where}: [{section}]{owner} is not allowed: {error}") from error
+
+
+def _default(entry: dataclasses.Field) -> Any:
+    return entry.default_factory() if entry.default_factory is not dataclasses.MISSING else entry.default
 
 
 def _settings(method: Any, configs: Mapping[str, type]) -> set[str]:
     """The settings of a method, none if there is no such method."""
-    return {entry.name for entry in dataclasses.fields(configs[method])} if isinstance(method, str) and method in configs else set()
+    return set(annotations.kinds(configs[method], f"algorithm '{method}'")) if isinstance(method, str) and method in configs else set()
 
 
 def _override(override: str) -> tuple[str, str, Any]:
@@ -254,8 +278,32 @@ def _override(override: str) -> tuple[str, str, Any]:
         raise JobError(f"--set {override!r}: wanted section.key=value, for example --set training.lr=0.01")
     try:
         return section, key, tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return section, key, value                                 # a bare word is a string
+
+
+def _text(content: bytes) -> str:
+    """The text of a job file. Raises ValueError for another encoding than UTF-8."""
+    marked = next((name for mark, name in MARKS.items() if content.startswith(mark)), "UTF-16 or binary" if b"\0" in content else None)
+    if marked:
+        raise ValueError(f"it is {marked}, wanted UTF-8: save it as UTF-8")
+    try:
+        return content.decode("utf-8-sig")                         # with a byte order mark or without
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"byte 0x{content[error.start]:02x} in line {line} is no UTF-8: save it as UTF-8") from None
+
+
+def _toml(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")                # the one character that JSON may hold as it is and TOML may not
+
+
+def _quoted(key: str) -> str:
+    return key if key.isascii() else _toml(key)
+
+
+def _listed(configs: Mapping[str, type]) -> str:
+    return ", ".join(sorted(configs))
 
 
 def _nearest(word: str, known) -> str:

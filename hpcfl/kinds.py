@@ -1,10 +1,14 @@
 """Kinds of settings: a dataclass field that knows what a job file may put there, and says so when it may not."""
 import difflib
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from hpcfl.errors import JobError
+
+
+LONGEST_NAME = 200                                                 # bytes; file systems take 255, and something may be added
 
 
 class Hint(ValueError):
@@ -25,9 +29,14 @@ class Kind:
         """
         try:
             return self.parse(value)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OverflowError) as error:
             hint = f"; {error}" if isinstance(error, Hint) else ""
             raise JobError(f"{key} = {value!r} is not allowed; wanted {self.allowed}{hint}") from None
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value is text that every file takes: no NUL, and no half of a character, which a command line in another encoding leaves."""
+    return isinstance(value, str) and not any(character == "\0" or "\ud800" <= character <= "\udfff" for character in value)
 
 
 def _setting(default: Any, allowed: str, parse: Callable[[Any], Any]) -> Any:
@@ -78,16 +87,27 @@ def flag(default: bool) -> Any:
 def text(default: str) -> Any:
     """A word or a sentence."""
     def parse(value: Any) -> str:
-        if not isinstance(value, str):
+        if not is_text(value):
             raise ValueError
         return value
     return _setting(default, "a string", parse)
 
 
+def folder_name(default: str) -> Any:
+    """What a folder below another is called; with '/' it lies deeper, but never outside."""
+    def parse(value: Any) -> str:
+        if not is_text(value) or len(value.encode()) > LONGEST_NAME or any(unicodedata.category(character) == "Cc" for character in value):
+            raise ValueError
+        if any(part in ("", ".", "..") for part in value.split("/")):
+            raise ValueError
+        return value
+    return _setting(default, f"the name of a folder: no control characters, at most {LONGEST_NAME} bytes, no part that is empty, '.' or '..'", parse)
+
+
 def words(*default: str) -> Any:
     """A list of at least one name."""
     def parse(value: Any) -> tuple[str, ...]:
-        if not isinstance(value, (list, tuple)) or not value or not all(isinstance(word, str) for word in value):
+        if not isinstance(value, (list, tuple)) or not value or not all(map(is_text, value)):
             raise ValueError
         return tuple(value)
     return _setting(tuple(default), "a list of at least one name", parse)

@@ -30,10 +30,11 @@ from hpcfl.errors import CheckpointError, EnvironmentFault, HpcflError, Interrup
 from hpcfl.federation import State
 from hpcfl.job import Job, recall, refuse_old_names
 from hpcfl.launchers import launched
+from hpcfl.places import place
 from hpcfl.simulation import Simulation
 from hpcfl.watchdog import watching
 from hpcfl.wording import counted, duration
-from hpcfl.world import World, resolved
+from hpcfl.world import World
 
 WORTH_A_THREAD_FLOPS = 100_000_000                                 # of a batch's forward pass: with less a second thread costs more than it does (README)
 log = logging.getLogger("hpcfl")
@@ -48,7 +49,7 @@ def run(job: Job, comm: Communicator, out: str | Path | None, resume: str, may_d
     Raises: the errors of hpcfl.errors; Stopped after a checkpoint on a signal, Interrupted without one.
     """
     refuse_old_names(may_differ, "--may-differ")
-    began_s, job = time.monotonic(), resolved(job, comm.size)
+    began_s = time.monotonic()
     folder, resume_from = (Path(path) if path else None for path in comm.share(_folders(job, Path(out) if out else None, resume) if comm.is_server else None))
     with _owning(folder, comm), watching(comm, folder, job.timeouts.collective, partial(_fail, folder)):
         keep_log(folder, comm.rank)
@@ -206,7 +207,7 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
 def _folders(job: Job, out: Path | None, resume: str) -> tuple[str, str | None]:
     """(run folder, where to resume from or None), decided at the server."""
     if resume not in ("auto", "never"):
-        source = Path(resume)
+        source = place(resume)
         found = checkpoint.latest(source)
         if found is None:
             raise JobError(f"--resume {source}: no checkpoint there; wanted a run folder with LATEST or a folder with manifest.json")
@@ -235,7 +236,7 @@ def _owning(folder: Path, comm: Communicator) -> Iterator[None]:
     if comm.is_server:
         try:
             storage.make_folder(folder)
-            handle = (folder / "LOCK").open("a+")                  # what another has written there is not to be lost
+            handle = (folder / "LOCK").open("a+", encoding="utf-8")                  # what another has written there is not to be lost
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             handle.truncate(0)
             print(json.dumps(_holder()), file=handle, flush=True)
@@ -271,7 +272,7 @@ def _held_by(text: str) -> str:
 def _finished(folder: Path) -> bool:
     """Whether the run in a folder came to its end."""
     status = folder / "STATUS"
-    return status.is_file() and status.read_text().strip() == "done"
+    return status.is_file() and status.read_text(encoding="utf-8").strip() == "done"
 
 
 def _of(folder: Path, job: Job) -> bool:

@@ -265,7 +265,7 @@ def told_by(path: Path) -> dict[str, Any]:
     Raises: JobError for a file that is not its output.
     """
     try:
-        told = json.loads(path.read_text())
+        told = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise JobError(f"{path}: cannot be read as JSON ({error}); wanted what `mpirun -n 2 hpcfl doctor --json` prints") from None
     if not isinstance(told, dict) or not {"ranks", "wire", "by_rank"} <= told.keys():

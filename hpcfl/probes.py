@@ -129,9 +129,9 @@ def try_compiler(kind: str) -> str:
         raise EnvironmentFault(f"'{command[0]}' ({variable} if set, else {name}) is not in PATH")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, f"probe{suffix}")
-        file.write_text(source)
+        file.write_text(source, encoding="utf-8")
         ended = subprocess.run([*command, "-shared", "-fPIC", *flags, f"-I{sysconfig.get_paths()['include']}", str(file), "-o", str(file.with_suffix(".so"))],
-                               capture_output=True, text=True, errors="replace", timeout=LIMIT_S, check=False)
+                               capture_output=True, encoding="utf-8", errors="replace", timeout=LIMIT_S, check=False)
     if ended.returncode:
         complaint = next((line for line in ended.stderr.splitlines() if "error" in line), ended.stderr.strip().rpartition("\n")[2])
         raise EnvironmentFault(f"'{command[0]}' does not compile what torch.compile gives it: {complaint.strip() or f'exit code {ended.returncode}'}")
@@ -144,7 +144,7 @@ def try_device_buffers(device: str) -> str:
     alone["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(hpcfl.__file__).parent.parent), alone.get("PYTHONPATH")]))
     try:
         ended = subprocess.run([sys.executable, "-c", CARRY.format(device=device)], env=alone, stdin=subprocess.DEVNULL,
-                               capture_output=True, text=True, errors="replace", timeout=LIMIT_S, check=False)
+                               capture_output=True, encoding="utf-8", errors="replace", timeout=LIMIT_S, check=False)
     except subprocess.TimeoutExpired:
         return f"it did not end within {LIMIT_S} s"
     if ended.returncode < 0:
@@ -156,7 +156,7 @@ def mpirun() -> str:
     """What the mpirun in PATH says it is; empty where there is none."""
     if shutil.which("mpirun") is None:
         return ""
-    ended, fault = attempt(lambda: subprocess.run(["mpirun", "--version"], stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
+    ended, fault = attempt(lambda: subprocess.run(["mpirun", "--version"], stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="replace",
                                                   timeout=LIMIT_S, check=False))
     return fault or re.sub(r"\s+", " ", next(iter((ended.stdout + ended.stderr).strip().splitlines()), "mpirun of a kind that does not tell"))
 

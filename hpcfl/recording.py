@@ -188,7 +188,7 @@ def mean_of(values: np.ndarray, axis: int) -> np.ndarray:
 
 def _status(folder: Path) -> str:
     path = folder / "STATUS"
-    return path.read_text(errors="replace").strip() or "unknown" if path.is_file() else "unknown"
+    return path.read_text(encoding="utf-8", errors="replace").strip() or "unknown" if path.is_file() else "unknown"
 
 
 def _no_run(folder: Path) -> str:

@@ -118,7 +118,7 @@ def lock(comm: Communicator, file: Path, sees: bool) -> dict[int, str]:
 
 def hold(file: Path) -> TextIO:
     """The file, locked as `hpcfl run` locks its folder."""
-    handle = file.open("w")
+    handle = file.open("w", encoding="utf-8")
     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return handle
 
@@ -126,7 +126,7 @@ def hold(file: Path) -> TextIO:
 def ask_for_lock(file: Path) -> str:
     """What another process is told that asks for a lock; one process alone could lock a file twice where flock is made of POSIX locks."""
     ended, fault = attempt(lambda: subprocess.run([sys.executable, "-I", "-S", "-c", ASK_FOR_LOCK, str(file)], stdin=subprocess.DEVNULL, capture_output=True,
-                                                  text=True, errors="replace", timeout=LIMIT_S, check=False))
+                                                  encoding="utf-8", errors="replace", timeout=LIMIT_S, check=False))
     complaint = fault or ended.stderr.strip().rpartition("\n")[2]
     return "granted" if not complaint else "refused" if complaint.startswith("BlockingIOError") else complaint
 
@@ -155,7 +155,7 @@ def keep_replacing(file: Path) -> int:
 def replace(file: Path, number: int) -> None:
     """Put a file that holds a number many times in the place of another."""
     new = file.with_name("NEW")
-    new.write_text(f"{number:08d}" * REPEATED)
+    new.write_text(f"{number:08d}" * REPEATED, encoding="utf-8")
     os.replace(new, file)
 
 
@@ -163,7 +163,7 @@ def keep_reading(file: Path) -> tuple[int, str]:
     """(how often the file was read for a while, the first thing that was wrong with it or nothing)."""
     count, faults, until = 0, [], time.monotonic() + RENAMING_S
     while time.monotonic() < until:
-        text, fault = attempt(file.read_text)
+        text, fault = attempt(file.read_text, "utf-8")
         count += 1
         if fault or text != text[:8] * REPEATED:
             faults.append(fault or f"read {len(text)} of {8 * REPEATED} characters, or a mixture of two files")

@@ -228,7 +228,7 @@ def submit(text: str) -> str:
     Raises: EnvironmentFault where there is no sbatch or it refuses.
     """
     try:
-        answer = subprocess.run(["sbatch"], input=text, text=True, capture_output=True, check=False)
+        answer = subprocess.run(["sbatch"], input=text, encoding="utf-8", errors="surrogateescape", capture_output=True, check=False)
     except FileNotFoundError:
         raise EnvironmentFault("there is no sbatch in PATH; submit on a login node of the cluster, or leave --submit out to print the script") from None
     if answer.returncode:

@@ -17,6 +17,7 @@ import h5py
 import torch
 
 from hpcfl.errors import CheckpointError, EnvironmentFault
+from hpcfl.places import place
 from hpcfl.tree import Tree
 
 
@@ -92,7 +93,7 @@ def write_json(path: Path, value: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Replace a text file. Raises CheckpointError as `replacing` does."""
     with replacing(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
 
 
 def sha256(path: Path) -> str:
@@ -123,7 +124,7 @@ class Scratch:
         """
         self._end, self._free = 0, defaultdict[int, list[int]](list)                     # size in bytes -> where so much is free
         try:
-            self._folder = folder or tempfile.gettempdir()
+            self._folder = place(folder) if folder else tempfile.gettempdir()
             self._file = tempfile.TemporaryFile(dir=self._folder, buffering=0)
         except OSError as error:
             raise self._fault(error) from error

@@ -20,7 +20,7 @@ def write(runs: Sequence[str | Path], path: Path) -> Path:
     found = [event for process, run in enumerate(dict.fromkeys(Path(run) for run in runs)) for event in events(read(run), process)]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"displayTimeUnit": "ms", "traceEvents": found}))
+        path.write_text(json.dumps({"displayTimeUnit": "ms", "traceEvents": found}), encoding="utf-8")
     except OSError as error:
         raise JobError(f"{path}: cannot write the trace: {error.strerror or error}; name another file with --trace FILE") from None
     return path

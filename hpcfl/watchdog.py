@@ -71,7 +71,7 @@ class Watchdog:
             (self.folder / "log").mkdir(exist_ok=True)
         self.comm.barrier()
         path = self.folder / "log" / f"rank-{self.comm.rank:04d}.stack"
-        with path.open("w") as self.stack, self.comm.watched(Watched) as self.watched:
+        with path.open("w", encoding="utf-8") as self.stack, self.comm.watched(Watched) as self.watched:
             self.thread.start()
             try:
                 yield
@@ -129,7 +129,7 @@ class Watchdog:
         told = {"inside": inside, "call": name, "number": number, "together": self.watched.together, "seconds": time.monotonic() - since, "at": _place()}
         path = self.folder / FOLDER / f"rank-{self.comm.rank:04d}.json"
         try:
-            path.with_suffix(".part").write_text(json.dumps(told))
+            path.with_suffix(".part").write_text(json.dumps(told), encoding="utf-8")
             os.replace(path.with_suffix(".part"), path)
         except OSError as error:                                   # a full disk: this rank will be named as giving no sign, and the job must end all the more
             print(f"hpcfl: rank {self.comm.rank}: {path}: could not be written: {error.strerror}", file=sys.stderr, flush=True)
@@ -137,7 +137,7 @@ class Watchdog:
 
     def testimonies(self) -> dict[int, dict[str, Any]]:
         """What the ranks have said so far."""
-        return {int(path.stem[5:]): json.loads(path.read_text()) for path in (self.folder / FOLDER).glob("rank-*.json")}
+        return {int(path.stem[5:]): json.loads(path.read_bytes()) for path in (self.folder / FOLDER).glob("rank-*.json")}
 
     def verdict(self, said: dict[int, dict[str, Any]]) -> str:
         """Who is missing where, in words."""
@@ -145,7 +145,7 @@ class Watchdog:
         missing = [rank for rank in range(self.comm.size) if rank not in waiting]
         calls = sorted({f"{each['call']} ({each['at']})" for each in waiting.values()})
         latest = self.folder / "LATEST"
-        last = latest.read_text().strip() if latest.is_file() else ""
+        last = latest.read_text(encoding="utf-8").strip() if latest.is_file() else ""
         checkpoint = f"its last checkpoint is {last}, and the same command goes on from there" if last else "it has no checkpoint yet"
         found = "; ".join(f"rank {rank} {self.away(rank, said.get(rank))}" for rank in missing) or f"no rank is missing: {self.apart(said)}"
         return (f"timeouts.collective = {self.limit_s:g} s is over: {found}. "

@@ -1,6 +1,5 @@
 """World: everything that follows from the job alone (data, partition, architectures, placement, plan), and this rank's share of it."""
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property, partial
 
 import numpy as np
@@ -198,13 +197,3 @@ class World:
 
     def _shards(self, parts: Sequence[np.ndarray]) -> tuple[Shard, ...]:
         return load(self.corpus, parts, self.problem.scale, self.problem.device) if parts else ()
-
-
-def resolved(job: Job, ranks: int) -> Job:
-    """The job with the settings that depend on the launch filled in: federation.clients = 0 means one client per rank that hosts any."""
-    if job.federation.clients:
-        return job
-    hosts = ranks - 1 if job.federation.server_rank == "dedicated" and ranks > 1 else ranks
-    if hosts < 1:
-        raise JobError("federation.server_rank = 'dedicated' needs a second rank to host the clients; got 1 rank")
-    return replace(job, federation=replace(job.federation, clients=hosts))

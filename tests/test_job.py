@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from hpcfl import job, kinds
+from hpcfl import job, kinds, synonyms
 from hpcfl.errors import JobError
 
 
@@ -71,10 +71,29 @@ def test_a_resolved_job_reads_back_equal(path):
     assert again == read and again.digest() == read.digest()
 
 
-@pytest.mark.parametrize("name", ['with "quotes"', "back\\slash", "new\nline", "größe", "= [x]"])
-def test_any_text_survives_the_round_trip(name):
-    read = job.resolve({"run": {"name": name}, "algorithm": {"name": "standalone"}}, CONFIGS)
-    assert job.resolve(tomllib.loads(read.to_toml()), CONFIGS).run.name == name
+@pytest.mark.parametrize("text", ['with "quotes"', "back\\slash", "new\nline", "größe", "= [x]",
+                                  "\x7f\x80\x1f\t", "\u2028 \U0001f600", "'''", " # ", "x" * 9999])
+def test_any_text_survives_the_round_trip(text):
+    read = job.resolve({"residency": {"folder": text}, "algorithm": {"name": "prox", "names": [text]}}, CONFIGS)
+    again = job.resolve(tomllib.loads(read.to_toml()), CONFIGS)
+    assert again == read and again.residency.folder == text and again.algorithm.names == (text,)
+
+
+@pytest.mark.parametrize("text", ["half a character \udc80", "a\0b"])
+def test_text_that_no_file_takes_is_refused(text):
+    for section, key, value in (("residency", "folder", text), ("data", "name", text), ("models", "names", ["cnn1", text]), ("run", "name", text)):
+        assert f"{section}.{key}" in refusal({section: {key: value}, "algorithm": {"name": "prox"}})
+
+
+@pytest.mark.parametrize("name", ["../../x", "/tmp/x", "a/../../b", "..", ".", "", "a//b", "a/", "new\nline", "\x7f", "\x85", "ß" * 101])
+def test_a_run_is_not_named_out_of_its_folder(name):
+    message = refusal({"run": {"name": name}, "algorithm": {"name": "prox"}})
+    assert f"run.name = {name!r}" in message and "at most 200 bytes" in message
+
+
+@pytest.mark.parametrize("name", ["größe", "a b", "study/first", "..x", "~", 'with "quotes"', "ß" * 100])
+def test_a_name_that_stays_below_its_folder_is_taken(name):
+    assert job.resolve({"run": {"name": name}, "algorithm": {"name": "prox"}}, CONFIGS).run.name == name
 
 
 def test_the_resolved_text_spells_out_every_default(path):
@@ -127,14 +146,59 @@ def test_a_malformed_override_is_shown_the_right_form(path, override):
         job.load(path, CONFIGS, [override])
 
 
-def test_an_unknown_key_is_told_the_nearest_one():
-    message = refusal({"training": {"learning_rate": 1, "epoch": 2}, "algorithm": {"name": "prox"}})
-    assert "some.toml" in message and "training.learning_rate" in message
-    assert "did you mean 'epochs'?" in refusal({"training": {"epoch": 2}, "algorithm": {"name": "prox"}})
+def test_an_unknown_key_is_told_the_nearest_one_and_those_there_are():
+    message = refusal({"checkpoint": {"evry": 2}, "algorithm": {"name": "prox"}})
+    assert message == "some.toml: unknown key checkpoint.evry; did you mean 'every'? [checkpoint] has every, seconds, keep"
+    assert "[algorithm] of prox has mu, names" in refusal({"algorithm": {"name": "prox", "xyzzy": 2}})
+    assert "[algorithm] of standalone has no settings" in refusal({"algorithm": {"name": "standalone", "xyzzy": 2}})
 
 
-def test_an_unknown_section_is_told_the_nearest_one():
-    assert "[trainig]; did you mean 'training'?" in refusal({"trainig": {}, "algorithm": {"name": "prox"}})
+@pytest.mark.parametrize(("section", "key", "meant"), [
+    ("training", "learning_rate", "training.lr"), ("federation", "join_ratio", "federation.participation"),
+    ("federation", "fraction_fit", "federation.participation"), ("federation", "num_clients", "federation.clients"),
+    ("training", "local_epochs", "training.epochs"), ("federation", "local_epochs", "training.epochs"),
+    ("algorithm", "momentum", "training.momentum"), ("training", "BatchSize", "training.batch"), ("training", "weight-decay", "training.weight_decay"),
+    ("run", "participation", "federation.participation"), ("training", "personal", "evaluation.personal")])
+def test_a_key_of_another_simulator_or_section_is_told_what_it_is_called_here(section, key, meant):
+    tables = {"algorithm": {"name": "prox"}}
+    tables.setdefault(section, {})[key] = 0.5
+    assert f"unknown key {section}.{key}; did you mean '{meant}'?" in refusal(tables)
+
+
+def test_what_there_is_no_setting_for_is_said():
+    assert "unknown key training.scheduler; the learning rate is the same in all rounds: training.lr. [training] has epochs" in refusal(
+        {"training": {"scheduler": "cosine"}, "algorithm": {"name": "prox"}})
+
+
+def test_every_synonym_stands_for_a_setting_that_exists_and_for_one_alone():
+    known = {section: [field.name for field in dataclasses.fields(kind)] if kind else ["name"] for section, kind in job.SECTIONS.items()}
+    words = [word for others in (*synonyms.MEANT.values(), *synonyms.ABSENT.values()) for word in others.split()]
+    assert len(set(words)) == len(words) and set(synonyms.SECTIONS) <= set(known)
+    for setting in synonyms.MEANT:
+        section, key = setting.split(".")
+        assert key in known[section]
+
+
+@pytest.mark.parametrize("table", [{"federation": {"dropout": 0.1}}, {"federation.dropout": 0.1}])
+def test_a_key_with_its_sections_name_before_it_is_told_to_leave_that_out(table):
+    assert "; did you mean 'dropout', without the name of its section? [federation] has" in refusal({"federation": table, "algorithm": {"name": "prox"}})
+    assert "; did you mean 'dropout' in [federation]? [run] has" in refusal({"run": table, "algorithm": {"name": "prox"}})
+
+
+def test_an_unknown_section_is_told_the_nearest_one_and_those_there_are():
+    assert "[trainig]; did you mean 'training'? There are [run], [data]," in refusal({"trainig": {}, "algorithm": {"name": "prox"}})
+    assert "[optimizer]; did you mean 'training'?" in refusal({"optimizer": {"lr": 1}, "algorithm": {"name": "prox"}})
+
+
+def test_a_setting_before_the_first_section_is_told_where_it_belongs():
+    assert "'lr' stands in no section; did you mean 'training.lr'?" in refusal({"lr": 0.1, "algorithm": {"name": "prox"}})
+
+
+@pytest.mark.parametrize("content", [b"", b"# nothing yet\n", b"\xef\xbb\xbf"])
+def test_an_empty_file_is_called_empty(path, content):
+    path.write_bytes(content)
+    with pytest.raises(JobError, match=r"job.toml: is empty; wanted at least a section \[algorithm\] with name = one of prox, standalone"):
+        job.load(path, CONFIGS)
 
 
 @pytest.mark.parametrize("old, new", job.RENAMED.items())
@@ -193,15 +257,41 @@ def test_a_value_where_a_section_belongs_is_refused():
     assert "wanted a section [run]" in refusal({"run": 3, "algorithm": {"name": "prox"}})
 
 
+@pytest.mark.parametrize("clients", [0, -1, 2.5])
+def test_the_number_of_clients_is_a_number_and_not_left_to_the_ranks(clients):
+    assert "federation.clients" in refusal({"federation": {"clients": clients}, "algorithm": {"name": "prox"}})
+    assert job.resolve({"algorithm": {"name": "prox"}}, CONFIGS).federation.clients == 10
+
+
+def test_a_number_too_large_for_its_kind_is_refused():
+    assert "training.lr = 1000" in refusal({"training": {"lr": 10 ** 400}, "algorithm": {"name": "prox"}})
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(JobError, match="absent.toml: cannot read the job file: No such file"):
         job.load(tmp_path / "absent.toml", CONFIGS)
 
 
-@pytest.mark.parametrize("content", [b"[run\n", b"[run]\nseed = \n", b"\xff\xfe"], ids=["bracket", "value", "bytes"])
+@pytest.mark.parametrize("content", [b"[run\n", b"[run]\nseed = \n", b"[run]\nseed = " + b"9" * 5000, b"[run]\nseed = " + b"[" * 5000],
+                         ids=["bracket", "value", "huge", "deep"])
 def test_a_file_that_is_not_toml_is_named(path, content):
     path.write_bytes(content)
     with pytest.raises(JobError, match="job.toml: not a TOML file"):
+        job.load(path, CONFIGS)
+
+
+@pytest.mark.parametrize("encode", [lambda text: b"\xef\xbb\xbf" + text.encode(), lambda text: text.replace("\n", "\r\n").encode()], ids=["mark", "CRLF"])
+def test_a_byte_order_mark_and_other_line_ends_change_nothing(path, encode):
+    wanted = job.load(path, CONFIGS)
+    path.write_bytes(encode(TEXT))
+    assert job.load(path, CONFIGS) == wanted
+
+
+@pytest.mark.parametrize(("encoding", "told"), [("utf-16", "it is UTF-16, wanted UTF-8"), ("utf-16-be", "it is UTF-16 or binary"),
+                                                ("utf-32", "it is UTF-32, wanted UTF-8"), ("latin-1", "byte 0xf6 in line 3 is no UTF-8")])
+def test_a_file_in_another_encoding_is_told_which_is_wanted(path, encoding, told):
+    path.write_bytes(TEXT.replace("first", "schön").encode(encoding))
+    with pytest.raises(JobError, match=f"job.toml: not a TOML file: {told}.*save it as UTF-8"):
         job.load(path, CONFIGS)
 
 

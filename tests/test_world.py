@@ -7,14 +7,16 @@ import pytest
 import torch
 from looping import bits, job, world
 
+from hpcfl.algorithms import CONFIGS
 from hpcfl.algorithms.base import ClientSite, Holdings, Phase, Problem, ServerSite
 from hpcfl.data.shards import epochs
 from hpcfl.errors import DataError, JobError, NonFiniteError
 from hpcfl.fit import Turn
+from hpcfl.job import resolve
 from hpcfl.ledger import Ledger
 from hpcfl.losses import cross_entropy
 from hpcfl.optimizers import Optimizer
-from hpcfl.world import World, resolved
+from hpcfl.world import World
 
 SEVEN = {"clients": 7, "rounds": 2, "participation": 0.5}
 
@@ -172,11 +174,13 @@ def test_an_unknown_model_is_refused_with_the_nearest_name():
         seen_from(0, 1, models={"names": ["cnn11"]})
 
 
-@pytest.mark.parametrize("ranks, server, clients", [(1, "shared", 1), (4, "shared", 4), (4, "dedicated", 3), (2, "dedicated", 1)])
-def test_clients_left_open_are_one_per_rank_that_hosts_any(ranks, server, clients):
-    open_ = job("fedavg", federation={"clients": 0, "server_rank": server})
-    assert resolved(open_, ranks).federation.clients == clients
-    assert resolved(job("fedavg", federation={"clients": 9, "server_rank": server}), ranks).federation.clients == 9
+@pytest.mark.parametrize("server", ["shared", "dedicated"])
+def test_the_number_of_clients_does_not_follow_the_ranks(server):
+    left_open = {"federation": {"rounds": 1, "server_rank": server}}
+    worlds = [World(resolve({"algorithm": {"name": "fedavg"}} | left_open, CONFIGS), SimpleNamespace(rank=0, size=ranks, is_server=True, spread=None),
+                    torch.device("cpu")) for ranks in (1, 2, 3)]
+    assert [observed.clients for observed in worlds] == [10] * 3
+    assert all(np.array_equal(mine, first) for observed in worlds for mine, first in zip(observed.split.train, worlds[0].split.train, strict=True))
 
 
 def test_the_plan_is_in_the_world():

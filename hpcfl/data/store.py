@@ -21,6 +21,7 @@ from hpcfl.data import archive, sources
 from hpcfl.data.embedded import EMBEDDED
 from hpcfl.data.sources import PUBLISHED, Labelled
 from hpcfl.errors import DataError
+from hpcfl.places import place
 from hpcfl.storage import sync
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)          # a file system without locks: two conversions then do the same work twice
@@ -29,7 +30,7 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)          # a file syst
 def folder() -> Path:
     """The cache folder: $HPCFL_DATA, else the user's cache folder of the platform."""
     named = os.environ.get("HPCFL_DATA")
-    return Path(named) if named else Path(platformdirs.user_cache_dir("hpcfl"))
+    return place(named) if named else Path(platformdirs.user_cache_dir("hpcfl"))
 
 
 def path(name: str) -> Path:
@@ -100,7 +101,7 @@ def check(target: Path) -> archive.Header:
     """
     header = archive.header(target)
     stamp, current = target.with_name(f".{target.stem}.verified"), _stamp(target)
-    if not stamp.is_file() or stamp.read_text() != current:
+    if not stamp.is_file() or stamp.read_text(encoding="utf-8") != current:
         archive.verify(target)
         _write_stamp(stamp, current)
     return header
@@ -190,7 +191,7 @@ def _stamp(target: Path) -> str:
 def _write_stamp(stamp: Path, content: str) -> None:
     temporary = stamp.with_name(f"{stamp.name}.{os.uname().nodename}-{os.getpid()}")
     try:
-        temporary.write_text(content)
+        temporary.write_text(content, encoding="utf-8")
         os.replace(temporary, stamp)
     except OSError:
         return                                                     # a cache for reading only: the next start verifies again

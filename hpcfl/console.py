@@ -3,7 +3,7 @@ import logging
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +117,11 @@ class LogFile(logging.FileHandler):
         if not self._said:
             self._said = True
             log.warning("%s takes no more: %s; the run goes on", self.baseFilename, sys.exc_info()[1])
+
+    def close(self) -> None:
+        """Let go of the file, also where it does not take its last lines."""
+        with suppress(OSError):
+            super().close()
 
 
 def keep_log(folder: Path, rank: int) -> None:

@@ -3,13 +3,15 @@ import json
 import math
 import os
 import shutil
+import subprocess
+import sys
 from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from launching import carry_out, checkpoint_of, outcome, tiny
+from launching import carry_out, checkpoint_of, outcome, tiny, undisturbed, write_job
 
 from hpcfl import bench, cli, launch, tree
 from hpcfl.algorithms.fedavg import FedAvg
@@ -56,6 +58,56 @@ def test_ranks_that_cannot_see_each_other_end_with_exit_code_3_and_no_traceback(
     assert ending(*command) == 3
     error = capsys.readouterr().err
     assert error.startswith("hpcfl: mpirun of MPICH or Intel MPI started 3 ranks (PMI_SIZE), but each sees only itself") and "Traceback" not in error
+
+
+IN_A_SHELL = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "PMI_SIZE": ""}        # srun --pty bash with 4 tasks
+
+
+@pytest.fixture
+def in_a_shell_of_srun(monkeypatch):
+    connect()                                                      # MPI starts before it is told of ranks that are not there
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in IN_A_SHELL.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_in_a_shell_that_srun_started_a_run_is_refused_with_the_way_out_which_works(in_a_shell_of_srun, tmp_path, capsys):
+    job = write_job(tmp_path, tiny("standalone"))
+    with undisturbed():
+        assert ending("run", job, "--out", tmp_path / "run") == 3
+        error = capsys.readouterr().err
+        assert "srun started 4 ranks (SLURM_STEP_NUM_TASKS), but each sees only itself" in error and error.endswith(
+            "To run one process here, whatever launched the shell that it is started from: hpcfl run --alone\n")
+        assert ending("run", job, "--out", tmp_path / "run", "--alone") == 0
+    assert outcome(tmp_path / "run").manifest["rows"] == 3
+
+
+def test_in_a_shell_that_srun_started_a_dry_run_and_the_doctor_speak(in_a_shell_of_srun, tmp_path, monkeypatch, capsys):
+    job = write_job(tmp_path, tiny("standalone"))
+    assert ending("run", job, "--dry-run") == 0
+    assert "# client 4: mlp2 on rank 0" in (told := capsys.readouterr().out) and "# hpcfl run would not start here: srun started 4 ranks" in told
+    assert ending("run", job, "--dry-run", "--alone") == 0 and "would not start" not in capsys.readouterr().out
+    assert ending("doctor", "--out", tmp_path / "run") == 3 and "hpcfl run --alone" in " ".join(capsys.readouterr().out.split())
+    monkeypatch.setenv("SLURM_PROCID", "2")
+    for command in (["run", job, "--dry-run"], ["doctor"]):
+        assert ending(*command) == 0 and capsys.readouterr().out == "", "one of them speaks for all"
+
+
+def test_threads_wait_without_spinning_from_before_torch_is_loaded(monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert ending("--version") == 0 and os.environ["OMP_WAIT_POLICY"] == "passive"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    assert ending("--version") == 0 and os.environ["OMP_WAIT_POLICY"] == "active", "the user's word counts"
+    loaded = subprocess.run([sys.executable, "-c", "import sys, hpcfl.cli; print('torch' in sys.modules)"], capture_output=True, text=True, check=True)
+    assert loaded.stdout == "False\n"
+
+
+def test_ctrl_c_ends_a_command_that_only_reads_with_one_line(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+    monkeypatch.setattr("hpcfl.data.store.listing", interrupted)
+    assert ending("data", "list") == 130 and capsys.readouterr().err == "hpcfl: interrupted from the keyboard\n"
 
 
 def test_data_sets_are_listed_as_a_table(tmp_path, monkeypatch, capsys):

@@ -148,6 +148,7 @@ def test_without_mpi4py_one_process_works_and_a_launcher_is_told(monkeypatch):
     ({"SLURM_NTASKS": "8"}, None),                                                                  # inside sbatch, not started by srun
     ({"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_ID": "4294967290"}, None),      # the shell of an interactive allocation
     ({"OMPI_COMM_WORLD_SIZE": "1", "SLURM_NTASKS": "8", "SLURM_STEP_ID": "0"}, None),               # mpirun -n 1 inside a step
+    ({"PMI_SIZE": ""}, None), ({"PMI_SIZE": "many", "SLURM_STEP_ID": ""}, None), ({"OMPI_COMM_WORLD_SIZE": "-4"}, None),    # what is no number is not set
     ({"OMPI_COMM_WORLD_SIZE": "4"}, "mpirun of Open MPI"), ({"PMI_SIZE": "4"}, "mpirun of MPICH"),
     ({"SLURM_NTASKS": "4", "SLURM_STEP_ID": "0"}, "srun"), ({"SLURM_STEP_NUM_TASKS": "4"}, "srun")])
 def test_singletons_instead_of_ranks_are_noticed(environment, launcher):
@@ -157,6 +158,17 @@ def test_singletons_instead_of_ranks_are_noticed(environment, launcher):
     else:
         with pytest.raises(EnvironmentFault, match=f"{launcher}.* started 4 ranks .*srun --mpi=pmix"):
             check()
+
+
+@pytest.mark.parametrize("account", [True, False])
+def test_mpi_starts_where_home_is_not_set(account, tmp_path, monkeypatch):
+    """Open MPI ends a process without HOME before hpcfl could say anything."""
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(wire.tempfile, "gettempdir", lambda: str(tmp_path))
+    if not account:                                                # a user number of a container's that no account belongs to
+        monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    connect(checked=False)
+    assert os.environ["HOME"] == (os.path.expanduser("~") if account else str(tmp_path))
 
 
 def test_abort_ends_the_process_with_the_code():

@@ -2,6 +2,7 @@
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -188,7 +189,7 @@ def test_a_rank_that_raises_ends_all_within_seconds_with_its_own_traceback(rank,
         text = job.text()
     assert f"hpcfl: rank {rank}: Traceback" in text and text.count("hpcfl: rank") == 1
     assert "ZeroDivisionError: broken on purpose" in text and ", in stumble" in text
-    assert (tmp_path / "run" / "STATUS").read_text() == "failed: broken on purpose\n"
+    assert re.fullmatch(rf"failed: ZeroDivisionError on rank {rank}, clients? [\d, -]+: broken on purpose\n", (tmp_path / "run" / "STATUS").read_text())
 
 
 def test_what_all_ranks_find_wrong_is_said_once_and_mpirun_returns_the_code(tmp_path):
@@ -303,6 +304,39 @@ def test_training_that_goes_non_finite_names_client_phase_and_round(hpcfl, tmp_p
     monkeypatch.setattr(ClientSite, "epochs", epochs)
     carry_out(job, tmp_path / "run")                               # the round before is still there
     assert not apart(outcome(tmp_path / "run"), outcome(carry_out(job, tmp_path / "never poisoned")))
+
+
+@pytest.mark.parametrize(("engine", "whom"), [("sequential", "client 3"), ("vmap", "clients 1, 3")])
+def test_the_status_after_an_exception_names_type_rank_and_client(engine, whom, hpcfl, tmp_path, monkeypatch):
+    epochs = ClientSite.epochs
+
+    def broken(self, client, *passes):
+        for each in epochs(self, client, *passes):
+            if client == 3:
+                raise RuntimeError("boom")
+            yield each
+    monkeypatch.setattr(ClientSite, "epochs", broken)
+    job = tiny("standalone", federation={"participation": 1.0}, training={"engine": engine})
+    code, text = hpcfl("run", write_job(tmp_path, job), "--out", tmp_path / "run")
+    assert code == 1 and "RuntimeError: boom" in text
+    assert (tmp_path / "run" / "STATUS").read_text() == f"failed: RuntimeError on rank 0, {whom}: boom\n"
+
+
+def test_several_threads_are_refused_where_the_same_bits_are_promised(hpcfl, tmp_path):
+    path = write_job(tmp_path, deterministic(tiny("standalone", run={"threads": 2})))
+    for how in (["--out", tmp_path / "run"], ["--dry-run"]):
+        code, text = hpcfl("run", path, *how)
+        assert code == 2 and "run.deterministic = true promises the same bits, which take one thread for each rank" in text and "got run.threads = 2" in text
+    assert hpcfl("run", path, "--set", "run.threads=1", "--out", tmp_path / "run")[0] == 0
+
+
+def test_a_run_in_python_takes_its_folder_as_a_word_too_and_ends_with_the_way_to_its_report(tmp_path, capsys):
+    folder = tmp_path / "a run"
+    with undisturbed():
+        assert launch.run(tiny("standalone"), comm.Communicator(comm.Alone()), str(folder), "auto") == folder
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(rf"done after [\d.]+ (ms|s): {folder}; figures and a page: hpcfl report '{folder}'", lines[-1]), lines[-1]
+    assert lines[0].startswith("tiny: standalone on digits, 5 clients on 1 rank(s) of 1 thread, 3 rounds -> ")
 
 
 def test_a_learning_rate_beyond_reason_is_non_finite_training(hpcfl, tmp_path):

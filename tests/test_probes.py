@@ -115,7 +115,8 @@ def test_without_control_groups_the_host_is_the_limit(groups):
 def test_the_launcher_has_the_cores_of_the_parent_or_what_slurm_grants():
     parents = len(psutil.Process().parent().cpu_affinity())
     assert allotment.launcher_cores({}) == parents and allotment.launcher_cores({"SLURM_CPUS_ON_NODE": "1"}) == 1
-    assert allotment.launcher_cores({"SLURM_CPUS_ON_NODE": "9999"}) == parents
+    for told in ("9999", "", "8(x2)"):
+        assert allotment.launcher_cores({"SLURM_CPUS_ON_NODE": told}) == parents
 
 
 @pytest.mark.parametrize(("environment", "launch"), [

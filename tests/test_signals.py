@@ -1,16 +1,19 @@
-"""SIGUSR1 and SIGTERM, whenever they come, once or twice, to whichever rank: a checkpoint and exit code 75, or the end of the run, and never another result."""
+"""Signals, whenever they come, once or twice, to whichever rank: a checkpoint and exit code 75, or the end of the run, and never another result."""
+import os
 import signal
 from collections.abc import Iterator
 from itertools import cycle
 from pathlib import Path
 
+import psutil
 import pytest
 from forking import Forked
-from launching import apart, carry_out, deterministic, left_half_written, outcome, started, tiny, write_job
+from launching import apart, carry_out, deterministic, left_half_written, outcome, started, tiny, undisturbed, write_job
 
+from hpcfl import signals
 from hpcfl.job import Job
 
-SENDINGS = (("SIGUSR1",), ("SIGTERM", "SIGTERM"), ("SIGTERM", "SIGUSR1"))
+SENDINGS = (("SIGUSR1",), ("SIGTERM", "SIGTERM"), ("SIGINT",), ("SIGHUP", "SIGINT", "SIGUSR1"))
 INTERRUPTED = """
 import os, signal
 from hpcfl import checkpoint, launch, storage
@@ -94,6 +97,43 @@ def test_a_signal_in_a_round_ends_the_run_behind_that_round(when, whole, tmp_pat
 def test_a_signal_in_a_checkpoint_leaves_it_whole_and_ends_the_run_behind_the_next_round(when, whole, tmp_path):
     found = list(starts(tmp_path, write_job(tmp_path, whole[0]), BEHIND_IT[when]))
     assert [code for code, _ in found] == [75, 0] and "resumed after round 2 of 4" in found[1][1], found
+    same(tmp_path / "run", whole[1])
+
+
+@pytest.mark.parametrize(("rounds", "way_on"), [(0, "there is no checkpoint yet, the same command begins again"), (2, "the same command goes on from round-000002")])
+def test_a_second_ctrl_c_ends_the_run_at_once_and_says_what_is_left(rounds, way_on, whole, tmp_path):
+    folder, path = tmp_path / "run", write_job(tmp_path, whole[0])
+    later = INTERRUPTED.format(owner="Exchange", name="work", numbers=["SIGINT", "SIGINT"]).replace("while numbers:", f"while numbers and arguments[5].row == {rounds}:")
+    run = Forked(tmp_path, "run", path, "--out", folder, fault=later)
+    assert run.ends() == 130, run.text()
+    assert run.text().count("hpcfl: Ctrl-C: the run stops behind the round that it is in, with a checkpoint; Ctrl-C again ends it at once\n") == 1
+    assert run.text().endswith(f"hpcfl: {folder}: interrupted from the keyboard; {way_on}\n") and "Traceback" not in run.text()
+    assert (folder / "STATUS").read_text() == f"stopped: {folder}: interrupted from the keyboard; {way_on}\n"
+    carry_out(whole[0], folder)
+    same(folder, whole[1])
+
+
+@pytest.mark.parametrize("number", signals.OF_A_TERMINAL)
+def test_what_a_terminal_sends_stays_ignored_where_nohup_ignores_it(number):
+    with undisturbed():
+        signal.signal(number, signal.SIG_IGN)
+        stop_requested = signals.listen()
+        os.kill(os.getpid(), number)
+        assert signal.getsignal(number) == signal.SIG_IGN and not stop_requested()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop_requested()
+
+
+def test_ctrl_c_under_mpirun_kills_the_ranks_and_leaves_the_last_checkpoint(whole, tmp_path):
+    """Open MPI gives its ranks half a second, and they cannot prevent it; with MPICH and srun they end behind the round."""
+    with started(tmp_path, "run", write_job(tmp_path, whole[0]), "--out", tmp_path / "run", ranks=2, fault=WHILE_RANK_1_TRAINS) as job:
+        job.reaches("waiting-1")
+        ranks = [job.rank(0), job.rank(1)]
+        job.process.send_signal(signal.SIGINT)
+        assert job.ends() not in (0, 75), job.text()
+        assert not psutil.wait_procs(ranks, timeout=10)[1], "a rank outlived its launcher"
+    assert (tmp_path / "run" / "LATEST").read_text() == "round-000001\n"
+    carry_out(whole[0], tmp_path / "run")
     same(tmp_path / "run", whole[1])
 
 

@@ -94,7 +94,7 @@ def megabytes(count: float) -> str:
 def keep_log(folder: Path, rank: int) -> None:
     """Send this rank's log to log/rank-NNNN.log, and its warnings to standard error as well."""
     (folder / "log").mkdir(parents=True, exist_ok=True)
-    file = logging.FileHandler(folder / "log" / f"rank-{rank:04d}.log", encoding="utf-8")
+    file = logging.FileHandler(folder / "log" / f"rank-{rank:04d}.log", encoding="utf-8", errors="backslashreplace")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     screen = logging.StreamHandler()
     screen.setLevel(logging.WARNING)

@@ -56,6 +56,8 @@ def run(job: Job, comm: Communicator, out: Path | None, resume: str, may_differ:
         world = World(job, comm, device, comm.share(checkpoint.past(resume_from) if comm.is_server and resume_from else None))
         console.say(f"{job.run.name}: {job.algorithm_name} on {job.data.name}, {world.clients} clients on {comm.size} rank(s), "
                     f"{sum(phase.rounds for phase in world.plan)} rounds -> {folder}")
+        for remark in world.corpus.remarks:
+            console.say(f"{job.data.name}: {remark}")
         simulation = Simulation(world, folder, console, stop_requested)
         if resume_from:
             simulation.resume(resume_from, may_differ)             # before anything is written: a refusal changes nothing

@@ -126,12 +126,13 @@ def _data_row(row: dict) -> tuple[str, ...]:
     """The few columns of a data set that fit a terminal; --json has the rest."""
     from hpcfl.data.classes import listed, spread
     from hpcfl.data.store import OWN_TERMS
+    from hpcfl.inspect import printable
     there = "classes" in row
     numbers = [str(row[key]) if there else "" for key in ("train", "test", "classes")]
     note = {"absent": f"hpcfl data get {row['name']}", "damaged": row.get("problem", "")}.get(row["status"], "")
     if there:
         terms = [] if row.get("licence", OWN_TERMS) == OWN_TERMS else [row["licence"]]
-        note = "; ".join([listed(row["names"]), f"{spread(row['counts']['train'])} training images each", *terms])
+        note = "; ".join([printable(listed(row["names"])), f"{spread(row['counts']['train'])} training images each", *terms])
     return row["name"], row["status"], *numbers, "x".join(map(str, row["shape"])) if there else "", f"{row['file_bytes'] / 1e6:.1f}" if "file_bytes" in row else "", note
 
 

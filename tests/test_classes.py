@@ -3,6 +3,7 @@ import h5py
 import numpy as np
 import pytest
 from launching import carry_out, tiny, write_job
+from PIL import Image
 
 from hpcfl import cli, inspect
 from hpcfl.data import archive, classes, corpora, store
@@ -143,3 +144,13 @@ def test_names_that_do_not_fit_the_classes_are_refused(tmp_path, names):
 
 def test_long_lists_are_cut_in_the_middle():
     assert classes.listed([1, 2]) == "1, 2" and classes.listed(range(100)) == "0, 1, 2, 3, 4, 5, 6, 7, 8, 9 ... 99 (100 in all)"
+
+
+def test_a_class_whose_name_would_steer_the_terminal_is_shown_escaped(tmp_path, capsys):
+    for part in ("train", "test"):
+        for name in ("cat", "do\x1b[2Jg"):
+            (tmp_path / "pictures" / part / name).mkdir(parents=True)
+            Image.new("L", (8, 8), 9).save(tmp_path / "pictures" / part / name / "0.png")
+    for command in (["data", "import", "own", "--folder", tmp_path / "pictures"], ["data", "list"]):
+        code, told = hpcfl(capsys, *command)
+        assert code == 0 and "\x1b" not in told and r"do\x1b[2Jg" in told

@@ -217,10 +217,10 @@ def impostor(folder, name, source="/somewhere/noise.npz"):
     return folder / f"{name}.h5"
 
 
-@pytest.mark.parametrize("made", [lambda cache: impostor(cache, "mnist"), lambda cache: impostor(cache, "own", sources.PUBLISHED["mnist"].origin).rename(cache / "mnist.h5")],
-                         ids=["imported", "renamed"])
+@pytest.mark.parametrize("made", ["imported", "renamed"])
 def test_other_data_under_the_name_of_a_published_set_are_not_taken_for_it(small_mnist, cache, made):
-    file = made(cache)
+    renamed = made == "renamed"
+    file = impostor(cache, "own", sources.PUBLISHED["mnist"].origin).rename(cache / "mnist.h5") if renamed else impostor(cache, "mnist")
     before, way_out = file.read_bytes(), "mnist.h5: is called 'mnist', but holds .*Delete the file and run: hpcfl data get mnist"
     for use in (lambda: corpora.open_corpus("mnist"), lambda: store.get("mnist"), lambda: store.get("mnist", small_mnist)):
         with pytest.raises(DataError, match=way_out):
@@ -238,7 +238,7 @@ def test_getting_from_a_folder_compares_what_lies_there_with_what_the_folder_hol
     assert store.get("tiny_imagenet", tmp_path).read_bytes() == before
     (tmp_path / "other").mkdir()
     other = tiny_zip(tmp_path / "other", seed=50)
-    with pytest.raises(DataError, match=r"'tiny_imagenet' is there already, from .*tiny-imagenet-200.zip.*, and holds other data than .*other.*Delete that file"):
+    with pytest.raises(DataError, match=r"'tiny_imagenet' is there already, from .*200.zip.*, and holds other data than .*other.*Delete that file"):
         store.get("tiny_imagenet", other)
     assert first.read_bytes() == before
     first.unlink()

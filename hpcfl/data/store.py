@@ -23,6 +23,7 @@ from hpcfl.data.classes import called, remarks, spread
 from hpcfl.data.embedded import EMBEDDED
 from hpcfl.data.sources import PUBLISHED, Labelled
 from hpcfl.errors import DataError
+from hpcfl.inspect import printable
 from hpcfl.places import place
 from hpcfl.storage import sync
 from hpcfl.wording import cause
@@ -111,7 +112,8 @@ def described(target: Path) -> str:
     lines += [f"  {name:<{width}}  {train:>5}  {test:>4}" for name, train, test in rows[:ROWS]]
     if rest := rows[ROWS:]:
         lines.append(f"  and {len(rest)} more, with {spread([row[1] for row in rest])} training and {spread([row[2] for row in rest])} test images each")
-    return "\n".join([*lines, *(f"note: {note}" for note in (*header.notes, *remarks(header.names, header.counts)))])
+    lines += [f"note: {note}" for note in (*header.notes, *remarks(header.names, header.counts))]
+    return "\n".join(map(printable, lines))
 
 
 def check(target: Path) -> archive.Header:

@@ -93,7 +93,8 @@ def apart(arguments: Namespace, ranks: int, residency: str, count: int) -> dict[
     alone = {name: value for name, value in os.environ.items() if not name.startswith(OF_THE_JOB)}
     alone["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(hpcfl.__file__).parent.parent), alone.get("PYTHONPATH")]))
     try:
-        ended = subprocess.run(command, env=alone, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="replace", check=False)
+        ended = subprocess.run(command, env=alone, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="replace",
+                               check=False)
     except OSError as error:
         raise EnvironmentFault(f"{command[0]}: cannot be started ({error.strerror}); take --ranks 1, or start one case by the launcher that is there") from error
     if ended.returncode:

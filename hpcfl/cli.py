@@ -64,6 +64,8 @@ def _dry_run(job, comm, refused: str) -> int:
     world = World(job, comm, launch.device_of(job, comm))
     if comm.is_server:
         print(job.to_toml())
+        for remark in world.corpus.remarks:
+            print(f"# {job.data.name}: {remark}")
         for phase in world.plan:
             print(f"# phase {phase.name}: {phase.rounds} round(s) of {', '.join(type(step).__name__ for step in phase.steps)}")
         for client, rank in enumerate(world.home):
@@ -142,9 +144,15 @@ def _data_list(arguments: argparse.Namespace) -> int:
 
 def _data_row(row: dict) -> tuple[str, ...]:
     """The few columns of a data set that fit a terminal; --json has the rest."""
+    from hpcfl.data.classes import listed, spread
+    from hpcfl.data.store import OWN_TERMS
+    from hpcfl.inspect import printable
     there = "classes" in row
     numbers = [str(row[key]) if there else "" for key in ("train", "test", "classes")]
-    note = {"absent": f"hpcfl data get {row['name']}", "damaged": row.get("problem", "")}.get(row["status"], row.get("licence", ""))
+    note = {"absent": f"hpcfl data get {row['name']}", "damaged": row.get("problem", "")}.get(row["status"], "")
+    if there:
+        terms = [] if row.get("licence", OWN_TERMS) == OWN_TERMS else [row["licence"]]
+        note = "; ".join([printable(listed(row["names"])), f"{spread(row['counts']['train'])} training images each", *terms])
     return row["name"], row["status"], *numbers, "x".join(map(str, row["shape"])) if there else "", f"{row['file_bytes'] / 1e6:.1f}" if "file_bytes" in row else "", note
 
 
@@ -157,7 +165,8 @@ def _data_get(arguments: argparse.Namespace) -> int:
 def _data_import(arguments: argparse.Namespace) -> int:
     from hpcfl.data import store
     convert = store.import_npz if arguments.npz else store.import_folder
-    print(convert(arguments.name, arguments.npz or arguments.folder))
+    path = convert(arguments.name, arguments.npz or arguments.folder)
+    print(f"{store.described(path)}\n{path}")
     return 0
 
 

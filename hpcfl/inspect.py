@@ -8,9 +8,11 @@ import h5py
 import numpy as np
 
 from hpcfl.errors import DataError, JobError
+from hpcfl.wording import cause
 
 BLOCK_BYTES = 16 << 20                                             # statistics read a dataset in pieces of this size, so memory stays small
-SHOWN = 8                                                          # values of an attribute, or strings of a dataset, that are shown
+SHOWN = 8                                                          # values of an attribute, or strings of a long dataset, that are shown
+WHOLE = 20                                                         # a row of so many values is shown whole
 DEPTH = 64                                                         # groups deeper than this are named but not opened: a description is recursive
 BYTE_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
@@ -19,7 +21,7 @@ def describe(path: str | Path, statistics: bool = True) -> dict[str, Any]:
     """What an HDF5 file holds, with nothing in it that JSON cannot carry.
 
     A group is {kind: "group", attributes, members: {name: node}}; a dataset {kind: "dataset", shape, type, bytes, stored_bytes, compression,
-    attributes, statistics}; anything that leads elsewhere {kind: "refused", reason}: soft and external links, datasets kept in other files.
+    attributes, statistics}, and values if it is a short row of numbers; anything that leads elsewhere {kind: "refused", reason}: soft and external links, datasets kept in other files.
     Statistics are {min, mean, max, missing} over the finite values, `missing` counting NaN and infinity; strings show the first few as `first`.
     With `statistics=False` no dataset is read.
 
@@ -33,7 +35,7 @@ def describe(path: str | Path, statistics: bool = True) -> dict[str, Any]:
         with h5py.File(path, "r", locking=False) as file:
             root = _group(file, {}, statistics)
     except (OSError, RuntimeError, KeyError) as error:
-        raise DataError(f"{path}: not a readable HDF5 file, perhaps truncated or still being written ({error})") from None
+        raise DataError(f"{path}: not a readable HDF5 file, perhaps truncated or still being written ({cause(error)})") from None
     return {"file": str(path), "file_bytes": path.stat().st_size, **root}
 
 
@@ -106,9 +108,11 @@ def _dataset(dataset: h5py.Dataset, statistics: bool) -> dict[str, Any]:
             "attributes": _attributes(dataset)}
     if statistics and dataset.size:
         try:
-            node |= {"first": _first(dataset)} if is_text else {"statistics": _statistics(dataset)} if dataset.dtype.kind in "biuf" else {}
+            is_number, is_short = dataset.dtype.kind in "biuf", dataset.ndim == 1 and dataset.size <= WHOLE
+            node |= {"first": _first(dataset)} if is_text else {"statistics": _statistics(dataset)} if is_number else {}
+            node |= {"values": [_plain(value) for value in dataset[()]]} if is_number and is_short else {}
         except (OSError, RuntimeError) as error:
-            node["fault"] = f"cannot be read: {error}"             # a damaged dataset must not hide the others
+            node["fault"] = f"cannot be read: {cause(error)}"             # a damaged dataset must not hide the others
     return node
 
 
@@ -133,7 +137,7 @@ def _plain(value: Any) -> Any:
 def _first(dataset: h5py.Dataset) -> list[str]:
     if dataset.ndim == 0:
         return [_plain(dataset[()])]
-    block = dataset[tuple([slice(SHOWN)] + [slice(1)] * (dataset.ndim - 1))]
+    block = dataset[tuple([slice(WHOLE if dataset.size <= WHOLE else SHOWN)] + [slice(1)] * (dataset.ndim - 1))]
     return [_plain(item) for item in block.ravel()]
 
 
@@ -191,6 +195,8 @@ def _values(node: dict[str, Any]) -> str:
     if "first" in node:
         texts = list(dict.fromkeys(f'"{printable(text)[:40]}"' for text in node["first"]))
         return ", ".join(texts) + (", ..." if math.prod(node["shape"]) > len(node["first"]) else "")
+    if "values" in node:
+        return ", ".join(f"{value:.4g}" if isinstance(value, float) else str(value) for value in node["values"])
     found = node.get("statistics")
     if not found:
         return ""

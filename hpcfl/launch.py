@@ -63,6 +63,8 @@ def run(job: Job, comm: Communicator, out: str | Path | None, resume: str, may_d
         spare_threads(world)
         console.say(f"{job.run.name}: {job.algorithm_name} on {job.data.name}, {world.clients} clients on {comm.size} rank(s) of "
                     f"{counted(torch.get_num_threads(), 'thread')}, {sum(phase.rounds for phase in world.plan)} rounds -> {folder}")
+        for remark in world.corpus.remarks:
+            console.say(f"{job.data.name}: {remark}")
         simulation = Simulation(world, folder, console, stop_requested)
         if resume_from:
             simulation.resume(resume_from, may_differ)             # before anything is written: a refusal changes nothing

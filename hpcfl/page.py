@@ -218,7 +218,8 @@ def _headline(recording: Recording, found: dict[str, Any], title: str, index: in
         share = 100 * conditions["answered"] / max(1, conditions["asked"])
         tiles["Answers"] = (_percent(share), f"{conditions['dropped']} dropped out, {conditions['late']} late; {seconds_text(conditions['simulated_s'])} simulated")
     cells = "".join(f"<div><dt>{name}</dt><dd>{value[0]}<small>{value[1]}</small></dd></div>" for name, value in tiles.items())
-    facts = f"{recording.algorithm} on {found['data']}, {counted(recording.clients, 'client')}, {counted(recording.ranks, 'rank')}, " \
+    origin = f" ({found['data_source']}, SHA-256 {found['data_sha256'][:12]})" if found["data_source"] else ""
+    facts = f"{recording.algorithm} on {found['data']}{origin}, {counted(recording.clients, 'client')}, {counted(recording.ranks, 'rank')}, " \
             f"{counted(recording.rounds, 'round')} finished, status: {recording.status}, folder {recording.folder}"
     return f'<h2 id="run-{index + 1}">{escape(title)}</h2><p class=note>{escape(facts)}</p><dl class=tiles>{cells}</dl>'
 

@@ -41,6 +41,8 @@ class Recording:
     classes: int
     ranks: int
     arrays: dict[str, np.ndarray]
+    data_source: str | None = None                                 # where the data set came from, and the SHA-256 of what it held
+    data_sha256: str | None = None
 
     @property
     def rounds(self) -> int:
@@ -170,7 +172,7 @@ def read(run: str | Path) -> Recording:
         sizes = {"K": int(attributes["clients"]), "C": int(attributes["classes"])}
         text = str(attributes["job"])
         return Recording(folder, _status(folder), str(attributes["algorithm"]), text, recorded(tomllib.loads(text)), sizes["K"], sizes["C"],
-                         int(attributes["ranks"]), _aligned(arrays, sizes, path))
+                         int(attributes["ranks"]), _aligned(arrays, sizes, path), attributes.get("data_source"), attributes.get("data_sha256"))
     except (KeyError, TypeError, ValueError) as error:             # TOMLDecodeError is a ValueError
         raise CheckpointError(f"{path}: attribute missing or damaged ({error}); wanted algorithm, job, clients, classes and ranks") from None
 

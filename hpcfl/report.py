@@ -23,6 +23,7 @@ WORDS = 3                                                          # columns of 
 def summary(run: str | Path | Recording, targets: Sequence[float] = TARGETS) -> dict[str, Any]:
     """A run in figures that JSON can carry: accuracies in percent, bytes, seconds; None for what was not measured.
 
+    `data_source` and `data_sha256` say which data the name stood for, None where an earlier hpcfl did not note it.
     `accuracy.*` hold {mean, min, max, sd, per_client} of the last evaluation, sd over clients (population); `accuracy.global`, where the
     federation has models of its own, {mean, min, max, per_model} over these; `accuracy.over_architectures` is as of the function of that name.
     `seconds` sums, over rounds, the slowest rank of each phase; waiting, which is no phase, is in `seconds_by_rank` and as `idle_share` of ranks x
@@ -40,8 +41,9 @@ def summary(run: str | Path | Recording, targets: Sequence[float] = TARGETS) -> 
     recording = run if isinstance(run, Recording) else read(run)
     data = recording.job.get("data", {}).get("name")
     return {"run": str(recording.folder), "name": recording.name, "algorithm": recording.algorithm, "seed": recording.seed, "data": data,
-            "status": recording.status, "rounds": recording.rounds, "ranks": recording.ranks, "clients": recording.clients,
-            "classes": recording.classes, "accuracy": _accuracy(recording), "bytes": _bytes(recording, targets), **_seconds(recording),
+            "data_source": recording.data_source, "data_sha256": recording.data_sha256, "status": recording.status, "rounds": recording.rounds,
+            "ranks": recording.ranks, "clients": recording.clients, "classes": recording.classes,
+            "accuracy": _accuracy(recording), "bytes": _bytes(recording, targets), **_seconds(recording),
             "conditions": _conditions(recording), "by_architecture": _by_architecture(recording), "flops": _flops(recording),
             "server": {name: _last(values) for name, values in recording.notes().items()}}
 

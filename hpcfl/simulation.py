@@ -169,7 +169,7 @@ class Simulation:
 
 def _attributes(world: World) -> Mapping[str, object]:
     return {"algorithm": world.job.algorithm_name, "name": world.job.run.name, "job": world.job.to_toml(), "clients": world.clients,
-            "classes": world.problem.classes, "data_sha256": world.corpus.sha256, "ranks": world.comm.size}
+            "classes": world.problem.classes, "data_sha256": world.corpus.sha256, "data_source": world.corpus.source, "ranks": world.comm.size}
 
 
 def _fixed(world: World) -> Mapping[str, np.ndarray]:

@@ -201,7 +201,7 @@ def checked(path: Path, settings: Sequence[str], variants: Sequence[Sequence[str
     Raises: JobError as `load` does.
     """
     for variant in variants:
-        load(path, CONFIGS, [*settings, *variant])
+        load(path, CONFIGS, [*settings, *variant, f"run.name={Sweep.folder(variant)}"])
     return load(path, CONFIGS, settings)
 
 

@@ -1,5 +1,6 @@
 """Wording: ranks, reasons, bytes and seconds as people read them."""
 import math
+import re
 from collections.abc import Mapping, Sequence
 
 
@@ -32,6 +33,12 @@ def spoken(numbers: Sequence[int], noun: str = "rank") -> str:
 def counted(count: int, word: str, plural: str = "s") -> str:
     """A number and its noun: "1 rank", "4 ranks"."""
     return f"{count} {word}{plural if count != 1 else ''}"
+
+
+def cause(error: BaseException) -> str:
+    """The first line of what an error says, without the address of an object in memory, which nobody can look up; its type where it says nothing."""
+    lines = re.sub(r"\s*<[^<>]* at 0x[0-9a-fA-F]+>", "", str(error)).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def size(count: float) -> str:

@@ -38,6 +38,15 @@ def test_statistics_in_pieces_equal_those_of_the_whole(path, monkeypatch):
     assert inspect.describe(path)["members"]["images"]["statistics"] == {"min": 0, "mean": 2047.5, "max": 4095, "missing": 0}
 
 
+def test_a_short_row_of_values_is_shown_whole(tmp_path):
+    with h5py.File(tmp_path / "file.h5", "w") as file:
+        file["counts"], file["shares"], file["names"], file["long"] = np.arange(20), [0.5, np.nan], [b"class %d" % n for n in range(20)], np.arange(21)
+    lines = inspect.render(inspect.describe(tmp_path / "file.h5")).splitlines()
+    counts, long, names, shares = lines[1:]
+    assert counts.endswith("0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19") and shares.endswith("0.5, nan")
+    assert names.count("class") == 20 and long.endswith("min 0, mean 10, max 20")
+
+
 def test_description_goes_into_strict_json(path):
     described = inspect.describe(path)
     assert json.loads(json.dumps(described, allow_nan=False)) == described

@@ -10,7 +10,7 @@ import pytest
 from launching import carry_out, tiny, write_job
 
 import hpcfl
-from hpcfl import cli, places, storage
+from hpcfl import cli, places, predict, storage
 from hpcfl.data import store
 from hpcfl.errors import JobError
 
@@ -40,8 +40,8 @@ def test_no_file_and_no_process_is_read_in_the_codec_of_the_locale():
     assert silent == []
 
 
-@pytest.mark.parametrize(("code", "says"), [("p.read_text()", False), ("p.read_text(encoding='utf-8')", True), ("open(p)", False), ("open(p, 'rb')", True),
-                                            ("p.open('w')", False), ("p.open('wb')", True), ("subprocess.run(c, text=True)", False), ("subprocess.run(c)", True)])
+@pytest.mark.parametrize(("code", "says"), [("p.read_text()", False), ("p.read_text(encoding='utf-8')", True), ("open(p)", False),
+                                            ("open(p, 'rb')", True), ("p.open('w')", False), ("p.open('wb')", True), ("subprocess.run(c, text=True)", False), ("subprocess.run(c)", True)])
 def test_that_sweep_can_fail(code, says):
     assert spoken(ast.parse(code).body[0].value) == says
 
@@ -93,6 +93,12 @@ def test_a_home_that_nobody_has_is_told(capsys):
         cli.main(["inspect", "~nobody-of-this-name/file.h5"])
     assert end.value.code == JobError.exit_code
     assert "there is no home folder that '~nobody-of-this-name' stands for; write the folder out in full" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_json_that_another_shell_wrote_is_read(tmp_path, encoding):
+    (tmp_path / "doctor.json").write_bytes('{"ranks": 2, "wire": [], "by_rank": [{"host": "größe"}]}'.encode(encoding))
+    assert predict.told_by(tmp_path / "doctor.json")["by_rank"] == [{"host": "größe"}]
 
 
 def test_text_is_written_as_utf_8(tmp_path):

@@ -213,6 +213,7 @@ def test_runs_that_would_share_a_folder_are_refused(sweep):
 @pytest.mark.parametrize(("arguments", "said"), [
     (["--set", "training.momentun=0.9"], "unknown key training.momentun; did you mean 'momentum'?"),
     (["--vary", "training.lr=0.1", "--vary", "training.lr=quick"], "training.lr = 'quick' is not allowed"), (["--vary", "lr"], "wanted section.key=value"),
+    (["--vary", *(f"training.lr=0.{digit * 12}" for digit in "123456789")], "at most 200 bytes"),
     (["--array", "1,1"], "seed 1 is there twice"), (["--gpus-per-node", "many"], "--gpus-per-node 'many'"), (["--nodes", "0"], "--nodes 0")])
 def test_mistakes_show_before_anything_waits_in_a_queue(arguments, said, capsys):
     code, out, error = printed(REPOSITORY / "jobs" / "fedvtc-digits.toml", *arguments, capsys=capsys)

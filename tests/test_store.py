@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from hpcfl.data import archive, corpora, sources, store
+from hpcfl.data.arrays import read_npz
 from hpcfl.errors import DataError
 
 
@@ -93,11 +94,26 @@ def test_other_layouts_mean_the_same_images(tmp_path, layout):
     assert np.array_equal(corpora.open_corpus("own").train_images(), given["x_train"])
 
 
-def test_floats_between_zero_and_one_become_bytes(tmp_path):
+def test_floats_between_zero_and_one_become_bytes_and_that_is_noted(tmp_path):
     given = arrays()
-    store.import_npz("own", npz(tmp_path, x_train=given["x_train"] / np.float32(255)))
+    path = store.import_npz("own", npz(tmp_path, x_train=given["x_train"] / np.float32(255)))
     images = corpora.open_corpus("own").train_images()
     assert images.dtype == np.uint8 and np.array_equal(images, given["x_train"])
+    assert archive.header(path).notes == ("x_train was float32 in [0, 1] and became uint8, 255 times as large",)
+
+
+def test_floats_between_the_levels_are_noted_with_what_rounding_took(tmp_path):
+    images = np.full((6, 3, 6, 5), 0.5 / 255)
+    images[0] = 1.0
+    path = store.import_npz("own", npz(tmp_path, x_test=images))
+    assert archive.header(path).notes == (
+        "x_test was float64 in [0, 1] and became uint8, 255 times as large, numbers between these levels rounded, by 0.002 at most",)
+
+
+def test_images_that_are_nearly_black_are_noted(tmp_path):
+    given = arrays()
+    path = store.import_npz("own", npz(tmp_path, x_train=given["x_train"] // 128, x_test=given["x_test"] // 128))
+    assert archive.header(path).notes == ("no value is above 1 of 255: the images are nearly black; save them as 0 to 255, or as floats in [0, 1]",)
 
 
 def with_nan():
@@ -115,9 +131,17 @@ def with_nan():
     ({"x_train": np.array([[1], "two"], dtype=object)}, "pickled"),
     ({"y_train": np.array([{"a": 1}] * 30)}, "pickled"),
     ({"y_train": np.linspace(0, 1, 30)}, "y_train is float64"),
+    ({"y_train": np.array([0.0, np.nan] * 15)}, "y_train is float64"),
+    ({"y_train": np.arange(30) % 3 == 1}, "y_train is bool"),
+    ({"y_train": np.array(["cat", "dog"] * 15)}, "y_train is <U3.*return_inverse=True"),
+    ({"y_train": np.eye(3, dtype=np.int64)[np.arange(30) % 3]}, r"y_train is int64 of shape \(30, 3\)"),
+    ({"y_train": np.int64(1)}, r"y_train is int64 of shape \(\)"),
     ({"y_train": np.arange(30) - 1}, "label -1 is negative"),
     ({"y_train": np.arange(29) % 3}, "30 training images and 29 training labels"),
-    ({"y_test": np.arange(6) * 10**9}, "larger than the number of images"),
+    ({"y_test": np.arange(6) * 10**9}, "5 test images of class 1000000000, .*, which has no training images .those are of class 0, 1, 2."),
+    ({"y_train": np.arange(30) % 3 * 2}, "2 test images of class 1, which has no training images .those are of class 0, 2, 4."),
+    ({"client_train": np.arange(30)}, "holds client_train too, and only x_train, y_train, x_test, y_test are read .*data.partition"),
+    ({"x_val": arrays()["x_test"], "y_val": arrays()["y_test"]}, "holds x_val, y_val too"),
     ({"x_test": arrays()["x_test"][:0], "y_test": np.arange(0)}, "at least one"),
     ({"y_test": None}, "has no y_test"),
 ])
@@ -152,13 +176,13 @@ def test_no_pickle_is_run_whatever_it_is_called(tmp_path, cache):
 @pytest.mark.parametrize("damage", ["truncate", "flip"])
 def test_a_damaged_npz_is_refused_or_harmless(tmp_path, damage):
     file, generator = npz(tmp_path), np.random.default_rng(0)
-    whole, wanted, refused = file.read_bytes(), archive.digest(sources.read_npz(file)), 0
+    whole, wanted, refused = file.read_bytes(), archive.digest(read_npz(file)), 0
     for _ in range(60):
         at, content = int(generator.integers(len(whole))), bytearray(whole)
         content[at] ^= 0xFF
         file.write_bytes(whole[:at] if damage == "truncate" else content)
         try:
-            assert archive.digest(sources.read_npz(file)) == wanted
+            assert archive.digest(read_npz(file)) == wanted
         except DataError as error:
             assert str(file) in str(error)
             refused += 1
@@ -171,16 +195,67 @@ def test_a_source_that_does_not_exist_is_named(tmp_path):
             convert("own", tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("name", ["../own", "Own", "", "own.h5", "digits", ".own"])
-def test_a_name_that_would_mislead_is_refused(tmp_path, name):
+@pytest.mark.parametrize("name", ["../own", "Own", "", "own.h5", "digits", ".own", "x" * 101, *sources.PUBLISHED])
+def test_a_name_that_would_mislead_is_refused(tmp_path, cache, name):
     with pytest.raises(DataError):
         store.import_npz(name, npz(tmp_path))
+    with pytest.raises(DataError):
+        store.import_folder(name, folder_of(tmp_path / "pictures", pictures()))
+    assert left_in(cache) == {}
+
+
+def test_a_name_that_no_file_can_have_is_refused_and_not_looked_for():
+    with pytest.raises(DataError, match="up to 100 lower-case letters"):
+        corpora.open_corpus("x" * 300)
+
+
+def impostor(folder, name, source="/somewhere/noise.npz"):
+    """A file under the name of a published data set that `get` did not make."""
+    data = sources.checked("noise", *arrays().values())
+    folder.mkdir(exist_ok=True)
+    archive.write(folder / f"{name}.h5", name, data, source, "as the source says")
+    return folder / f"{name}.h5"
+
+
+@pytest.mark.parametrize("made", ["imported", "renamed"])
+def test_other_data_under_the_name_of_a_published_set_are_not_taken_for_it(small_mnist, cache, made):
+    renamed = made == "renamed"
+    file = impostor(cache, "own", sources.PUBLISHED["mnist"].origin).rename(cache / "mnist.h5") if renamed else impostor(cache, "mnist")
+    before, way_out = file.read_bytes(), "mnist.h5: is called 'mnist', but holds .*Delete the file and run: hpcfl data get mnist"
+    for use in (lambda: corpora.open_corpus("mnist"), lambda: store.get("mnist"), lambda: store.get("mnist", small_mnist)):
+        with pytest.raises(DataError, match=way_out):
+            use()
+    row = next(row for row in store.listing() if row["name"] == "mnist")
+    assert row["status"] == "damaged" and "hpcfl data get mnist" in row["problem"] and file.read_bytes() == before
+    file.unlink()
+    store.get("mnist", small_mnist)
+    assert corpora.open_corpus("mnist").shape == (1, 7, 7)
+
+
+def test_getting_from_a_folder_compares_what_lies_there_with_what_the_folder_holds(tmp_path, cache):
+    first = store.get("tiny_imagenet", tiny_zip(tmp_path))
+    before = first.read_bytes()
+    assert store.get("tiny_imagenet", tmp_path).read_bytes() == before
+    (tmp_path / "other").mkdir()
+    other = tiny_zip(tmp_path / "other", seed=50)
+    with pytest.raises(DataError, match=r"'tiny_imagenet' is there already, from .*200.zip.*, and holds other data than .*other.*Delete that file"):
+        store.get("tiny_imagenet", other)
+    assert first.read_bytes() == before
+    first.unlink()
+    assert store.get("tiny_imagenet", other).read_bytes() != before
 
 
 def test_importing_the_same_data_again_changes_nothing(tmp_path):
     file = npz(tmp_path)
     before = store.import_npz("own", file).stat()
     assert store.import_npz("own", file).stat() == before
+
+
+def test_the_same_images_of_classes_that_are_called_otherwise_are_other_data(tmp_path):
+    store.import_folder("own", folder_of(tmp_path / "one", pictures()))
+    renamed = {name.replace("/cat/", "/cow/"): content for name, content in pictures().items()}
+    with pytest.raises(DataError, match="or names its classes otherwise"):
+        store.import_folder("own", folder_of(tmp_path / "other", renamed))
 
 
 def test_a_name_that_stands_for_other_data_is_not_overwritten(tmp_path):
@@ -273,6 +348,53 @@ def test_val_serves_as_test_and_a_zip_as_a_folder(tmp_path):
     assert corpora.open_corpus("one").sha256 == corpora.open_corpus("other").sha256
 
 
+HIDDEN = ("train/.ipynb_checkpoints/0.png", "train/cat/.hidden.png", "train/cat/.thumbnails/0.png", ".cache/train/bird/0.png", "test/.hidden/0.png",
+          "__MACOSX/train/cat/._0.png", "train/__MACOSX/0.png", "train/cat/Thumbs.db")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_hidden_names_are_no_data_at_any_depth(tmp_path, packed):
+    plain = folder_of(tmp_path / "plain", pictures())
+    source = folder_of(tmp_path / "hidden", pictures() | dict.fromkeys(HIDDEN, b"no picture"))
+    if packed:
+        with zipfile.ZipFile(tmp_path / "hidden.zip", "w") as file:
+            for name, content in (dict.fromkeys(HIDDEN, b"no picture") | pictures()).items():
+                file.writestr(name, content)
+        source = tmp_path / "hidden.zip"
+    found, wanted = sources.read_folder(source), sources.read_folder(plain)
+    assert archive.digest(found) == archive.digest(wanted) and found.names == ("cat", "dog") and found.notes == ()
+
+
+def test_what_is_left_out_of_a_folder_is_noted(tmp_path):
+    base = folder_of(tmp_path / "pictures", pictures() | {"val/cat/0.png": picture(), "train/cat/0.bmp": b"", "train/0.png": picture(), "labels.csv": b""})
+    (base / "train" / "bird").mkdir()
+    (base / "train" / "cow" / "deeper").mkdir(parents=True)
+    (base / "test" / "bird").mkdir()
+    notes = sources.read_folder(base).notes
+    for note, folder in zip(notes, ("test/bird/", "train/bird/", "train/cow/"), strict=False):
+        assert note.startswith(f"{folder} holds no .png, .jpg, .jpeg file and is left out")
+    assert notes[3:] == ("4 files left out, in no folder of a class or of no kind that is read: labels.csv, train/0.png, train/cat/0.bmp, val/cat/0.png",)
+
+
+def test_an_empty_folder_of_an_archive_is_noted_too(tmp_path):
+    with zipfile.ZipFile(tmp_path / "packed.zip", "w") as packed:
+        packed.mkdir("around/train/bird")
+        for name, content in pictures().items():
+            packed.writestr(f"around/{name}", content)
+    assert [note.split()[0] for note in sources.read_folder(tmp_path / "packed.zip").notes] == ["train/bird/"]
+
+
+def test_pictures_that_change_their_kind_are_noted(tmp_path):
+    found = sources.read_folder(folder_of(tmp_path / "pictures", pictures() | {"test/dog/a.png": picture(mode="RGBA"), "train/cat/0.png": picture(mode="L")}))
+    assert found.notes == ("images of Pillow's kinds L, RGBA became RGB, without transparency where they had any",)
+
+
+def test_an_error_shows_no_address_in_memory(tmp_path):
+    with pytest.raises(DataError, match="train/dog/1.png cannot be read as an image .cannot identify image file.; it is") as caught:
+        store.import_folder("own", folder_of(tmp_path / "pictures", pictures() | {"train/dog/1.png": b"no picture"}))
+    assert " at 0x" not in str(caught.value)
+
+
 @pytest.mark.parametrize(("changes", "message"), [
     ({"train/dog/1.png": picture(size=(5, 7))}, "train/dog/1.png is 5 x 7 pixels, the first image is 5 x 6"),
     ({"test/dog/a.png": picture(size=(6, 6))}, "test/dog/a.png is 6 x 6 pixels"),
@@ -294,9 +416,9 @@ def test_a_folder_without_train_or_test_is_refused(tmp_path):
         store.import_folder("own", folder_of(tmp_path / "other", {"train/cat/1.png": picture()}))
 
 
-def tiny_zip(base):
+def tiny_zip(base, seed=0):
     """Tiny-ImageNet's layout with two classes."""
-    files = {f"train/{name}/images/{name}_{index}.JPEG": picture((64, 64), kind="JPEG", seed=index) for name in ("n02", "n01") for index in range(3)}
+    files = {f"train/{name}/images/{name}_{index}.JPEG": picture((64, 64), kind="JPEG", seed=seed + index) for name in ("n02", "n01") for index in range(3)}
     files |= {f"val/images/val_{index}.JPEG": picture((64, 64), "L", "JPEG", seed=index) for index in range(2)}
     files |= {"val/val_annotations.txt": b"val_0.JPEG\tn02\t0\t0\t9\t9\nval_1.JPEG\tn01\t0\t0\t9\t9\n",
               "wnids.txt": b"n01\nn02\n", "test/images/test_0.JPEG": b""}

@@ -11,8 +11,10 @@ import h5py
 import numpy as np
 
 import hpcfl
+from hpcfl.data.classes import called
 from hpcfl.data.sources import Labelled
 from hpcfl.errors import DataError
+from hpcfl.wording import cause
 
 PARTS = ("train", "test")
 CHUNK_BYTES = 32 * 2**10                                           # unit of checksum: small, so that a scattered shard does not read the whole set
@@ -23,7 +25,7 @@ FORMAT = ("v110", "v110")                                          # HDF5 1.10 c
 
 @dataclass(frozen=True)
 class Header:
-    """What an archive says about itself; `shape` is (C, H, W), `train` and `test` are numbers of images."""
+    """What an archive says about itself; `shape` is (C, H, W), `train` and `test` are numbers of images, `counts` of each class by part."""
 
     name: str
     classes: int
@@ -33,6 +35,9 @@ class Header:
     source: str
     licence: str
     sha256: str
+    names: tuple[str, ...]                                         # of the classes
+    counts: dict[str, tuple[int, ...]]
+    notes: tuple[str, ...]                                         # what is otherwise than in the source
 
 
 def digest(data: Labelled) -> str:
@@ -52,9 +57,14 @@ def write(path: Path, name: str, data: Labelled, source: str, licence: str) -> N
             rows = max(1, min(len(images), CHUNK_BYTES // images[0].nbytes))
             file.create_dataset(f"{part}/images", data=images, chunks=(rows, *images.shape[1:]), fletcher32=True)
             file.create_dataset(f"{part}/labels", data=labels.astype("<i8"), chunks=labels.shape, fletcher32=True)
-        texts = {"name": name, "source": source, "licence": licence, "sha256": digest(data), "hpcfl_version": hpcfl.__version__}
+        names = np.array([name.encode(errors="backslashreplace") for name in called(data.names, data.classes)])
+        counts = {part: np.bincount(getattr(data, f"{part}_labels"), minlength=data.classes) for part in PARTS}
+        for key, values in {"names": names, **counts}.items():
+            file.create_dataset(f"classes/{key}", data=values, chunks=values.shape, fletcher32=True)
+        texts = {"name": name, "source": source, "licence": licence, "sha256": digest(data), "hpcfl_version": hpcfl.__version__,
+                 "notes": "\n".join(data.notes) or "none"}
         # Of fixed length: texts of variable length lie in a heap without checksums, and HDF5 may never come back from reading a damaged one.
-        file.attrs.update({key: np.bytes_(text.encode()) for key, text in texts.items()}, classes=data.classes)
+        file.attrs.update({key: np.bytes_(text.encode(errors="backslashreplace")) for key, text in texts.items()}, classes=data.classes)
 
 
 def header(path: Path) -> Header:
@@ -69,12 +79,12 @@ def header(path: Path) -> Header:
         except (KeyError, ValueError, TypeError) as error:
             raise DataError(f"{path}: is not a data set of hpcfl (attribute {error}); delete it and get or import it again") from error
         images = {part: _images(file, path, part) for part in PARTS}
-        for part in PARTS:
-            _labels(file, path, part, classes)
+        counts = {part: tuple(np.bincount(_labels(file, path, part, classes), minlength=classes).tolist()) for part in PARTS}
         shape = images["train"].shape[1:]
         if images["test"].shape[1:] != shape:
             raise DataError(f"{path}: test images are {images['test'].shape[1:]}, training images {shape} (C, H, W); wanted one size")
-        return Header(classes=classes, shape=shape, train=len(images["train"]), test=len(images["test"]), **texts)
+        return Header(classes=classes, shape=shape, train=len(images["train"]), test=len(images["test"]), names=_names(file, path, classes), counts=counts,
+                      notes=_notes(file), **texts)
 
 
 def verify(path: Path) -> None:
@@ -114,6 +124,15 @@ def images(path: Path, part: str, indices: np.ndarray | None = None) -> np.ndarr
         return dataset[:] if indices is None else _gather(dataset, np.asarray(indices, dtype=np.int64))
 
 
+def values(path: Path) -> tuple[int, int]:
+    """The least and the greatest value of all pixels; reads the whole archive. Raises DataError as `images` does."""
+    with _reading(path) as file:
+        pieces = ((dataset, start, _rows_per_read(dataset)) for dataset in (_images(file, path, part) for part in PARTS)
+                  for start in range(0, len(dataset), _rows_per_read(dataset)))
+        lows, highs = zip(*((block.min(), block.max()) for block in (dataset[start:start + step] for dataset, start, step in pieces)), strict=True)
+        return int(min(lows)), int(max(highs))
+
+
 def _gather(dataset: h5py.Dataset, indices: np.ndarray) -> np.ndarray:
     """dataset[indices] by few long reads of whole chunks: HDF5's own point selection costs ten times as much."""
     out = np.empty((len(indices), *dataset.shape[1:]), dtype=np.uint8)
@@ -145,8 +164,7 @@ def _reading(path: Path) -> Iterator[h5py.File]:
         with h5py.File(path, "r", locking=False) as file:          # never written in place, and a read-only file system has no locks
             yield file
     except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:      # what h5py makes of a damaged file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{path}: cannot be read ({reason}); it is missing, truncated or damaged. Delete it and get or import it again") from error
+        raise DataError(f"{path}: cannot be read ({cause(error)}); it is missing, truncated or damaged. Delete it and get or import it again") from error
 
 
 def _images(file: h5py.File, path: Path, part: str) -> h5py.Dataset:
@@ -164,6 +182,20 @@ def _labels(file: h5py.File, path: Path, part: str, classes: int) -> np.ndarray:
     if found.min() < 0 or found.max() >= classes:
         raise DataError(f"{path}: {part}/labels reach from {found.min()} to {found.max()}; wanted 0..{classes - 1}")
     return found
+
+
+def _names(file: h5py.File, path: Path, classes: int) -> tuple[str, ...]:
+    if "classes" not in file:                                      # of an earlier hpcfl
+        return called((), classes)
+    dataset = _dataset(file, path, "classes/names")
+    if dataset.dtype.kind != "S" or dataset.shape != (classes,):
+        raise DataError(f"{path}: classes/names is {dataset.dtype} of shape {dataset.shape}; wanted text ({classes},)")
+    return tuple(name.decode(errors="replace") for name in dataset[:])
+
+
+def _notes(file: h5py.File) -> tuple[str, ...]:
+    text = _text(file.attrs.get("notes", "none"))
+    return () if text == "none" else tuple(text.split("\n"))
 
 
 def _dataset(file: h5py.File, path: Path, name: str) -> h5py.Dataset:

@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 
 from hpcfl.data import archive, store
+from hpcfl.data.classes import remarks
 from hpcfl.data.embedded import EMBEDDED
 from hpcfl.data.sources import PUBLISHED, Labelled
 from hpcfl.errors import DataError
@@ -21,6 +22,8 @@ class Corpus:
     train_labels: np.ndarray                                       # (N,) int64
     test_labels: np.ndarray                                        # (M,) int64
     sha256: str                                                    # of all pixels and labels: the identity of the data
+    source: str                                                    # where they come from
+    remarks: tuple[str, ...]                                       # what is to be known of them before a result is believed
     read: Callable[[str, np.ndarray | None], np.ndarray]           # (part, indices or None for all) -> images
 
     def train_images(self, indices: np.ndarray | None = None) -> np.ndarray:
@@ -44,7 +47,8 @@ def open_corpus(name: str) -> Corpus:
         raise DataError(_absent(name))
     header = store.check(path)
     train_labels, test_labels = (archive.labels(path, part) for part in archive.PARTS)
-    return Corpus(name, header.classes, header.shape, train_labels, test_labels, header.sha256, partial(archive.images, path))
+    return Corpus(name, header.classes, header.shape, train_labels, test_labels, header.sha256, header.source,
+                  (*header.notes, *remarks(header.names, header.counts)), partial(archive.images, path))
 
 
 def _absent(name: str) -> str:
@@ -59,4 +63,4 @@ def _in_memory(name: str, data: Labelled) -> Corpus:
     def read(part: str, indices: np.ndarray | None) -> np.ndarray:
         images = getattr(data, f"{part}_images")
         return images.copy() if indices is None else images[np.asarray(indices, dtype=np.int64)]
-    return Corpus(name, data.classes, data.train_images.shape[1:], data.train_labels, data.test_labels, archive.digest(data), read)
+    return Corpus(name, data.classes, data.train_images.shape[1:], data.train_labels, data.test_labels, archive.digest(data), "built in", (), read)

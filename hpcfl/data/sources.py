@@ -14,10 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
+from hpcfl.data import classes
 from hpcfl.errors import DataError
+from hpcfl.wording import cause, counted
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 GREY_MODES = ("1", "L")                                            # Pillow's names; a data set of only these keeps one channel
+HIDDEN = ("__MACOSX", "Thumbs.db", "desktop.ini")                  # what systems leave in folders and archives, beside names that begin with a dot
 COLOUR_MODES = ("RGB", "P", "RGBA", "CMYK", "YCbCr", "LA")         # become RGB; transparency is dropped
 DAMAGED = (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error, struct.error, tokenize.TokenError, MemoryError, SyntaxError)
 
@@ -31,6 +34,8 @@ class Labelled:
     test_images: np.ndarray                                        # (M, C, H, W) uint8
     test_labels: np.ndarray                                        # (M,) int64
     classes: int
+    names: tuple[str, ...] = ()                                    # (classes,); empty: their numbers
+    notes: tuple[str, ...] = ()                                    # what is otherwise than in the source, a clause each
 
 
 @dataclass(frozen=True)
@@ -43,42 +48,16 @@ class Published:
     licence: str
 
 
-def read_npz(path: Path) -> Labelled:
-    """The arrays x_train, y_train, x_test, y_test of an .npz file.
-
-    Images may be (N, C, H, W), (N, H, W, C) or (N, H, W) with 1 or 3 channels, as uint8 or as finite floats in [0, 1], which are rounded to
-    256 levels; labels are integers from 0, (N,) or (N, 1). Pickled objects are refused, not loaded.
-
-    Raises: DataError naming the file and the array.
-    """
-    names = ("x_train", "y_train", "x_test", "y_test")
-    try:
-        with open(path, "rb") as file, zipfile.ZipFile(file) as members:
-            stored = {member.removesuffix(".npy") for member in members.namelist()}
-            file.seek(0)
-            with np.load(file, allow_pickle=False) as archive:
-                arrays = {name: archive[name] for name in names if name in stored}
-    except DAMAGED as error:
-        raise DataError(f"{path}: cannot be read as .npz ({_reason(error)}); it is missing, truncated, damaged or holds pickled objects. "
-                        "Write it again with numpy.savez(file, x_train=..., y_train=..., x_test=..., y_test=...)") from error
-    missing = [name for name in names if name not in arrays]
-    if missing:
-        raise DataError(f"{path}: has no {', '.join(missing)}; wanted the arrays {', '.join(names)}, got {', '.join(sorted(stored)) or 'none'}")
-    images = {name: _pixels(arrays[name], f"{path}: {name}") for name in ("x_train", "x_test")}
-    labels = {name: _integers(arrays[name], f"{path}: {name}") for name in ("y_train", "y_test")}
-    return _checked(str(path), images["x_train"], labels["y_train"], images["x_test"], labels["y_test"])
-
-
 def read_folder(path: Path) -> Labelled:
     """Image files in path/train/CLASS/ and path/test/CLASS/ (or val/); `path` is a folder or a .zip, classes are numbered in order of their names.
 
-    One channel where every image is grey, else RGB.
+    One channel where every image is grey, else RGB. Names that begin with a dot are no data, at any depth; whatever else is left out is noted.
 
     Raises: DataError naming the file that is damaged, of another size, or of a class that has no training images.
     """
     with _files(path) as files:
         test = "test" if any(name.startswith("test/") for name in files.names) else "val"
-        return _decoded(files, files.by_class("train"), files.by_class(test))
+        return _decoded(files, files.by_class("train"), files.by_class(test), _left_out(files, test))
 
 
 def read_tiny_imagenet(path: Path) -> Labelled:
@@ -97,7 +76,19 @@ def read_tiny_imagenet(path: Path) -> Labelled:
         return _decoded(files, files.by_class("train"), [(f"val/images/{row[0]}", row[1]) for row in rows])
 
 
-def _decoded(files: "_Files", train: Sequence[tuple[str, str]], test: Sequence[tuple[str, str]]) -> Labelled:
+def _left_out(files: "_Files", test: str) -> tuple[str, ...]:
+    """What of a folder is not read, with the folders that look like a class and are none."""
+    read = {name for part in ("train", test) for name, _ in files.by_class(part)}
+    held = {name.rpartition("/")[0] for name in read}
+    empty = sorted(folder for folder in files.folders if folder.count("/") == 1 and folder.split("/")[0] in ("train", test)
+                   and not any(f"{below}/".startswith(f"{folder}/") for below in held))
+    rest = sorted(files.names - read)
+    notes = [f"{folder}/ holds no {', '.join(IMAGE_SUFFIXES)} file and is left out (a link to a folder is not followed)" for folder in empty]
+    notes += [f"{counted(len(rest), 'file')} left out, in no folder of a class or of no kind that is read: {classes.listed(rest)}"] if rest else []
+    return tuple(notes)
+
+
+def _decoded(files: "_Files", train: Sequence[tuple[str, str]], test: Sequence[tuple[str, str]], notes: tuple[str, ...] = ()) -> Labelled:
     """Labelled from lists of (file name, class name)."""
     for part, samples in (("train/", train), ("test/ or val/", test)):
         if not samples:
@@ -107,42 +98,47 @@ def _decoded(files: "_Files", train: Sequence[tuple[str, str]], test: Sequence[t
         if name not in number:
             raise DataError(f"{files.where}: {file} is of class '{name}', which has no training images")
     first = _decode(files, train[0][0])[0].shape[1:]               # (H, W)
-    (train_images, train_grey), (test_images, test_grey) = _stack(files, train, first), _stack(files, test, first)
-    channels = 1 if train_grey and test_grey else 3                # a grey image has three equal channels
+    (train_images, train_modes), (test_images, test_modes) = _stack(files, train, first), _stack(files, test, first)
+    modes = train_modes | test_modes
+    channels = 1 if modes <= set(GREY_MODES) else 3                # a grey image has three equal channels
+    if changed := sorted(modes - {"RGB"}) if channels == 3 else []:
+        notes = (*notes, f"images of Pillow's kinds {', '.join(changed)} became RGB, without transparency where they had any")
     labels = [np.array([number[name] for _, name in samples], dtype=np.int64) for samples in (train, test)]
-    return _checked(str(files.where), train_images[:, :channels], labels[0], test_images[:, :channels], labels[1])
+    return checked(str(files.where), train_images[:, :channels], labels[0], test_images[:, :channels], labels[1], tuple(number), notes)
 
 
-def _stack(files: "_Files", samples: Sequence[tuple[str, str]], size: tuple[int, int]) -> tuple[np.ndarray, bool]:
-    """Images of one size, (N, 3, H, W), and whether all of them are grey."""
-    images, grey = np.empty((len(samples), 3, *size), dtype=np.uint8), True
+def _stack(files: "_Files", samples: Sequence[tuple[str, str]], size: tuple[int, int]) -> tuple[np.ndarray, set[str]]:
+    """Images of one size, (N, 3, H, W), and Pillow's names for the kinds of pixels that they had."""
+    images, modes = np.empty((len(samples), 3, *size), dtype=np.uint8), set()
     for row, (name, _) in enumerate(samples):
-        pixels, is_grey = _decode(files, name)
+        pixels, mode = _decode(files, name)
         if pixels.shape[1:] != size:
             raise DataError(f"{files.where}: {name} is {pixels.shape[1]} x {pixels.shape[2]} pixels, the first image is {size[0]} x {size[1]} "
                             "(height x width); all images of a data set must share one size: crop or resize them first")
-        images[row], grey = pixels, grey and is_grey
-    return images, grey
+        images[row] = pixels
+        modes.add(mode)
+    return images, modes
 
 
-def _decode(files: "_Files", name: str) -> tuple[np.ndarray, bool]:
-    """One image as RGB, (3, H, W) uint8, and whether it was grey."""
+def _decode(files: "_Files", name: str) -> tuple[np.ndarray, str]:
+    """One image as RGB, (3, H, W) uint8, and Pillow's name for the kind of pixels that it had."""
     from PIL import Image
     try:
         with Image.open(io.BytesIO(files.read(name))) as image:
             if image.mode not in GREY_MODES + COLOUR_MODES:
                 raise DataError(f"{files.where}: {name} has pixels of kind '{image.mode}'; wanted 8-bit grey or colour")
-            return np.asarray(image.convert("RGB")).transpose(2, 0, 1), image.mode in GREY_MODES
+            return np.asarray(image.convert("RGB")).transpose(2, 0, 1), image.mode
     except (*DAMAGED, KeyError, Image.DecompressionBombError) as error:
-        raise DataError(f"{files.where}: {name} cannot be read as an image ({_reason(error)}); it is missing, truncated or damaged") from error
+        raise DataError(f"{files.where}: {name} cannot be read as an image ({cause(error)}); it is missing, truncated or damaged") from error
 
 
 @dataclass(frozen=True, eq=False)
 class _Files:
-    """The files below the folder that holds train/, in a folder or a .zip: names relative to it, sorted, and how to read one."""
+    """What lies below the folder that holds train/, in a folder or a .zip: names relative to it, but for hidden ones, and how to read a file."""
 
     where: Path
     names: frozenset[str]
+    folders: frozenset[str]
     read: Callable[[str], bytes]
 
     def by_class(self, part: str) -> list[tuple[str, str]]:
@@ -154,27 +150,29 @@ class _Files:
 @contextmanager
 def _files(path: Path) -> Iterator[_Files]:
     if path.is_dir():
-        root, names = _below_train(path, (file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()))
-        yield _Files(path, names, lambda name: (path / root / name).read_bytes())
+        found = [(entry.relative_to(path).as_posix(), entry.is_dir()) for entry in path.rglob("*")]
+        root, names, folders = _below_train(path, (f"{name}/" if is_folder else name for name, is_folder in found))
+        yield _Files(path, names, folders, lambda name: (path / root / name).read_bytes())
         return
     try:
         archive = zipfile.ZipFile(path)
     except DAMAGED as error:
-        raise DataError(f"{path}: is neither a folder nor a readable .zip ({_reason(error)})") from error
+        raise DataError(f"{path}: is neither a folder nor a readable .zip ({cause(error)})") from error
     with archive:
-        root, names = _below_train(path, (name for name in archive.namelist() if not name.endswith("/")))
-        yield _Files(path, names, lambda name: archive.read(root + name))
+        root, names, folders = _below_train(path, archive.namelist())
+        yield _Files(path, names, folders, lambda name: archive.read(root + name))
 
 
-def _below_train(where: Path, names: Iterable[str]) -> tuple[str, frozenset[str]]:
-    """The prefix before the outermost train/ and the names behind it: archives often hold one folder around everything."""
-    names = list(names)
-    roots = [f"/{name}".partition("/train/")[0] for name in names if "/train/" in f"/{name}"]
+def _below_train(where: Path, entries: Iterable[str]) -> tuple[str, frozenset[str], frozenset[str]]:
+    """The prefix before the outermost train/ and the files and folders (entries that end in /) behind it: archives often hold one folder around everything."""
+    entries = [entry for entry in entries if not any(part.startswith(".") or part in HIDDEN for part in entry.split("/"))]
+    roots = [f"/{entry}".partition("/train/")[0] for entry in entries if "/train/" in f"/{entry}"]
     if not roots:
         raise DataError(f"{where}: holds no folder train/; wanted train/CLASS/*.png and test/CLASS/*.png (or val/)")
     root = min(roots, key=len).removeprefix("/")
     root = f"{root}/" if root else ""
-    return root, frozenset(name.removeprefix(root) for name in names if name.startswith(root))
+    below = [entry.removeprefix(root) for entry in entries if entry.startswith(root)]
+    return root, frozenset(entry for entry in below if not entry.endswith("/")), frozenset(entry.removesuffix("/") for entry in below if entry.endswith("/"))
 
 
 def _read_idx_set(kind: str, path: Path) -> Labelled:
@@ -184,7 +182,7 @@ def _read_idx_set(kind: str, path: Path) -> Labelled:
     arrays = {name: _read_idx(_find_idx(path, kind, name), md5) for name, md5 in official.items()}
     images = {part: arrays[f"{part}-images-idx3-ubyte"][:, None] for part in ("train", "t10k")}      # (N, 1, H, W)
     labels = {part: arrays[f"{part}-labels-idx1-ubyte"].astype(np.int64) for part in ("train", "t10k")}
-    return _checked(f"{path} ({kind})", images["train"], labels["train"], images["t10k"], labels["t10k"])
+    return checked(f"{path} ({kind})", images["train"], labels["train"], images["t10k"], labels["t10k"])
 
 
 def _find_idx(path: Path, kind: str, name: str) -> Path:
@@ -208,7 +206,7 @@ def _read_idx(path: Path, md5: str) -> np.ndarray:
         shape = struct.unpack(f">{axes}i", content[4:4 + 4 * axes])
         return np.frombuffer(content, dtype=np.uint8, offset=4 + 4 * axes).reshape(shape)
     except (*DAMAGED, IndexError) as error:
-        raise DataError(f"{path}: cannot be read as an IDX file ({_reason(error)}); it is truncated or damaged") from error
+        raise DataError(f"{path}: cannot be read as an IDX file ({cause(error)}); it is truncated or damaged") from error
 
 
 def _read_torchvision(kind: str, train: dict, test: dict, path: Path) -> Labelled:
@@ -217,11 +215,11 @@ def _read_torchvision(kind: str, train: dict, test: dict, path: Path) -> Labelle
     try:
         parts = [getattr(datasets, kind)(path, download=False, **which) for which in (train, test)]
     except DAMAGED as error:
-        raise DataError(f"{path}: {kind} is not there or not whole ({_reason(error)}); --from wants the folder that torchvision calls root, "
+        raise DataError(f"{path}: {kind} is not there or not whole ({cause(error)}); --from wants the folder that torchvision calls root, "
                         "with the unpacked official files") from error
     images = [part.data if part.data.shape[1] == 3 else part.data.transpose(0, 3, 1, 2) for part in parts]
     labels = [np.asarray(part.labels if hasattr(part, "labels") else part.targets, dtype=np.int64) for part in parts]
-    return _checked(f"{path} ({kind})", images[0], labels[0], images[1], labels[1])
+    return checked(f"{path} ({kind})", images[0], labels[0], images[1], labels[1], tuple(getattr(parts[0], "classes", ())))
 
 
 def _download_torchvision(kind: str, wanted: Sequence[dict], folder: Path) -> None:
@@ -235,55 +233,19 @@ def _download_tiny_imagenet(folder: Path) -> None:
     download_url(f"{TINY_IMAGENET}/tiny-imagenet-200.zip", folder, md5="90528d7ca1a48142e341f4ef8d21d0de")
 
 
-def _pixels(array: np.ndarray, where: str) -> np.ndarray:
-    """Images as uint8 (N, C, H, W), or DataError."""
-    if np.issubdtype(array.dtype, np.floating):
-        array = _from_unit(array, where)
-    if array.dtype != np.uint8:
-        raise DataError(f"{where} is {array.dtype}; wanted uint8 in 0..255 or floats in [0, 1]")
-    if array.ndim == 3:
-        return array[:, None]                                      # (N, 1, H, W)
-    channels = (1, 3)
-    if array.ndim == 4 and array.shape[1] in channels:
-        return array
-    if array.ndim == 4 and array.shape[3] in channels:
-        return array.transpose(0, 3, 1, 2)
-    raise DataError(f"{where} has shape {array.shape}; wanted (N, C, H, W), (N, H, W, C) or (N, H, W) with C = 1 or 3")
-
-
-def _from_unit(array: np.ndarray, where: str) -> np.ndarray:
-    if not np.isfinite(array).all():
-        bad = int(np.argwhere(~np.isfinite(array))[0][0])
-        raise DataError(f"{where} holds NaN or infinity, first in image {bad}; mend or drop such images")
-    if array.size and not (array.min() >= 0 and array.max() <= 1):
-        raise DataError(f"{where} is {array.dtype} in [{array.min():g}, {array.max():g}]; floats must lie in [0, 1]: scale them, or save uint8")
-    return np.rint(array * np.float64(255)).astype(np.uint8)
-
-
-def _integers(array: np.ndarray, where: str) -> np.ndarray:
-    if array.ndim == 2 and array.shape[1] == 1:
-        array = array[:, 0]
-    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
-        raise DataError(f"{where} is {array.dtype} of shape {array.shape}; wanted integer class numbers of shape (N,)")
-    return array.astype(np.int64)
-
-
-def _checked(where: str, train_images: np.ndarray, train_labels: np.ndarray, test_images: np.ndarray, test_labels: np.ndarray) -> Labelled:
+def checked(where: str, train_images: np.ndarray, train_labels: np.ndarray, test_images: np.ndarray, test_labels: np.ndarray,
+            names: tuple[str, ...] = (), notes: tuple[str, ...] = ()) -> Labelled:
+    """The data set with its classes numbered; `names`: of classes that are numbered already, else their labels."""
     for part, images, labels in (("training", train_images, train_labels), ("test", test_images, test_labels)):
         if len(images) != len(labels) or len(images) == 0:
             raise DataError(f"{where}: {len(images)} {part} images and {len(labels)} {part} labels; wanted equally many, at least one")
-        if labels.min() < 0:
-            raise DataError(f"{where}: {part} label {labels.min()} is negative; classes are numbered from 0")
         if images.shape[1:] != train_images.shape[1:] or 0 in images.shape:
             raise DataError(f"{where}: {part} images are {images.shape[1:]}, training images {train_images.shape[1:]}; wanted one size, not empty")
-    classes = int(max(train_labels.max(), test_labels.max())) + 1
-    if classes > len(train_labels) + len(test_labels):
-        raise DataError(f"{where}: label {classes - 1} is larger than the number of images; classes are numbered 0, 1, 2, ... without large gaps")
-    return Labelled(np.ascontiguousarray(train_images), train_labels, np.ascontiguousarray(test_images), test_labels, classes)
-
-
-def _reason(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    train_labels, test_labels, labels, renumbered = classes.numbered(where, train_labels, test_labels)
+    brightest = max(train_images.max(), test_images.max())
+    dark = [f"no value is above {brightest} of 255: the images are nearly black; save them as 0 to 255, or as floats in [0, 1]"] if brightest < 2 else []
+    return Labelled(np.ascontiguousarray(train_images), train_labels, np.ascontiguousarray(test_images), test_labels, len(labels),
+                    names if len(names) == len(labels) else labels, (*notes, *renumbered, *dark))
 
 
 _BOTH = ({"train": True}, {"train": False})

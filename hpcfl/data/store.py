@@ -15,15 +15,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import platformdirs
 
-from hpcfl.data import archive, sources
+from hpcfl.data import archive, arrays, sources
+from hpcfl.data.classes import called, remarks, spread
 from hpcfl.data.embedded import EMBEDDED
 from hpcfl.data.sources import PUBLISHED, Labelled
 from hpcfl.errors import DataError
+from hpcfl.inspect import printable
 from hpcfl.places import place
 from hpcfl.storage import sync
+from hpcfl.wording import cause
 
+OWN_TERMS = "as the source says"                                   # of data that somebody imported
+ROWS = 20                                                          # classes that are shown one by one
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)          # a file system without locks: two conversions then do the same work twice
 
 
@@ -38,15 +44,16 @@ def path(name: str) -> Path:
 
     Raises: DataError for a name that is not lower-case letters, digits, '_' and '-'.
     """
-    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
-        raise DataError(f"data set name {name!r} is not allowed; wanted lower-case letters, digits, '_' and '-', for example 'cifar10'")
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,99}", name):
+        raise DataError(f"data set name {name!r} is not allowed; wanted up to 100 lower-case letters, digits, '_' and '-', for example 'cifar10'")
     return folder() / f"{name}.h5"
 
 
 def get(name: str, source: str | Path | None = None) -> Path:
     """A published data set in the cache, read from `source` (a folder or archive already downloaded) or else downloaded; does nothing if it is there.
 
-    Raises: DataError for an unknown name, a failed download, a damaged source, a cache that cannot be written, or a damaged file in the cache.
+    Raises: DataError for an unknown name, a failed download, a damaged source, a cache that cannot be written, or a file in the cache that is damaged,
+    is not the published data set, or holds other data than `source`.
     """
     if name not in PUBLISHED:
         raise DataError(f"'{name}' cannot be fetched{nearest(name, PUBLISHED)}; there are {', '.join(PUBLISHED)}. "
@@ -57,6 +64,9 @@ def get(name: str, source: str | Path | None = None) -> Path:
             if not target.exists():                                # another process may have been faster
                 origin = published.origin if source is None else f"{published.origin} ({source})"
                 _install(target, _fetched(name, published, source), origin, published.licence)
+    elif source is not None and check(target).sha256 != archive.digest(published.read(_existing(Path(source)))):
+        raise DataError(f"{target}: '{name}' is there already, from {check(target).source}, and holds other data than {source}; it is left as it was. "
+                        f"Delete that file and run again: hpcfl data get {name} --from {source}")
     check(target)
     return target
 
@@ -64,9 +74,9 @@ def get(name: str, source: str | Path | None = None) -> Path:
 def import_npz(name: str, file: str | Path) -> Path:
     """Bring an .npz file (arrays x_train, y_train, x_test, y_test) into the cache under a name of its own.
 
-    Raises: DataError as `sources.read_npz` does, and where the name already stands for other data.
+    Raises: DataError as `arrays.read_npz` does, and where the name already stands for other data.
     """
-    return _import(name, Path(file), sources.read_npz)
+    return _import(name, Path(file), arrays.read_npz)
 
 
 def import_folder(name: str, directory: str | Path) -> Path:
@@ -80,8 +90,8 @@ def import_folder(name: str, directory: str | Path) -> Path:
 def listing() -> list[dict[str, Any]]:
     """Every data set that is embedded, cached or can be fetched, one dict each.
 
-    Keys: name and status ("embedded", "cached", "damaged", "absent"); for the first two also train, test, classes, shape; for cached ones file_bytes,
-    sha256, path; source and licence where known; problem for damaged ones.
+    Keys: name and status ("embedded", "cached", "damaged", "absent"); for the first two also train, test, classes, shape, names and counts of the classes; for
+    cached ones file_bytes, sha256, notes, path; source and licence where known; problem for damaged ones.
     """
     rows: list[dict[str, Any]] = [{"name": name, "status": "embedded", **_sizes(make())} for name, make in EMBEDDED.items()]
     cached = {file.stem: file for file in sorted(folder().glob("*.h5"))}
@@ -91,15 +101,34 @@ def listing() -> list[dict[str, Any]]:
     return rows
 
 
+def described(target: Path) -> str:
+    """What a file in the cache holds, for people: images, values, classes with their counts, and what is otherwise than in the source."""
+    header = check(target)
+    low, high = archive.values(target)
+    width = max(len("class"), *map(len, header.names[:ROWS]))
+    rows = list(zip(header.names, *header.counts.values(), strict=True))
+    lines = [f"{header.name}: {header.train} training and {header.test} test images of {' x '.join(map(str, header.shape))} (channels x height x width), "
+             f"uint8 from {low} to {high}, from {header.source}", f"  {'class':<{width}}  train  test"]
+    lines += [f"  {name:<{width}}  {train:>5}  {test:>4}" for name, train, test in rows[:ROWS]]
+    if rest := rows[ROWS:]:
+        lines.append(f"  and {len(rest)} more, with {spread([row[1] for row in rest])} training and {spread([row[2] for row in rest])} test images each")
+    lines += [f"note: {note}" for note in (*header.notes, *remarks(header.names, header.counts))]
+    return "\n".join(map(printable, lines))
+
+
 def check(target: Path) -> archive.Header:
     """The header of a file in the cache, after making sure that its contents are what they were when it was written.
 
     The comparison of all bytes (0.4 to 2 GB/s) happens only where the file's size or modification time differs from its stamp; in a cache
     without a stamp that cannot be written to, at every call.
 
-    Raises: DataError naming the file.
+    Raises: DataError naming the file, also where it has the name of a published data set and holds another.
     """
     header = archive.header(target)
+    published = PUBLISHED.get(target.stem)
+    if published and not (header.name == target.stem and header.source.startswith(published.origin)):
+        raise DataError(f"{target}: is called '{target.stem}', but holds '{header.name}' from {header.source}; to keep that, import it under another name. "
+                        f"Delete the file and run: hpcfl data get {target.stem} [--from DIR]")
     stamp, current = target.with_name(f".{target.stem}.verified"), _stamp(target)
     if not stamp.is_file() or stamp.read_text(encoding="utf-8") != current:
         archive.verify(target)
@@ -128,13 +157,18 @@ def _fetched(name: str, published: sources.Published, source: str | Path | None)
 def _import(name: str, source: Path, read: Callable[[Path], Labelled]) -> Path:
     if name in EMBEDDED:
         raise DataError(f"'{name}' is built in; import under another name")
+    if name in PUBLISHED:
+        raise DataError(f"'{name}' is the name of a published data set; import under another name, for example own_{name}. "
+                        f"The published one: hpcfl data get {name} [--from DIR]")
     target = path(name)
     data = read(_existing(source))
     with _alone(name):
         if not target.exists():
-            _install(target, data, str(source), "as the source says")
-    if check(target).sha256 != archive.digest(data):
-        raise DataError(f"{target}: '{name}' already holds other data; it is left as it was. Choose another name, or delete that file first")
+            _install(target, data, str(source.resolve()), OWN_TERMS)
+    header = check(target)
+    if (header.sha256, header.names) != (archive.digest(data), called(data.names, data.classes)):
+        raise DataError(f"{target}: '{name}' already holds other data, or names its classes otherwise; it is left as it was. "
+                        "Choose another name, or delete that file first")
     return target
 
 
@@ -179,8 +213,7 @@ def _install(target: Path, data: Labelled, source: str, licence: str) -> None:
 
 
 def _unwritable(error: Exception) -> DataError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return DataError(f"the cache {folder()} cannot be written ({reason}); free space there, or name another folder: export HPCFL_DATA=FOLDER")
+    return DataError(f"the cache {folder()} cannot be written ({cause(error)}); free space there, or name another folder: export HPCFL_DATA=FOLDER")
 
 
 def _stamp(target: Path) -> str:
@@ -198,7 +231,9 @@ def _write_stamp(stamp: Path, content: str) -> None:
 
 
 def _sizes(data: Labelled) -> dict[str, Any]:
-    return {"train": len(data.train_labels), "test": len(data.test_labels), "classes": data.classes, "shape": list(data.train_images.shape[1:])}
+    counts = {part: np.bincount(getattr(data, f"{part}_labels"), minlength=data.classes).tolist() for part in archive.PARTS}
+    return {"train": len(data.train_labels), "test": len(data.test_labels), "classes": data.classes, "shape": list(data.train_images.shape[1:]),
+            "names": list(called(data.names, data.classes)), "counts": counts}
 
 
 def _row(name: str, file: Path) -> dict[str, Any]:
@@ -207,4 +242,5 @@ def _row(name: str, file: Path) -> dict[str, Any]:
     except DataError as error:
         return {"name": name, "status": "damaged", "problem": str(error), "path": str(file)}
     return {"name": name, "status": "cached", "train": header.train, "test": header.test, "classes": header.classes, "shape": list(header.shape),
+            "names": list(header.names), "counts": {part: list(counts) for part, counts in header.counts.items()}, "notes": list(header.notes),
             "file_bytes": file.stat().st_size, "sha256": header.sha256, "source": header.source, "licence": header.licence, "path": str(file)}

@@ -11,6 +11,7 @@ from hpcfl.launchers import whole_number
 
 GROUPS = Path("/sys/fs/cgroup")
 OWN_GROUPS = Path("/proc/self/cgroup")                             # lines "number:controllers:path", no controllers in version 2
+TASKS = Path("/proc/self/task")
 LIMITS = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))      # of versions 2 and 1
 
 
@@ -53,6 +54,12 @@ def memory_left_bytes() -> int:
                 lines = dict(line.split() for line in _text(folder / "memory.stat").splitlines())
                 left.append(int(numbers[0][0]) - int(numbers[1][0]) + int(lines.get("total_inactive_file", lines.get("inactive_file", 0))))
     return max(0, min(left))
+
+
+def core_seconds() -> tuple[float, float]:
+    """Seconds that the threads of this process have had a core, and that they were ready and waited for one; nothing where the system does not tell."""
+    told = [words for task in TASKS.glob("*") if len(words := _words(task / "schedstat")) > 1]
+    return sum(int(words[0]) for words in told) / 1e9, sum(int(words[1]) for words in told) / 1e9
 
 
 def control_groups(controller: str) -> Iterator[Path]:

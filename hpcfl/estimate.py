@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from hpcfl import launch, tree
+from hpcfl.allotment import core_seconds
 from hpcfl.comm import Communicator
 from hpcfl.data.shards import batch_sizes
 from hpcfl.fit import Turn
@@ -35,6 +36,7 @@ class Load:
     batches: dict[str, int]                                        # of all these clients together, where all of them take part
     batch_s: dict[str, float]
     needed_bytes: int                                              # on the device that it trains on
+    crowding: float = 1.0                                          # times that its threads took while they were timed, for want of a core
 
     @property
     def train_s(self) -> float:
@@ -86,8 +88,10 @@ def load_of(world: World) -> Load:
                for architecture, clients in hosted.items()}
     held = {architecture: min(len(clients), job.residency.chunk or len(clients)) for architecture, clients in hosted.items()}
     at_once = {architecture: count if problem.device.type == "cuda" else 1 for architecture, count in held.items()}
+    had_s, waited_s = core_seconds()
     batch_s = {architecture: time_batch(world, architecture, min(job.training.batch, max(sizes[client] for client in clients)), at_once[architecture])
                for architecture, clients in hosted.items()}
+    had_s, waited_s = (after - before for before, after in zip((had_s, waited_s), core_seconds(), strict=True))
     parts = (world.split.train, world.split.validation, world.split.test)
     images = len(world.corpus.test_labels) + len(world.split.public) + len(world.split.public_validation) + sum(len(part[client]) for part in parts for client in world.mine)
     if job.residency.location == "disk" or (job.residency.location == "host" and problem.device.type == "cuda"):
@@ -96,7 +100,7 @@ def load_of(world: World) -> Load:
         states = 2 * sum(len(clients) * model_bytes(world, architecture) for architecture, clients in hosted.items())    # before and after an update
     training = max((problem.sizes.memory(architecture) * count for architecture, count in at_once.items()), default=0)
     return Load({architecture: len(clients) for architecture, clients in hosted.items()}, batches, batch_s,
-                states + training + images * math.prod(world.corpus.shape))
+                states + training + images * math.prod(world.corpus.shape), 1 + waited_s / had_s if had_s > 0 else 1.0)
 
 
 def time_batch(world: World, architecture: str, images: int, clients: int = 1) -> float:

@@ -6,6 +6,7 @@ SLOW_S, SLOW_BYTES_PER_S = 1e-3, 1e8                               # of a Bcast 
 LITTLE_BYTES = 1e9                                                 # of disk
 KEPT_BESIDE = 2                                                    # checkpoints there beside checkpoint.keep: the best, and the one being written
 MUCH = 0.5                                                         # of a round, between the ranks
+CROWDED = 1.5                                                      # times as long for want of a core: more is no figure to believe
 
 
 def wire(examined: Examined) -> Finding:
@@ -106,6 +107,13 @@ def of_a_round(examined: Examined) -> Finding | None:
     text = f"an estimate: {estimate.wire_share:.1%} of a round is spent between the ranks ({wire}); {duration(estimate.train_s)} is local training on rank " \
            f"{busiest}, which has most of it ({work}). Not in it: what a method sends instead of models or trains beside classifiers, the server's work, " \
            "evaluation, checkpoints; hpcfl report shows what a run measured"
+    # Ranks that were started on one core wait for each other in a run too; that is told of the cores, and the estimate is right.
+    others = {facts.rank: load.crowding * min(1.0, examined.cores(facts)) for facts, load in zip(examined.facts, estimate.loads, strict=True)}
+    rank, times = max(others.items(), key=lambda each: each[1])
+    if times > CROWDED:
+        return Finding("round", WARNING, f"{text}. Others kept the cores busy meanwhile: for want of a core the batches of rank {rank} took {times:.2g} times as "
+                       "long as they need, so do not believe these figures", "repeat it while nothing else runs here (uptime shows "
+                       "the load), or on cores that are yours alone (sbatch --exclusive)")
     if estimate.wire_share > MUCH:
         return Finding("round", WARNING, text, "fewer ranks, more local work between rounds (training.epochs), or a faster network")
     return Finding("round", OK, text)

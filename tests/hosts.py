@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,7 +29,7 @@ def missing() -> str:
     if "Open MPI" not in _call("mpirun", "--version"):
         return "only of Open MPI's mpirun it is known how it starts on another host"
     try:
-        with started(Path("/tmp")):
+        with tempfile.TemporaryDirectory() as folder, started(Path(folder)):
             return ""
     except subprocess.CalledProcessError as refused:
         return f"namespaces and a cable between them are not allowed here: {refused.stderr.strip()}"
@@ -42,9 +43,10 @@ class Hosts:
         agent = folder / "agent"
         agent.write_text(AGENT.format(enter=" ".join(self.entering("far"))))
         agent.chmod(0o755)
-        self.launcher = (*self.entering("near"), "mpirun", "--host", ",".join(f"{address}:4" for address in ADDRESSES.values()), "--map-by", "node", "--bind-to", "none")
-        self.environment = dict.fromkeys(("PRTE_MCA_plm_ssh_agent", "OMPI_MCA_plm_rsh_agent"), str(agent)) | {
-            "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+        self.launcher = (*self.entering("near"), shutil.which("mpirun"), "--host", ",".join(f"{address}:4" for address in ADDRESSES.values()), "--map-by", "node")
+        self.environment = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+                            **dict.fromkeys(("PRTE_MCA_plm_ssh_agent", "OMPI_MCA_plm_rsh_agent"), str(agent)),
+                            **dict.fromkeys(("PRTE_MCA_hwloc_default_binding_policy", "OMPI_MCA_hwloc_base_binding_policy"), "none")}
 
     def entering(self, host: str) -> tuple[str, ...]:
         """The beginning of a command that is to run on a host."""

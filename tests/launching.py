@@ -232,8 +232,9 @@ class Started:
 
 
 @contextmanager
-def started(folder: Path, *arguments: object, ranks: int = 0, fault: str = "", environment: Mapping[str, str] | None = None) -> Iterator[Started]:
-    """`hpcfl ARGUMENTS` in `folder`, under `mpirun -n ranks` or (0) without. `fault` is Python that each process runs before it begins."""
+def started(folder: Path, *arguments: object, ranks: int = 0, fault: str = "", environment: Mapping[str, str] | None = None,
+            launcher: Sequence[str] = ("mpirun",)) -> Iterator[Started]:
+    """`hpcfl ARGUMENTS` in `folder`, under `launcher -n ranks` or (0) without. `fault` is Python that each process runs before it begins."""
     command = ["hpcfl", *map(str, arguments)]
     folder.mkdir(parents=True, exist_ok=True)
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("OMPI_COMM_WORLD", "PMIX_", "PMI_"))}
@@ -242,7 +243,7 @@ def started(folder: Path, *arguments: object, ranks: int = 0, fault: str = "", e
         (folder / "fault").mkdir(exist_ok=True)
         (folder / "fault" / "sitecustomize.py").write_text(fault)
         inherited["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder / "fault"), inherited.get("PYTHONPATH")]))
-    process = Started(["mpirun", "-n", str(ranks), *command] if ranks else command, folder, inherited | (environment or {}))
+    process = Started([*launcher, "-n", str(ranks), *command] if ranks else command, folder, inherited | (environment or {}))
     try:
         yield process
     finally:

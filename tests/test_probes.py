@@ -222,6 +222,25 @@ def test_the_load_of_a_rank_is_its_clients_their_batches_and_the_time_of_each():
     assert load.needed_bytes > sum(map(len, parts)) * 64, "images of 1x8x8, and more"
 
 
+def test_a_load_says_how_long_its_batches_took_for_want_of_a_core(monkeypatch):
+    told = iter([(2.0, 1.0), (3.0, 20.0)])
+    monkeypatch.setattr(estimate, "core_seconds", lambda: next(told))
+    assert estimate.load_of(world()).crowding == 20                # 1 s of work, and 19 of waiting
+    monkeypatch.setattr(estimate, "core_seconds", lambda: (0.0, 0.0))
+    assert estimate.load_of(world()).crowding == 1                 # a system that does not tell
+
+
+def test_a_process_knows_how_long_it_had_a_core_and_how_long_it_waited(tmp_path, monkeypatch):
+    for task, text in (("7", "1500000000 2500000000 3\n"), ("8", "500000000 0 1\n"), ("9", "")):
+        (tmp_path / task).mkdir()
+        (tmp_path / task / "schedstat").write_text(text)
+    (tmp_path / "10").mkdir()                                      # a thread that is gone by now
+    monkeypatch.setattr(allotment, "TASKS", tmp_path)
+    assert allotment.core_seconds() == (2.0, 2.5)
+    monkeypatch.setattr(allotment, "TASKS", tmp_path / "none")
+    assert allotment.core_seconds() == (0.0, 0.0)
+
+
 def test_clients_that_train_beside_each_other_share_the_time_of_a_batch(monkeypatch):
     here, seconds = world(training={"engine": "vmap"}), itertools.count()
     monkeypatch.setattr(estimate, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))     # each step takes a second, whoever takes it

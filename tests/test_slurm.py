@@ -448,7 +448,7 @@ def test_sbatch_accepts_what_the_command_prints(cluster, tmp_path, capsys):
     job = write_job(tmp_path / "a folder", tiny("fedvtc", run={"name": "it's \"one\""}))
     for arguments in ([], ["--nodes", "2", "--ranks", "4", "--cpus", "1", "--time", "0-1:30", "--lead", "600", "--partition", "frail"],
                       ["--nodes", "2", "--gpus", "2", "--ranks", "4", "--srun", "pmix"],
-                      ["--gpus-per-node", "1", "--mem", "100M", "--array", "0-8:2%2", "--", "--exclusive", "--mail-type", "NONE", "--comment=it's a | b"], ["--array", "0-2", "--vary", "training.lr=0.1", "--vary", "training.lr=0.2"]):
+                      ["--gpus-per-node", "1", "--mem", "1M", "--array", "0-8:2%2", "--", "--exclusive", "--mail-type", "NONE", "--comment=it's a | b"], ["--array", "0-2", "--vary", "training.lr=0.1", "--vary", "training.lr=0.2"]):
         code, text, error = printed(job, "--set", "run.name=it's 2", "--out", tmp_path / "out put", *arguments, capsys=capsys)
         assert code == 0, error
         cluster.call("sbatch", "--test-only", text=text)

@@ -188,10 +188,19 @@ def test_ranks_that_see_only_some_of_the_others_are_noticed(launch, verdict, wor
     (verdicts_run.of_a_round, of_a_job(busy(1), busy(2)), OK, "40.0% of a round is spent between the ranks (Bcast of a model of each architecture, 1 kB"),
     (verdicts_run.of_a_round, of_a_job(busy(1), busy(2)), OK, "600 ms is local training on rank 1, which has most of it (20 batches of cnn1 at 100 ms)"),
     (verdicts_run.of_a_round, of_a_job(busy(), busy(), train_s=0.1), WARNING, "80.0% of a round"),
+    (verdicts_run.of_a_round, of_a_job(busy(), replace(busy(), crowding=20.0)), WARNING, "for want of a core the batches of rank 4 took 20 times as long as"),
+    (verdicts_run.of_a_round, of_a_job(busy(), replace(busy(), crowding=20.0)), WARNING, "-> repeat it while nothing else runs here"),
+    (verdicts_run.of_a_round, of_a_job(busy(), replace(busy(), crowding=1.2)), OK, "40.0% of a round"),
 ])
 def test_what_a_run_would_meet_on_two_hosts(check, changes, verdict, words):
     found, text = judged(check, examined(cpu(0), cpu(4), **changes))
     assert found == verdict and words in text, text
+
+
+def test_ranks_that_share_a_core_among_themselves_wait_in_a_run_too():
+    shared, loads = [cpu(rank, cores=0.5, bound_cores=(0,)) for rank in range(2)], [replace(busy(), crowding=2.0)] * 2
+    assert judged(verdicts_run.of_a_round, examined(*shared, **of_a_job(*loads)))[0] == OK
+    assert judged(verdicts_run.of_a_round, examined(*shared, **of_a_job(*[replace(busy(), crowding=4.0)] * 2)))[0] == WARNING
 
 
 def test_a_dedicated_server_without_clients_is_not_idle():

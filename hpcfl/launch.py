@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import hpcfl
-from hpcfl import checkpoint, storage
+from hpcfl import averaging, checkpoint, lock, storage
 from hpcfl.algorithms import CONFIGS
 from hpcfl.comm import Alone, Communicator
 from hpcfl.console import Console, keep_log
@@ -56,6 +56,9 @@ def run(job: Job, comm: Communicator, out: Path | None, resume: str, may_differ:
         world = World(job, comm, device, comm.share(checkpoint.past(resume_from) if comm.is_server and resume_from else None))
         console.say(f"{job.run.name}: {job.algorithm_name} on {job.data.name}, {world.clients} clients on {comm.size} rank(s), "
                     f"{sum(phase.rounds for phase in world.plan)} rounds -> {folder}")
+        console.announce(len(world.corpus.test_labels), world.has_global_models, job.evaluation.personal and any(map(len, world.split.test)))
+        if comm.is_server and (warning := averaging.warning(job.algorithm_name, world.averages(world.steps))):
+            log.warning(warning)
         simulation = Simulation(world, folder, console, stop_requested)
         if resume_from:
             simulation.resume(resume_from, may_differ)             # before anything is written: a refusal changes nothing
@@ -195,10 +198,10 @@ def _owning(folder: Path, comm: Communicator) -> Iterator[None]:
     if comm.is_server:
         try:
             storage.make_folder(folder)
-            handle = (folder / "LOCK").open("a+")                  # what another has written there is not to be lost
+            handle = (folder / lock.NAME).open("a+")                  # what another has written there is not to be lost
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             handle.truncate(0)
-            print(f"process {os.getpid()} on {platform.node()}", file=handle, flush=True)
+            print(lock.signature(), file=handle, flush=True)
         except BlockingIOError:
             handle.seek(0)
             failure = f"{folder}: another run is at work in this folder ({handle.read().strip()}); wait for it, or choose another --out"

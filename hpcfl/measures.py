@@ -65,8 +65,10 @@ def described(accuracy: Found) -> dict[str, str]:
     return {key: text for key, text in told.items() if accuracy.get(key) and accuracy[key]["mean"] is not None}
 
 
-def to_report(accuracy: Found) -> dict[str, Any]:
-    """Which accuracy is a run's result, and why: {"measure", "mean", "why"}."""
+def to_report(accuracy: Found, rounds: int, planned: int | None) -> dict[str, Any]:
+    """Which accuracy is a run's result, and why: {"measure", "mean", "why"}; what a run has that is not finished is none yet."""
     key = "global" if (accuracy.get("global") or {}).get("mean") is not None else "generalization"
     why = "the method's own models, made for everybody" if key == "global" else "the method has no model but those of its clients"
-    return {"measure": key, "mean": accuracy[key]["mean"], "why": f"{why}; at the end of a number of rounds fixed beforehand, so that nothing selected it"}
+    when = "at the end of a number of rounds fixed beforehand, so that nothing selected it" if planned is None or rounds >= planned else \
+        f"but only {rounds} of {planned} rounds are finished"
+    return {"measure": key, "mean": accuracy[key]["mean"], "why": f"{why}; {when}"}

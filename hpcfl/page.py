@@ -18,7 +18,7 @@ from hpcfl.measures import AFTER, MEASURES, Found, after
 from hpcfl.pictures import NOTHING, Picture, counted, number_text, seconds_text
 from hpcfl.recording import Recording
 from hpcfl.report import WAYS, summary
-from hpcfl.tables import legend_of, mean_sd_text, over_seeds, results
+from hpcfl.tables import legend_of, mean_sd_text, over_seeds, results, rounds_text
 
 SELECTION = ("The number to report is the final one: the number of rounds was fixed beforehand, so that nothing selected it. Selected by validation is the "
              "evaluation at which the validation parts of an architecture's clients were best: those have the clients' own classes, so that with skewed "
@@ -168,7 +168,7 @@ def _with_after(column: Callable[[str], Callable[[Any], str]], after: Callable[[
 
 
 def _run_heading(run: Run) -> str:
-    facts = [f"seed {run.recording.seed}", counted(run.recording.rounds, "round"), run.recording.status.split(":")[0]]
+    facts = [f"seed {run.recording.seed}", f"rounds {rounds_text(run.found)}", run.recording.status.split(":")[0]]
     return f"<a href=#run-{run.number}>{escape(run.label)}</a><small>{escape(', '.join(facts))}</small>"
 
 

@@ -54,6 +54,11 @@ class Recording:
         return len(self.arrays["rounds/phase"])
 
     @property
+    def planned(self) -> int | None:
+        """Rounds of all phases together; None where the record does not say."""
+        return sum(each["rounds"] for each in self.plan) or None
+
+    @property
     def name(self) -> str:
         """run.name of the job."""
         return str(self.job.get("run", {}).get("name", self.folder.name))
@@ -195,7 +200,7 @@ def read(run: str | Path) -> Recording:
         sizes = {"K": int(attributes["clients"]), "C": int(attributes["classes"])}
         text = str(attributes["job"])
         return Recording(folder, _status(folder), str(attributes["algorithm"]), text, tomllib.loads(text), sizes["K"], sizes["C"],
-                         int(attributes["ranks"]), _aligned(arrays, sizes, path), json.loads(attributes.get("plan", "[]")))
+                         int(attributes["ranks"]), _aligned(arrays, sizes, path), _plan(attributes))
     except (KeyError, TypeError, ValueError) as error:             # TOMLDecodeError is a ValueError
         raise CheckpointError(f"{path}: attribute missing or damaged ({error}); wanted algorithm, job, clients, classes and ranks") from None
 
@@ -226,6 +231,12 @@ def mean_of(values: np.ndarray, axis: int) -> np.ndarray:
     """The mean along an axis that leaves NaN out; NaN, without a warning, where all of it is NaN."""
     known = np.isfinite(values)
     return np.divide(np.where(known, values, 0).sum(axis), known.sum(axis), out=np.full(known.sum(axis).shape, np.nan), where=known.any(axis))
+
+
+def _plan(attributes: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a record says of the phases; nothing where an earlier version wrote it."""
+    return [{"phase": str(each["phase"]), "rounds": int(each["rounds"]), "refines": each["refines"], "averages": dict(each["averages"])}
+            for each in json.loads(attributes.get("plan", "[]"))]
 
 
 def _status(folder: Path) -> str:

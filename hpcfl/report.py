@@ -39,8 +39,8 @@ def summary(run: str | Path | Recording, targets: Sequence[float] = TARGETS) -> 
     recording = run if isinstance(run, Recording) else read(run)
     data = recording.job.get("data", {}).get("name")
     return {"run": str(recording.folder), "name": recording.name, "algorithm": recording.algorithm, "seed": recording.seed, "data": data,
-            "status": recording.status, "rounds": recording.rounds, "ranks": recording.ranks, "clients": recording.clients,
-            "classes": recording.classes, "accuracy": _accuracy(recording), "bytes": _bytes(recording, targets), **_seconds(recording),
+            "status": recording.status, "rounds": recording.rounds, "planned_rounds": recording.planned, "ranks": recording.ranks,
+            "clients": recording.clients, "classes": recording.classes, "accuracy": _accuracy(recording), "bytes": _bytes(recording, targets), **_seconds(recording),
             "conditions": _conditions(recording), "by_architecture": _by_architecture(recording), "flops": _flops(recording),
             "server": {name: _last(values) for name, values in recording.notes().items()},
             "warnings": list(filter(None, [averaging.warning(recording.algorithm, recording.averages())]))}
@@ -93,7 +93,7 @@ def _accuracy(recording: Recording) -> dict[str, Any]:
         found["absent_classes"][key] = spread(recording.absent_accuracy(before))
         found[f"recall_{key}"] = _plain(mean_of(recording.recall(before), 0))
     return {"unit": "percent", "rounds": None if end is None else int(recording.arrays["evaluation/at"][end]) + 1, **found,
-            "described": measures.described(found), "report": measures.to_report(found)}
+            "described": measures.described(found), "report": measures.to_report(found, recording.rounds, recording.planned)}
 
 
 def over_architectures(recording: Recording) -> dict[str, Any] | None:

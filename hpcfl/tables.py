@@ -82,6 +82,11 @@ def mean_sd_text(found: Mapping[str, float | None], nothing: str = NOTHING) -> s
     return f"{found['mean']:.1f}" + ("" if found["sd"] is None else f" ± {found['sd']:.1f}")
 
 
+def rounds_text(run: Found) -> str:
+    """Finished rounds, of those that are planned where some are to come."""
+    return f"{run['rounds']}/{run['planned_rounds']}" if (run["planned_rounds"] or 0) > run["rounds"] else str(run["rounds"])
+
+
 def _mean_sd(values: Sequence[float | None]) -> dict[str, float | None]:
     known = [value for value in values if value is not None]
     return {"mean": float(np.mean(known)) if known else None, "sd": float(np.std(known, ddof=1)) if len(known) > 1 else None}
@@ -110,7 +115,7 @@ RUN_COLUMNS: dict[str, Column] = {
     "run": lambda label, _: printable(label),
     "status": lambda _, run: printable(run["status"].partition(":")[0]),
     "seed": lambda _, run: str(run["seed"]),
-    "rounds": lambda _, run: str(run["rounds"]),
+    "rounds": lambda _, run: rounds_text(run),
     **_with_after({measure.heading: partial(_spread, key) for key, measure in MEASURES.items()}, lambda _, run: measures.after(run["accuracy"]["refine"])),
     "up/client": partial(_per_client, "up"),
     "down/client": partial(_per_client, "down"),

@@ -174,6 +174,20 @@ def test_models_before_the_last_work_are_called_after_what_that_work_is(tmp_path
     assert (word == "finetune") == ("fine-tuning" in page + told([folder])), "only what fine-tunes is called so"
 
 
+def test_a_run_that_is_not_finished_has_no_result_yet(tmp_path):
+    def longer(file):
+        file.attrs["plan"] = json.dumps([{"phase": "train", "rounds": 20, "refines": None, "averages": {}}])
+    folder = altered(tmp_path / "run", longer)
+    assert "only 2 of 20 rounds are finished" in report.summary(folder)["accuracy"]["report"]["why"]
+    assert " 2/20 " in told([folder]).splitlines()[1] and "only 2 of 20 rounds are finished" in told([folder])
+
+
+@pytest.mark.parametrize("plan", ["{", '{"phase": 1}', '[{"phase": "train"}]', "[3]"])
+def test_a_damaged_plan_is_refused(tmp_path, plan):
+    with pytest.raises(CheckpointError, match="attribute missing or damaged"):
+        report.summary(altered(tmp_path / "run", lambda file: file.attrs.update(plan=plan)))
+
+
 def test_an_evaluation_before_refining_goes_with_the_end_of_the_same_round_only(tmp_path):
     def later(file):
         file["evaluation/stage"][2] = "end"                        # the last round's phase refines nothing

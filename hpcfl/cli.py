@@ -59,7 +59,7 @@ def _one_of_many(comm) -> bool:
 
 def _dry_run(job, comm, refused: str) -> int:
     """Check everything that can be checked without training, and say what would run, and why it would be `refused`."""
-    from hpcfl import launch
+    from hpcfl import averaging, launch
     from hpcfl.world import World
     world = World(job, comm, launch.device_of(job, comm))
     if comm.is_server:
@@ -70,6 +70,8 @@ def _dry_run(job, comm, refused: str) -> int:
             print(f"# phase {phase.name}: {phase.rounds} round(s) of {', '.join(type(step).__name__ for step in phase.steps)}")
         for client, rank in enumerate(world.home):
             print(f"# client {client}: {world.problem.architectures[client]} on rank {rank}, {len(world.split.train[client])} training images")
+        if warning := averaging.warning(job.algorithm_name, world.averages(world.steps)):
+            print(f"# warning: {warning}")
         if refused:
             print(f"# hpcfl run would not start here: {refused}")
     return 0
@@ -89,19 +91,28 @@ def _slurm(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from hpcfl import report
+    from hpcfl import labels, recording, report, tables
+    runs, skipped = recording.runs_in(arguments.runs)
+    for line in skipped:
+        print(f"hpcfl: skipped {line}", file=sys.stderr)
     if arguments.trace is not None:
         from hpcfl import trace
-        path = trace.write(arguments.runs, place(arguments.trace) if arguments.trace else (arguments.out or arguments.runs[0]) / "trace.json")
+        path = trace.write(runs, place(arguments.trace) if arguments.trace else (arguments.out or runs[0]) / "trace.json")
         print(f"trace: {path} (open it in ui.perfetto.dev or chrome://tracing)")
         return 0
+    groups = labels.labelled([recording.read(run) for run in runs])
+    found = {label: [report.summary(each) for each in group] for label, group in groups.items()}
     if arguments.json:
-        summaries = [report.summary(run) for run in arguments.runs]
-        print(json.dumps(summaries[0] if len(summaries) == 1 else summaries, indent=1))
+        several = {"runs": [{"label": label, **run} for label, group in found.items() for run in group],
+                   "over_seeds": [tables.over_seeds(label, group) for label, group in found.items()]}
+        print(json.dumps(several if len(runs) > 1 else several["runs"][0], indent=1))
         return 0
-    page = report.write(arguments.runs, arguments.out or arguments.runs[0])
-    print(report.table(arguments.runs))
-    print(f"report: {page}")
+    if arguments.format:
+        print(tables.FORMATS[arguments.format](found))
+        return 0
+    page = report.write(runs, arguments.out or runs[0])
+    print(tables.text(found))
+    print(f"\nreport: {page}")
     return 0
 
 
@@ -301,10 +312,12 @@ def _parser() -> argparse.ArgumentParser:
     slurm.set_defaults(command=_speaking(_slurm), behind=())
 
     report = commands.add_parser("report", help="figures and one HTML page for one run or several")
-    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run folder")
-    report.add_argument("--out", type=Path, metavar="DIR", help="where report.html and figures/ go (default: the first run folder)")
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run folder, or a folder with run folders in it; what is none is skipped")
+    report.add_argument("--out", type=Path, metavar="DIR", help="where report.html and figures/ go (default: the first run's folder)")
     only = report.add_mutually_exclusive_group()
-    only.add_argument("--json", action="store_true", help="print the summary as JSON and write nothing")
+    only.add_argument("--json", action="store_true", help="print the summary as JSON, of several runs also means over seeds, and write nothing")
+    only.add_argument("--format", choices=["text", "markdown", "latex", "csv"],
+                      help="print a table, but for text of means and deviations over seeds, and write nothing")
     only.add_argument("--trace", nargs="?", const="", metavar="FILE",
                       help="write when each rank did what, for ui.perfetto.dev, and no page (default: trace.json in DIR)")
     report.set_defaults(command=_speaking(_report))

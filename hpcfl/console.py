@@ -13,6 +13,7 @@ from hpcfl import outlets
 from hpcfl.federation import Place
 
 log = logging.getLogger("hpcfl")
+COLUMNS = {"global": 12, "clients": 29, "own": 9}                  # accuracies of a round's line and how wide they are
 
 
 class Console:
@@ -20,7 +21,15 @@ class Console:
 
     def __init__(self, speaks: bool, live: bool):
         self.speaks, self.live = speaks, speaks and live
+        self.columns: tuple[str, ...] = ("clients",)
         self._progress = None
+
+    def announce(self, images: int, models: bool, own: bool) -> None:
+        """Say once of which models and images the accuracies of all later lines are; `models`: the federation has some; `own`: clients have test images."""
+        told = {"global": "global: the federation's own models", "clients": "clients: the models that clients hold, mean [lowest ..highest]",
+                "own": "own: the same on held-out images of each client's own"}
+        self.columns = tuple(name for name, there in (("global", models), ("clients", True), ("own", own)) if there)
+        self.say(f"accuracies in percent, at the end of a round, on the {images} test images. {'; '.join(told[name] for name in self.columns)}")
 
     def say(self, text: str) -> None:
         """One line on the server's standard output and in the log."""
@@ -32,8 +41,10 @@ class Console:
         """One aligned line for a finished round; accuracies in percent where they were measured."""
         loss = np.nanmean(row["metrics"]["loss"]) if "loss" in row["metrics"] else float("nan")
         parts = [f"{place.row + 1:>{len(str(total))}}/{total}  {place.phase.name:<10}", f"loss {loss:7.4f}" if np.isfinite(loss) else " " * 12]
-        parts.append(f"accuracy {values['accuracy']:5.1f} [{values['lowest']:5.1f} ..{values['highest']:5.1f}]" if "accuracy" in values else " " * 30)
-        parts.append(f"personal {values['personal']:5.1f}" if "personal" in values else " " * 14)
+        shown = {"global": f"global {values['global']:5.1f}" if "global" in values else "",
+                 "own": f"own {values['personal']:5.1f}" if "personal" in values else "",
+                 "clients": f"clients {values['clients']:5.1f} [{values['lowest']:5.1f} ..{values['highest']:5.1f}]" if "clients" in values else ""}
+        parts += [shown[name].ljust(COLUMNS[name]) for name in self.columns]
         asked, answered = ((row["conditions"]["answered"] >= least).sum() for least in (0, 1))
         parts += [f"answers {answered:>{len(str(asked))}}/{asked}"] if asked else []
         parts.append(f"up {megabytes(row['up'].sum())}  down {megabytes(row['down'].sum())}  {row['wall_s']:7.2f} s")

@@ -1,5 +1,6 @@
 """figures: drawings of arrays, one function per figure and no knowledge of files; colours hold for colour-blind eyes, in a light and a dark theme."""
 import io
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,9 @@ LABELS_UP_TO = 40                                                  # rows with a
 BUBBLES_UP_TO = 1200                                               # cells; a larger partition is a heat map
 PANELS_UP_TO = 9                                                   # parameters with a panel each; more are rows of a heat map
 GROWS = 0.21                                                       # inches per client
+APART = 20                                                         # ends of curves further apart than this stand on a logarithmic axis
+ROOM, LETTER = 360.0, 4.9                                          # points: the width of the axes, a letter of 8 points
+LEGEND = (34, 76)                                                  # letters of labels of which two, or one, fit side by side; longer ones are wrapped
 
 
 @dataclass(frozen=True)
@@ -43,17 +47,27 @@ Drawing = Callable[[Theme], Figure]
 
 def png(draw: Drawing, theme: Theme = LIGHT) -> bytes:
     """A drawing as a PNG file of WIDTH inches at DPI."""
+    return _file(draw, theme, "png", {"Software": "hpcfl"})
+
+
+def svg(draw: Drawing, theme: Theme = LIGHT) -> bytes:
+    """A drawing as an SVG file of WIDTH inches, the same bytes each time, its text as text."""
+    return _file(draw, theme, "svg", {"Date": None, "Creator": "hpcfl"})
+
+
+def _file(draw: Drawing, theme: Theme, kind: str, metadata: Mapping[str, str | None]) -> bytes:
     settings = {"figure.facecolor": theme.surface, "axes.facecolor": theme.surface, "savefig.facecolor": theme.surface, "text.color": theme.ink,
                 "axes.labelcolor": theme.ink, "axes.edgecolor": theme.muted, "xtick.color": theme.muted, "ytick.color": theme.muted,
                 "grid.color": theme.grid, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10, "axes.titlelocation": "left",
                 "axes.labelsize": 10, "xtick.labelsize": 9, "ytick.labelsize": 9, "legend.fontsize": 9, "legend.frameon": False, "font.size": 10,
                 "hatch.color": theme.muted, "hatch.linewidth": 0.6, "figure.constrained_layout.use": True, "axes.axisbelow": True,
+                "svg.hashsalt": "hpcfl", "svg.fonttype": "none",
                 "text.parse_math": False}                             # a dollar sign in a name is a dollar sign
     buffer = io.BytesIO()
     with matplotlib.rc_context():
         matplotlib.rcdefaults()                                    # a user's matplotlibrc must not change a report
         matplotlib.rcParams.update(settings)
-        draw(theme).savefig(buffer, format="png", dpi=DPI, metadata={"Software": "hpcfl"})
+        draw(theme).savefig(buffer, format=kind, dpi=DPI, metadata=metadata)
     return buffer.getvalue()
 
 
@@ -67,36 +81,62 @@ def accuracy(theme: Theme, lines: Mapping[str, tuple[int, np.ndarray, np.ndarray
             axes.plot(rounds, values, color=colour, alpha=max(0.12, 1.1 / max(1, values.shape[1]) ** 0.5), linewidth=0.8,
                       marker="_" if len(rounds) == 1 else None, markersize=12)
         axes.plot(rounds, mean_of(values, 1), color=colour, linewidth=2.2 if index == 0 else 1.8, linestyle=("-", "--", "-.", ":")[index % 4],
-                  marker="o" if len(rounds) <= 25 else None, markersize=4, label=name, zorder=4 - index * 0.1)
+                  marker="o" if len(rounds) <= 25 else None, markersize=4, label=name, zorder=4 + index * 0.1)
     axes.axhline(chance, color=theme.muted, linewidth=1, linestyle=(0, (1, 2)), label=f"chance ({chance:.3g} %)")
-    for start, name in phases if len(phases) > 1 else ():
-        axes.axvline(start + 0.5, color=theme.muted, linewidth=0.8)
-        axes.annotate(f" {name}", (start + 0.5, 1), xycoords=("data", "axes fraction"), va="top", fontsize=8, color=theme.muted)
     _per_round(axes, max(rounds.max(initial=1) for _, rounds, _ in lines.values()), "accuracy (%)")
     axes.set_ylim(bottom=0)
-    _legend(figure, axes)
+    if len(phases) > 1:
+        _phases(theme, axes, phases)
+    _legend(figure, axes, columns=2)
     return figure
 
 
+def _phases(theme: Theme, axes: Axes, phases: Sequence[tuple[int, str]]) -> None:
+    """Where each phase begins, with its name in the first row below the top in which it runs into no other name and not out of the figure."""
+    (low, high), ends = axes.get_xlim(), list[float]()             # points from the left at which each row's last name ends
+    for start, name in phases:
+        at, wide = (start + 0.5 - low) / (high - low) * ROOM, 8 + LETTER * len(name)
+        before = at + wide > ROOM                                  # the name stands left of its line
+        left = at - wide if before else at
+        row = next((row for row, end in enumerate(ends) if end <= left), len(ends))
+        ends[row:row + 1] = [left + wide]
+        axes.axvline(start + 0.5, color=theme.muted, linewidth=0.8)
+        axes.annotate(name, (start + 0.5, 1), (-3 if before else 3, -10 * row), xycoords=("data", "axes fraction"), textcoords="offset points", va="top",
+                      ha="right" if before else "left", fontsize=8, color=theme.muted, zorder=5,
+                      bbox={"facecolor": theme.surface, "edgecolor": "none", "alpha": 0.75, "pad": 0.5})
+
+
 def overlay(theme: Theme, groups: Mapping[str, Sequence[tuple[np.ndarray, np.ndarray]]], against: str) -> Figure:
-    """Runs over each other: {label: [(x (E,), mean accuracy in percent (E,)), one per seed]}; several seeds become thin lines and their mean."""
-    figure, axes = _plain(3.9)
+    """Runs over each other: {label: [(x (E,), mean accuracy in percent (E,)), one per seed]}; several seeds become thin lines and their mean.
+
+    A dotted line leads from each end to the right: what was reached once and for nothing more, as by a method of one exchange, stays in sight.
+    """
+    labels = {label: textwrap.fill(label + (f" ({len(runs)} seeds)" if len(runs) > 1 else ""), LEGEND[1]) for label, runs in groups.items()}
+    columns = 2 if max(map(len, labels.values()), default=0) <= LEGEND[0] else 1
+    figure, axes = _plain(3.3 + 0.17 * -(-sum(label.count("\n") + 1 for label in labels.values()) // columns))
     unit, factor = byte_scale(max((x.max(initial=0) for runs in groups.values() for x, _ in runs), default=0)) if against == "bytes" else ("", 1)
     for index, (label, runs) in enumerate(groups.items()):
         style = {"color": theme.series[index % len(theme.series)], "linestyle": ("-", "--", ":")[index // len(theme.series) % 3]}
         for x, y in runs if len(runs) > 1 else ():
             axes.plot(x / factor, y, **style, linewidth=0.8, alpha=0.45)
-        axes.plot(np.mean([x for x, _ in runs], 0) / factor, np.mean([y for _, y in runs], 0), **style, linewidth=2,
-                  marker="o" if len(runs[0][0]) <= 25 else None, markersize=4, label=label + (f" ({len(runs)} seeds)" if len(runs) > 1 else ""))
+        x, y = np.mean([x for x, _ in runs], 0) / factor, np.mean([y for _, y in runs], 0)
+        axes.plot(x, y, **style, linewidth=2, marker="o" if len(x) <= 25 else None, markersize=4, label=labels[label], clip_on=False, zorder=3)
+        axes.plot(x[-1:], y[-1:], color=style["color"], marker="osD^v"[index % 5], markersize=8, clip_on=False, zorder=4)
+        axes.annotate("", (1, y[-1]), (x[-1], y[-1]), ("axes fraction", "data"), "data",
+                      arrowprops={"arrowstyle": "-", "color": style["color"], "linestyle": ":", "linewidth": 1, "shrinkA": 0, "shrinkB": 0})
     if against == "bytes":
         axes.set_xlabel(f"simulated bytes so far, up and down, all clients ({unit})")
-        axes.set_ylabel("mean generalization accuracy (%)")
+        axes.set_ylabel("mean accuracy (%)")
         axes.set_xlim(left=0)
         axes.grid(axis="y")
+        spent = [x[-1] / factor for runs in groups.values() for x, _ in runs if x[-1] > 0]
+        if spent and max(spent) > APART * min(spent):
+            axes.set_xscale("symlog", linthresh=min(spent), linscale=0.6)
+            axes.xaxis.set_major_formatter("{x:g}")
     else:
-        _per_round(axes, max((x.max(initial=1) for runs in groups.values() for x, _ in runs), default=1), "mean generalization accuracy (%)")
+        _per_round(axes, max((x.max(initial=1) for runs in groups.values() for x, _ in runs), default=1), "mean accuracy (%)")
     axes.set_ylim(bottom=0)
-    _legend(figure, axes, columns=2)
+    _legend(figure, axes, columns)
     return figure
 
 

@@ -16,11 +16,10 @@ from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 
-import psutil
 import torch
 
 import hpcfl
-from hpcfl import checkpoint, storage
+from hpcfl import averaging, checkpoint, lock, storage
 from hpcfl.algorithms import CONFIGS
 from hpcfl.allotment import quota_cores, thread_limit, threads
 from hpcfl.comm import Alone, Communicator
@@ -65,6 +64,9 @@ def run(job: Job, comm: Communicator, out: str | Path | None, resume: str, may_d
                     f"{counted(torch.get_num_threads(), 'thread')}, {sum(phase.rounds for phase in world.plan)} rounds -> {folder}")
         for remark in world.corpus.remarks:
             console.say(f"{job.data.name}: {remark}")
+        console.announce(len(world.corpus.test_labels), world.has_global_models, job.evaluation.personal and any(map(len, world.split.test)))
+        if comm.is_server and (warning := averaging.warning(job.algorithm_name, world.averages(world.steps))):
+            log.warning(warning)
         simulation = Simulation(world, folder, console, stop_requested)
         if resume_from:
             simulation.resume(resume_from, may_differ)             # before anything is written: a refusal changes nothing
@@ -238,13 +240,13 @@ def _owning(folder: Path, comm: Communicator) -> Iterator[None]:
     if comm.is_server:
         try:
             storage.make_folder(folder)
-            handle = (folder / "LOCK").open("a+", encoding="utf-8")                  # what another has written there is not to be lost
+            handle = (folder / lock.NAME).open("a+", encoding="utf-8")                   # what another has written there is not to be lost
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             handle.truncate(0)
-            print(json.dumps(_holder()), file=handle, flush=True)
+            print(json.dumps(lock.holder()), file=handle, flush=True)
         except BlockingIOError:
             handle.seek(0)
-            failure = f"{folder}: another run is at work in this folder ({_held_by(handle.read())}); wait for it, or choose another --out"
+            failure = f"{folder}: another run is at work in this folder ({lock.held_by(handle.read())}); wait for it, or choose another --out"
         except OSError as error:
             failure = None if error.errno in NO_LOCKS else f"{folder}: cannot write there: {error.strerror}; choose a writable folder with --out"
     failure = comm.share(failure)
@@ -255,20 +257,6 @@ def _owning(folder: Path, comm: Communicator) -> Iterator[None]:
     finally:
         if handle:
             handle.close()
-
-
-def _holder() -> dict[str, str | int]:
-    """What LOCK says of this process: no other has its number on its host and began when it did."""
-    began = datetime.fromtimestamp(psutil.Process().create_time(), timezone.utc)
-    return {"host": platform.node(), "pid": os.getpid(), "started": began.isoformat(timespec="seconds")}
-
-
-def _held_by(text: str) -> str:
-    """What is in LOCK, in words; an earlier hpcfl wrote words."""
-    try:
-        return "process {pid} on {host}, since {started}".format(**json.loads(text))
-    except (ValueError, TypeError, KeyError):
-        return text.strip()
 
 
 def _finished(folder: Path) -> bool:

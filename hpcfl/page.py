@@ -2,27 +2,28 @@
 import base64
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from matplotlib.ticker import EngFormatter
 
 from hpcfl import figures, pictures
 from hpcfl.inspect import byte_text
-from hpcfl.job import differences
+from hpcfl.labels import labelled
+from hpcfl.measures import AFTER, MEASURES, Found, after
 from hpcfl.pictures import NOTHING, Picture, counted, number_text, seconds_text
 from hpcfl.recording import Recording
-from hpcfl.report import WAYS, same_but_seed, summary
+from hpcfl.report import WAYS, summary
+from hpcfl.tables import legend_of, mean_sd_text, over_seeds, results, rounds_text
 
-EXPLANATION = ("Accuracies in percent. Generalization: each client on the whole test set, the mean over clients and below it the lowest and the "
-               "highest client. Global: the federation's own models on the whole test set. Personal: each client on held-out samples of its own "
-               "distribution. Absent classes: only test samples of classes that the client has no training sample of. Over architectures: the mean over "
-               "architectures of the mean accuracy of their clients on the whole test set, and below it the same with each architecture at the "
-               "evaluation that the validation parts of its clients select.")
+SELECTION = ("The number to report is the final one: the number of rounds was fixed beforehand, so that nothing selected it. Selected by validation is the "
+             "evaluation at which the validation parts of an architecture's clients were best: those have the clients' own classes, so that with skewed "
+             "shares they say little of the whole test set and may choose an early round. Best on test is selected by test data; it is here to compare with "
+             "papers that publish it.")
 STYLE = """
 :root { color-scheme: light dark; --surface: #fff; --page: #f4f6f8; --ink: #1c2430; --muted: #5b6675; --line: #dfe4ea; }
 @media (prefers-color-scheme: dark) {
@@ -38,7 +39,10 @@ caption { text-align: left; padding: 0.7rem 0.9rem 0.3rem; color: var(--muted); 
 th, td { padding: 0.4rem 0.65rem; text-align: right; white-space: nowrap; border-top: 1px solid var(--line); vertical-align: top; }
 thead th { border-top: 0; color: var(--muted); font-weight: 600; vertical-align: bottom; white-space: normal; min-width: 4.5rem; }
 th:first-child { padding-left: 0.9rem; } th:first-child, td.word, thead th.word { text-align: left; }
-tbody th { font-weight: 600; } td small { display: block; color: var(--muted); }
+tbody th { font-weight: 600; white-space: normal; min-width: 9rem; } td small, th small { display: block; color: var(--muted); font-weight: 400; }
+dl.words { display: grid; grid-template-columns: max-content 1fr; gap: 0.1rem 1rem; color: var(--muted); font-size: 0.9rem; margin: 0.5rem 0 1rem; }
+dl.words dt { font-weight: 600; } dl.words dd { margin: 0; } nav { margin: 0.75rem 0; } nav ol { margin: 0.25rem 0; columns: 22rem; font-size: 0.92rem; }
+a { color: inherit; text-underline-offset: 0.15em; } .warning { border-left: 4px solid #d55e00; padding: 0.1rem 0.75rem; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: 0.75rem; margin: 1rem 0; padding: 0; }
 .tiles div { background: var(--surface); border: 1px solid var(--line); border-radius: 10px; padding: 0.6rem 0.9rem; }
 .tiles dt { color: var(--muted); font-size: 0.85rem; } .tiles dd { margin: 0; font-size: 1.35rem; font-weight: 650; }
@@ -60,22 +64,35 @@ FRAME = """<!DOCTYPE html>
 """
 
 
+@dataclass(frozen=True)
+class Run:
+    """One run of the page: its number from 1, the label of its group, what was recorded and what `summary` makes of that."""
+
+    number: int
+    label: str
+    recording: Recording
+    found: Found
+
+    @property
+    def title(self) -> str:
+        """The label, with the seed."""
+        return f"{self.label}, seed {self.recording.seed}"
+
+
 def write(recordings: Sequence[Recording], out: Path) -> Path:
-    """Write out/figures/*.png and out/report.html for the runs, in their order; returns the path of the page. Raises: OSError."""
-    groups, facts = _labelled(recordings), {recording.folder: summary(recording) for recording in recordings}
-    titles = {recording.folder: f"{label}, seed {recording.seed}" for label, group in groups.items() for recording in group}
-    several = len(recordings) > 1
-    body = [f"<h1>{f'hpcfl report: {len(recordings)} runs' if several else 'hpcfl report'}</h1>", f"<p class=note>{EXPLANATION}</p>",
-            _table("Last evaluation", RUN_COLUMNS, ((facts[recording.folder], titles[recording.folder]) for recording in recordings))]
+    """Write out/figures/*.png and *.svg and out/report.html for the runs, grouped by label; returns the path of the page. Raises: OSError."""
+    groups = labelled(recordings)
+    found = {label: [summary(recording) for recording in group] for label, group in groups.items()}
+    runs = [Run(number, label, recording, facts) for number, (label, recording, facts) in enumerate(
+        ((label, *pair) for label, group in groups.items() for pair in zip(group, found[label], strict=True)), start=1)]
+    several = len(runs) > 1
+    body = [f"<h1>{f'hpcfl report: {len(runs)} runs' if several else 'hpcfl report'}</h1>", _contents(runs) if several else "", *_first_tables(runs, found)]
     if several:
-        repeated = [([facts[recording.folder] for recording in group], label) for label, group in groups.items() if len(group) > 1]
-        body += [_table("Mean ± sample standard deviation over seeds", SEED_COLUMNS, repeated) if repeated else "",
-                 _gallery(pictures.comparison(groups), out / "figures")]
-    for index, recording in enumerate(recordings):
-        title, found = titles[recording.folder], facts[recording.folder]
-        prefix = f"{index + 1:02d}-{_slug(title)}-" if several else ""
-        body += [_headline(recording, found, title, index), *_architectures(found), _gallery(pictures.of_run(recording, prefix), out / "figures"),
-                 *_folded(recording, found)]
+        body += ['<h2 id="comparison">Comparison</h2>', _gallery(pictures.comparison(groups), out / "figures")]
+    for run in runs:
+        prefix = f"{run.number:02d}-{_slug(run.recording.algorithm)}-" if several else ""
+        body += [_headline(run), *_architectures(run.found), _gallery(pictures.of_run(run.recording, prefix), out / "figures"),
+                 *_folded(run.recording, run.found)]
     page = FRAME.format(title=escape("hpcfl report: " + ", ".join(groups)), style=STYLE, body="\n".join(body))
     return keep(out / "report.html", page.encode())
 
@@ -89,39 +106,31 @@ def keep(path: Path, content: bytes) -> Path:
     return path
 
 
-def _labelled(recordings: Sequence[Recording]) -> dict[str, list[Recording]]:
-    """Runs that differ only in seed, by a label: run.name, and where that is not enough the settings that differ, or the folder."""
-    groups = same_but_seed(recordings)
-    keys = sorted({key for other in recordings for key in differences(recordings[0].job, other.job)} - {"run.name", "run.seed"})
-    labels = [_name(group) for group in groups]
-    for describe in (partial(_name_and_settings, keys=keys), lambda group: f"{_name(group)} {group[0].folder.name}",
-                     lambda group: str(group[0].folder)):
-        labels = [describe(group) if labels.count(label) > 1 else label for label, group in zip(labels, groups, strict=True)]
-    return dict(zip(labels, groups, strict=True))
+def _contents(runs: Sequence[Run]) -> str:
+    entries = [("results", "Results"), ("comparison", "Comparison"), *((f"run-{run.number}", run.title) for run in runs)]
+    return f'<nav aria-label=Contents><ol>{"".join(f"<li><a href=#{anchor}>{escape(text)}</a></li>" for anchor, text in entries)}</ol></nav>'
 
 
-def _name(group: Sequence[Recording]) -> str:
-    return os.path.commonprefix([recording.name for recording in group]).rstrip("-_. ") or group[0].name
-
-
-def _name_and_settings(group: Sequence[Recording], keys: Sequence[str]) -> str:
-    values = ((key.split("."), group[0].job) for key in keys)
-    settings = ", ".join(f"{name} {job[section][name]}" for (section, name), job in values if name in job.get(section, {}))
-    return f"{_name(group)} ({settings[:60]})" if settings else _name(group)
+def _first_tables(runs: Sequence[Run], found: Mapping[str, Sequence[Found]]) -> list[str]:
+    """Means over seeds, where there are several, then each run, and what the numbers are."""
+    repeated = [(over_seeds(label, group),) for label, group in found.items() if len(group) > 1]
+    tables = [_table("Mean ± sample standard deviation over seeds", SEED_COLUMNS, repeated)] if repeated else []
+    tables.append(_table("Each run at its last evaluation", RUN_COLUMNS, [(run,) for run in runs]))
+    if any(each["accuracy"]["over_architectures_selected"]["mean"] is not None for each, in repeated):
+        tables.append(_table("Over architectures: mean ± sample standard deviation over seeds", WAY_COLUMNS, repeated) + f"<p class=note>{SELECTION}</p>")
+    legend = "".join(f"<dt>{escape(name)}</dt><dd>{escape(sentence)}</dd>" for name, sentence in legend_of([run.found for run in runs]))
+    told = "".join(f"<p class=note>{escape(text[0].upper() + text[1:])}.</p>" for text in results([run.found for run in runs]))
+    return ['<h2 id="results">Results</h2>', *tables, f"<p class=note>Accuracies in percent, the one to report in bold.</p><dl class=words>{legend}</dl>{told}"]
 
 
 def _architectures(found: dict[str, Any]) -> list[str]:
     over = found["accuracy"]["over_architectures"] or {"per_architecture": {}}
     accuracies = [*over["per_architecture"].items(), ("mean", over)] if over["per_architecture"] else []
     flops = [(phase, name, counted) for phase, entries in found["flops"].items() for name, counted in entries.items()]
-    tables = (("Architectures: size, time and bytes per client and round", ARCHITECTURE_COLUMNS, [(entry,) for entry in found["by_architecture"]]),
-              ("Architectures: mean accuracy of their clients, three ways", ACCURACY_COLUMNS, accuracies),
-              ("Architectures: floating-point operations per client and round, two for each multiply-add", FLOPS_COLUMNS, flops))
-    return [_table(*described, rows) for *described, rows in tables if rows]
-
-
-def _over(found: dict[str, Any]) -> dict[str, float | None]:
-    return found["accuracy"]["over_architectures"] or dict.fromkeys(WAYS)
+    tables = (("Architectures: size, time and bytes per client and round", ARCHITECTURE_COLUMNS, [(entry,) for entry in found["by_architecture"]], ""),
+              ("Architectures: mean accuracy of their clients, three ways", ACCURACY_COLUMNS, accuracies, f"<p class=note>{SELECTION}</p>"),
+              ("Architectures: floating-point operations per client and round, two for each multiply-add", FLOPS_COLUMNS, flops, ""))
+    return [_table(*described, rows) + note for *described, rows, note in tables if rows]
 
 
 def _flops(count: float | None) -> str:
@@ -132,10 +141,35 @@ def _duration(seconds: float | None) -> str:
     return NOTHING if seconds is None else seconds_text(seconds)
 
 
-def _spread(found: dict[str, Any] | None) -> str:
-    if not found or found["mean"] is None:
+def _spread(key: str, run: Run) -> str:
+    """Mean of an accuracy, below it the lowest and highest, bold where it is the run's result."""
+    accuracy = run.found["accuracy"]
+    over = MEASURES[key].of(accuracy)
+    if not over or over["mean"] is None:
         return NOTHING
-    return f"{number_text(found['mean'])}<small>{number_text(found['min'])} – {number_text(found['max'])}</small>"
+    mean = number_text(over["mean"])
+    range_ = "" if len(over.get("per_model", (0, 0))) == 1 else f"<small>{number_text(over['min'])} – {number_text(over['max'])}</small>"
+    return (f"<b>{mean}</b>" if accuracy["report"]["measure"] == key else mean) + range_
+
+
+def _mean_sd(key: str, each: Found) -> str:
+    text = escape(mean_sd_text(each["accuracy"][key], NOTHING))
+    return f"<b>{text}</b>" if each["report"] == key else text
+
+
+def _with_after(column: Callable[[str], Callable[[Any], str]], after: Callable[[Any], str]) -> dict[str, Callable[[Any], str]]:
+    """A column for each accuracy, with what clients did last behind theirs."""
+    found: dict[str, Callable[[Any], str]] = {}
+    for key, measure in MEASURES.items():
+        found[measure.heading.capitalize()] = column(key)
+        if key == "generalization":
+            found[AFTER.capitalize()] = after
+    return found
+
+
+def _run_heading(run: Run) -> str:
+    facts = [f"seed {run.recording.seed}", f"rounds {rounds_text(run.found)}", run.recording.status.split(":")[0]]
+    return f"<a href=#run-{run.number}>{escape(run.label)}</a><small>{escape(', '.join(facts))}</small>"
 
 
 def _percent(value: float | None) -> str:
@@ -147,33 +181,20 @@ def _per_client(found: dict[str, Any], direction: str) -> str:
     return byte_text(sum(sent) / max(1, len(sent)))
 
 
-RUN_COLUMNS: dict[str, Callable[[dict[str, Any], str], str]] = {
-    "Run": lambda found, title: escape(title.rpartition(", seed")[0]),
-    "Algorithm": lambda found, _: escape(found["algorithm"]),
-    "Seed": lambda found, _: escape(str(found["seed"])),
-    "Rounds": lambda found, _: str(found["rounds"]),
-    "Status": lambda found, _: escape(found["status"].split(":")[0]),
-    "Before fine-tuning (%)": lambda found, _: _spread(found["accuracy"].get("before_finetune")),
-    "Generalization (%)": lambda found, _: _spread(found["accuracy"]["generalization"]),
-    "Global (%)": lambda found, _: _spread(found["accuracy"].get("global")),
-    "Personal (%)": lambda found, _: _spread(found["accuracy"]["personal"]),
-    "Absent classes (%)": lambda found, _: _spread(found["accuracy"]["absent_classes"]),
-    "Over architectures (%)": lambda found, _: f"{number_text(_over(found)['final'])}<small>selected {number_text(_over(found)['selected'])}</small>",
-    "Bytes per client": lambda found, _: f"{_per_client(found, 'up')} up<small>{_per_client(found, 'down')} down</small>",
-    "Time": lambda found, _: seconds_text(found["wall_s"])}
-SEED_COLUMNS: dict[str, Callable[[list[dict[str, Any]], str], str]] = {
-    "Runs that differ only in seed": lambda group, title: escape(title),
-    "Seeds": lambda group, _: ", ".join(escape(str(found["seed"])) for found in group),
-    "Before fine-tuning (%)": lambda group, _: _mean_sd([found["accuracy"].get("before_finetune", {}).get("mean") for found in group]),
-    "Generalization (%)": lambda group, _: _mean_sd([found["accuracy"]["generalization"]["mean"] for found in group]),
-    "Lowest client (%)": lambda group, _: _mean_sd([found["accuracy"]["generalization"]["min"] for found in group]),
-    "Personal (%)": lambda group, _: _mean_sd([found["accuracy"]["personal"]["mean"] for found in group]),
-    "Absent classes (%)": lambda group, _: _mean_sd([found["accuracy"]["absent_classes"]["mean"] for found in group]),
-    **{f"Over architectures: {told.lower()} (%)": partial(lambda way, group, _: _mean_sd([_over(found)[way] for found in group]), way)
-       for way, told in WAYS.items()},
-    "Time (s)": lambda group, _: _mean_sd([found["wall_s"] for found in group])}
+RUN_COLUMNS: dict[str, Callable[[Run], str]] = {
+    "Run": _run_heading,
+    **_with_after(lambda key: partial(_spread, key), lambda run: escape(after(run.found["accuracy"]["refine"]))),
+    "Bytes per client": lambda run: f"{_per_client(run.found, 'up')} up<small>{_per_client(run.found, 'down')} down</small>",
+    "Time": lambda run: seconds_text(run.found["wall_s"])}
+SEED_COLUMNS: dict[str, Callable[[Found], str]] = {
+    "Runs that differ only in seed": lambda each: f"{escape(each['label'])}<small>seeds {escape(', '.join(map(str, each['seeds'])))}</small>",
+    **_with_after(lambda key: partial(_mean_sd, key), lambda each: escape(after(each["refine"]))),
+    "Time (s)": lambda each: mean_sd_text(each["wall_s"], NOTHING)}
+WAY_COLUMNS: dict[str, Callable[[Found], str]] = {
+    "Runs that differ only in seed": lambda each: escape(each["label"]),
+    **{f"{told} (%)": partial(lambda way, each: mean_sd_text(each["accuracy"][f"over_architectures_{way}"], NOTHING), way) for way, told in WAYS.items()}}
 TARGET_COLUMNS: dict[str, Callable[[str, dict[str, int]], str]] = {
-    "Mean generalization of at least (%)": lambda target, _: target,
+    "Mean accuracy of at least (%)": lambda target, _: target,
     "Rounds": lambda _, cost: str(cost["rounds"]),
     "Simulated bytes": lambda _, cost: byte_text(cost["simulated_bytes"]),
     "Transported bytes": lambda _, cost: byte_text(cost["transported_bytes"])}
@@ -187,8 +208,8 @@ ARCHITECTURE_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "Refining": lambda entry: _duration(entry["refine_s"]),
     "Simulated up": lambda entry: byte_text(entry["simulated_up_bytes"]),
     "Simulated down": lambda entry: byte_text(entry["simulated_down_bytes"]),
-    "Generalization (%)": lambda entry: number_text(entry["generalization"]),
-    "Personal (%)": lambda entry: number_text(entry["personal"])}
+    "Clients (%)": lambda entry: number_text(entry["generalization"]),
+    "Own images (%)": lambda entry: number_text(entry["personal"])}
 ACCURACY_COLUMNS: dict[str, Callable[[str, dict[str, Any]], str]] = {
     "Architecture": lambda name, _: escape(name),
     **{f"{told} (%)": partial(lambda way, _, entry: number_text(entry[way]), way) for way, told in WAYS.items()},
@@ -198,22 +219,19 @@ FLOPS_COLUMNS: dict[str, Callable[[str, str, dict[str, float | None]], str]] = {
     "Architecture": lambda _, name, __: escape(name),
     "Training": lambda _, __, counted: _flops(counted["training_flops_per_round"]),
     "Refining": lambda _, __, counted: _flops(counted["refining_flops_per_round"])}
-WORDS = ("Algorithm", "Status", "Seeds", "Architecture")
+WORDS = ("After", "Phase", "Architecture")
 
 
-def _headline(recording: Recording, found: dict[str, Any], title: str, index: int) -> str:
-    accuracy, sent = found["accuracy"], found["bytes"]
-    means = {"Generalization": ("generalization", f"sd over clients {number_text(accuracy['generalization']['sd'])}"),
-             "Before fine-tuning": ("before_finetune", "the same clients"),
-             "Global": ("global", "the federation's own models"), "Personal": ("personal", "own distribution"),
-             "Absent classes": ("absent_classes", "not in the client's data")}
+def _headline(run: Run) -> str:
+    recording, found, accuracy, sent = run.recording, run.found, run.found["accuracy"], run.found["bytes"]
+    known = {key: measure.of(accuracy) for key, measure in MEASURES.items()}
+    tiles = {name: (_percent(known[key]["mean"]), note) for key, (name, note) in _names(accuracy).items() if known[key] and known[key]["mean"] is not None}
     idle = "wall clock" if found["idle_share"] is None else f"waiting {number_text(100 * found['idle_share'])} %"
     idle += "" if found["load_balance"] is None or recording.ranks == 1 else f", busiest rank {number_text(found['load_balance'], 2)} of the mean"
-    tiles = {**{name: (_percent(accuracy[key]["mean"]), note) for name, (key, note) in means.items() if key in accuracy},
-             "Simulated bytes": (byte_text(sent["simulated_up_bytes"] + sent["simulated_down_bytes"]),
-                                 f"{byte_text(sent['simulated_up_bytes'])} up, {byte_text(sent['simulated_down_bytes'])} down"),
-             "Transported bytes": (byte_text(sent["transported_bytes"]), f"between {counted(recording.ranks, 'rank')}"),
-             "Time": (seconds_text(found["wall_s"]), idle)}
+    tiles |= {"Simulated bytes": (byte_text(sent["simulated_up_bytes"] + sent["simulated_down_bytes"]),
+                                  f"{byte_text(sent['simulated_up_bytes'])} up, {byte_text(sent['simulated_down_bytes'])} down"),
+              "Transported bytes": (byte_text(sent["transported_bytes"]), f"between {counted(recording.ranks, 'rank')}"),
+              "Time": (seconds_text(found["wall_s"]), idle)}
     if conditions := found["conditions"]:
         share = 100 * conditions["answered"] / max(1, conditions["asked"])
         tiles["Answers"] = (_percent(share), f"{conditions['dropped']} dropped out, {conditions['late']} late; {seconds_text(conditions['simulated_s'])} simulated")
@@ -221,13 +239,26 @@ def _headline(recording: Recording, found: dict[str, Any], title: str, index: in
     origin = f" ({found['data_source']}, SHA-256 {found['data_sha256'][:12]})" if found["data_source"] else ""
     facts = f"{recording.algorithm} on {found['data']}{origin}, {counted(recording.clients, 'client')}, {counted(recording.ranks, 'rank')}, " \
             f"{counted(recording.rounds, 'round')} finished, status: {recording.status}, folder {recording.folder}"
-    return f'<h2 id="run-{index + 1}">{escape(title)}</h2><p class=note>{escape(facts)}</p><dl class=tiles>{cells}</dl>'
+    warnings = "".join(f"<p class=warning>{escape(text)}.</p>" for text in found["warnings"])
+    return f'<h2 id="run-{run.number}">{escape(run.title)}</h2><p class=note>{escape(facts)}</p>{warnings}<dl class=tiles>{cells}</dl>'
+
+
+def _names(accuracy: Found) -> dict[str, tuple[str, str]]:
+    """What each accuracy of a run is, in a heading and a note."""
+    done = after(accuracy["refine"])
+    return {"global": ("Global model", "the federation's own, whole test set"),
+            "generalization": (f"Clients after {done}", f"whole test set, sd over clients {number_text(accuracy['generalization']['sd'])}"),
+            "before": (f"Clients before {done}", "as they had trained, whole test set"),
+            "personal": ("Own images", f"clients after {done}, held-out images of their own"),
+            "absent_classes": ("Absent classes", f"clients after {done}, test images of classes not in their data")}
 
 
 def _folded(recording: Recording, found: dict[str, Any]) -> list[str]:
     reached = [(target, cost) for target, cost in found["bytes"]["until_accuracy"].items() if cost is not None]
-    parts = {"Clients": _clients(recording, found), "Ranks": _ranks(recording, found), "Bytes until an accuracy": _table("First evaluation that reached it", TARGET_COLUMNS, reached)
-             if reached else "", "Resolved job": f"<pre>{escape(recording.job_text)}</pre>"}
+    model = {"global": "of the federation's own models", "generalization": "of the clients' models"}[found["bytes"]["until_accuracy_of"]]
+    parts = {"Clients": _clients(recording, found), "Ranks": _ranks(recording, found),
+             "Bytes until an accuracy": _table(f"First evaluation at which the mean {model} reached it", TARGET_COLUMNS, reached) if reached else "",
+             "Resolved job": f"<pre>{escape(recording.job_text)}</pre>"}
     return [f"<details><summary>{name}</summary>{inner}</details>" for name, inner in parts.items() if inner]
 
 
@@ -246,9 +277,10 @@ def _clients(recording: Recording, found: dict[str, Any]) -> str:
         columns["Absent classes"] = lambda client: str((counts[client] == 0).sum())
     if (answered := recording.arrays.get("conditions/answered")) is not None:
         columns["Answers"] = lambda client: f"{(answered[:, client] == 1).sum()} of {(answered[:, client] >= 0).sum()}"
-    for heading, key in (("Before fine-tuning (%)", "before_finetune"), ("Generalization (%)", "generalization"), ("Personal (%)", "personal")):
-        if accuracy.get(key, {}).get("mean") is not None:
-            columns[heading] = partial(lambda values, client: number_text(values[client]), accuracy[key]["per_client"])
+    headings = {"before": f"Before {after(accuracy['refine'])} (%)", "generalization": f"After {after(accuracy['refine'])} (%)", "personal": "Own images (%)"}
+    for key, heading in headings.items():
+        if (over := MEASURES[key].of(accuracy)) and over["mean"] is not None:
+            columns[heading] = partial(lambda values, client: number_text(values[client]), over["per_client"])
     for direction in ("up", "down"):
         sent = found["bytes"]["per_client"][f"simulated_{direction}_bytes"]
         columns[f"Simulated {direction}"] = partial(lambda values, client: byte_text(values[client]), sent)
@@ -267,12 +299,16 @@ def _ranks(recording: Recording, found: dict[str, Any]) -> str:
     return _table("Seconds of each rank, all rounds", columns, ((rank,) for rank in range(recording.ranks)))
 
 
-def _table(caption: str, columns: dict[str, Callable[..., str]], rows: Iterable[tuple]) -> str:
-    kind = {name: " class=word" if name in WORDS else "" for name in columns}
-    head = "".join(f"<th scope=col{kind[name]}>{escape(name)}</th>" for name in columns)
+def _table(caption: str, columns: Mapping[str, Callable[..., str]], rows: Iterable[tuple]) -> str:
+    """A table of the columns in which anything is known; cells are markup."""
+    rows = list(rows)
+    cells = {name: [cell(*row) for row in rows] for name, cell in columns.items()}
+    known = {name: column for name, column in cells.items() if any(cell != NOTHING for cell in column)}
+    kind = {name: " class=word" if name in WORDS else "" for name in known}
+    head = "".join(f"<th scope=col{kind[name]}>{escape(name)}</th>" for name in known)
     body = []
-    for row in rows:
-        first, *others = (f"{kind[name]}>{cell(*row)}" for name, cell in columns.items())
+    for row in zip(*known.values(), strict=True):
+        first, *others = (f"{kind[name]}>{cell}" for name, cell in zip(known, row, strict=True))
         body.append(f"<tr><th scope=row{first}</th>" + "".join(f"<td{other}</td>" for other in others) + "</tr>")
     return f'<div class=scroll tabindex=0 role=region aria-label="{caption}"><table><caption>{caption}</caption><thead><tr>{head}</tr></thead>' \
            f"<tbody>{''.join(body)}</tbody></table></div>"
@@ -285,18 +321,12 @@ def _gallery(pictures: Iterable[Picture], folder: Path) -> str:
 def _figure(picture: Picture, folder: Path) -> str:
     light, dark = figures.png(picture.draw, figures.LIGHT), figures.png(picture.draw, figures.DARK)
     keep(folder / f"{picture.name}.png", light)
+    keep(folder / f"{picture.name}.svg", figures.svg(picture.draw))
     width, height = (int.from_bytes(light[start:start + 4], "big") for start in (16, 20))              # of the PNG header: no jump while loading
     sources = [f"data:image/png;base64,{base64.b64encode(image).decode()}" for image in (light, dark)]
     return f'<figure><figcaption>{escape(picture.title)}</figcaption><picture><source media="(prefers-color-scheme: dark)" srcset="{sources[1]}">' \
            f'<img src="{sources[0]}" width={width} height={height} alt="{escape(picture.alt)}"></picture></figure>'
 
 
-def _mean_sd(values: Sequence[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    if not known:
-        return NOTHING
-    return f"{number_text(np.mean(known))} ± {number_text(np.std(known, ddof=1))}" if len(known) > 1 else number_text(known[0])
-
-
 def _slug(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-")[:80]
+    return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-")[:20]

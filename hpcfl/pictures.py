@@ -7,6 +7,7 @@ import numpy as np
 
 from hpcfl import figures
 from hpcfl.inspect import byte_text
+from hpcfl.measures import after, after_all
 from hpcfl.recording import BEFORE, Recording, mean_of
 
 NOTHING = "–"
@@ -35,17 +36,22 @@ def of_run(recording: Recording, prefix: str = "") -> list[Picture]:
 
 
 def comparison(groups: Mapping[str, Sequence[Recording]]) -> list[Picture]:
-    """The pictures that lay runs over each other: {label: runs that differ only in seed}."""
-    curves = {label: [_curve(recording) for recording in group] for label, group in groups.items()
-              if all(len(recording.stage("end")) for recording in group)}
-    ends = "; ".join(f"{label} {number_text(np.mean([percent[-1] for _, _, percent in runs]))} %" for label, runs in curves.items())
-    alt = "Mean generalization accuracy of all runs over {}. " + (f"At the end: {ends}." if ends else "Nothing was evaluated yet.")
-    over_rounds = {label: [(rounds, percent) for rounds, _, percent in runs] for label, runs in curves.items()}
-    over_bytes = {label: [(sent, percent) for _, sent, percent in runs] for label, runs in curves.items()}
-    return [Picture("comparison-rounds", "Accuracy per round, all runs", alt.format("rounds"),
-                    partial(figures.overlay, groups=over_rounds, against="round")),
-            Picture("comparison-bytes", "Accuracy for the bytes spent, all runs", alt.format("the simulated bytes sent so far"),
-                    partial(figures.overlay, groups=over_bytes, against="bytes"))]
+    """The pictures that lay runs over each other: {label: runs that differ only in seed}; of the federation's models, where any run has one, and clients'."""
+    made = []
+    for measure, models in (("global", "the federation's own models"), ("generalization", "clients' models")):
+        curves = {label: [_curve(recording, measure) for recording in group] for label, group in groups.items()}
+        curves = {label: runs for label, runs in curves.items() if all(len(at) for at, _, _ in runs)}
+        if not curves and measure == "global":
+            continue
+        ends = "; ".join(f"{label} {number_text(np.mean([percent[-1] for _, _, percent in runs]))} %" for label, runs in curves.items())
+        alt = f"Mean accuracy of {models}, all runs, over {{}}. " + (f"At the end: {ends}." if ends else "Nothing was evaluated yet.")
+        over_rounds = {label: [(rounds, percent) for rounds, _, percent in runs] for label, runs in curves.items()}
+        over_bytes = {label: [(sent, percent) for _, sent, percent in runs] for label, runs in curves.items()}
+        kind, told = ("global", "the federation's own models") if measure == "global" else ("clients", "mean of the clients' models at the end of a round")
+        made += [Picture(f"{kind}-rounds", f"Accuracy per round: {told}", alt.format("rounds"), partial(figures.overlay, groups=over_rounds, against="round")),
+                 Picture(f"{kind}-bytes", f"Accuracy for the bytes spent: {told}", alt.format("the simulated bytes sent so far"),
+                         partial(figures.overlay, groups=over_bytes, against="bytes"))]
+    return made
 
 
 def number_text(value: float | None, digits: int = 1) -> str:
@@ -63,29 +69,37 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
-def _curve(recording: Recording) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _curve(recording: Recording, measure: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rounds, bytes so far and mean accuracy in percent at the evaluations that have it."""
     end = recording.stage("end")
-    at = recording.arrays["evaluation/at"][end]
+    percent = recording.means(measure, end)
+    end, percent = end[np.isfinite(percent)], percent[np.isfinite(percent)]
+    at = recording.arrays["evaluation/at"][end] if len(end) else end
     sent = np.cumsum(recording.per_round("simulated_up") + recording.per_round("simulated_down"))
-    return at + 1, sent[at], mean_of(recording.accuracy("generalization", end), 1)
+    return at + 1, sent[at], percent
 
 
 def _accuracy(recording: Recording) -> Picture | None:
-    lines = {}
-    shown = (("generalization", "generalization", "end"), ("before fine-tuning", "generalization", "before_refine"), ("personal", "personal", "end"))
-    for colour, (name, kind, stage) in enumerate(shown):
-        found = recording.stage(stage)
-        values = recording.accuracy(kind, found)
-        if np.isfinite(values).any():
-            lines[name] = (colour, recording.arrays["evaluation/at"][found] + 1, values)
-    if "generalization" not in lines:
+    end = recording.stage("end")
+    shown = [("clients, end of the round", 0, end, recording.accuracy("generalization", end))]
+    earlier = recording.stage("before_refine")
+    words = [recording.refines(evaluation) for evaluation in earlier]
+    for word in dict.fromkeys(words):
+        found = earlier[[each == word for each in words]]
+        shown.append((f"clients, before {after(word)}", 1, found, recording.accuracy("generalization", found)))
+    shown += [("own images, end of the round", 2, end, recording.accuracy("personal", end)),
+              ("global model", 3, end, recording.means("global", end)[:, None])]
+    lines = {name: (colour, recording.arrays["evaluation/at"][found] + 1, values) for name, colour, found, values in shown if np.isfinite(values).any()}
+    if shown[0][0] not in lines:
         return None
-    last, mean = lines["generalization"][2][-1], mean_of(lines["generalization"][2], 1)
+    last, mean = shown[0][3][-1], mean_of(shown[0][3], 1)
     phases = recording.arrays["rounds/phase"]
     starts = [(row, str(phases[row])) for row in range(recording.rounds) if row == 0 or phases[row] != phases[row - 1]]
     alt = f"Accuracy of {counted(recording.clients, 'client')} over {counted(recording.rounds, 'round')}: mean {number_text(mean[0])} % at the " \
           f"first evaluation and {number_text(mean[-1])} % at the last, clients then between {number_text(np.nanmin(last))} % and " \
           f"{number_text(np.nanmax(last))} %." if np.isfinite(mean[-1]) else "Accuracy per round."
+    if "global model" in lines:
+        alt += f" The federation's own models end at {number_text(lines['global model'][2][-1, 0])} %."
     return Picture("accuracy", "Accuracy per round", alt,
                    partial(figures.accuracy, lines=lines, chance=100 / recording.classes, phases=starts))
 
@@ -94,13 +108,13 @@ def _before_after(recording: Recording) -> Picture | None:
     end, before = recording.last("end"), recording.last("before_refine")
     if end is None:
         return None
-    after = recording.accuracy("generalization", [end])[0]
-    if before is not None:
-        points = {"before fine-tuning": (1, recording.accuracy("generalization", [before])[0]), "after fine-tuning": (0, after)}
+    now, refine = recording.accuracy("generalization", [end])[0], recording.refines(end)
+    if refine is not None:
+        title = f"Clients before and after {after_all(refine)}"
+        points = {f"before {after(refine)}": (1, recording.accuracy("generalization", [before])[0]), f"after {after(refine)}": (0, now)}
     else:
-        personal = recording.accuracy("personal", [end])[0]
-        points = {"generalization": (0, after)} | ({"personal": (2, personal)} if np.isfinite(personal).any() else {})
-    title = "Before and after fine-tuning, by client" if before is not None else "Accuracy by client"
+        title, personal = "Clients after the last evaluated round", recording.accuracy("personal", [end])[0]
+        points = {"whole test set": (0, now)} | ({"own images": (2, personal)} if np.isfinite(personal).any() else {})
     told = "; ".join(f"{name}: mean {number_text(mean_of(values, 0))} %" for name, (_, values) in points.items())
     return Picture("clients", title, f"{title}, last evaluation. {told}.", partial(figures.before_after, labels=_labels(recording), points=points))
 

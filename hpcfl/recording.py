@@ -1,7 +1,9 @@
 """recording: a run's metrics.h5 read into memory, checked against the schema, with the accuracies that are asked of it."""
+import json
+import os
 import re
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,9 +11,11 @@ from typing import Any
 import h5py
 import numpy as np
 
+from hpcfl import lock
 from hpcfl.errors import CheckpointError, JobError
 from hpcfl.inspect import foreign
 from hpcfl.job import recorded
+from hpcfl.measures import REFINING
 
 SCHEMA = 1
 SHAPES = {                                                         # of a dataset, or of all datasets of a group
@@ -22,6 +26,8 @@ SHAPES = {                                                         # of a datase
     "samples/synthetic": "SC....", "samples/has": "SC", "samples/real": "C....", "samples/client": "S"}
 NEGATIVE = "negative "                                             # begins the name of a share of negative weights: negative PATH SIZE
 BEFORE = "1"                                                       # its SIZE of the model that was not compressed; of others the architecture
+OLD_REFINES = {"fedvtc": "finetune"}                               # of records that say nothing of the plan
+DEEP = 4                                                           # folders below a named one in which runs are looked for
 ROWS = "RE"                                                        # axes that grow: cut to the shortest, a write may have been interrupted
 
 
@@ -41,6 +47,7 @@ class Recording:
     classes: int
     ranks: int
     arrays: dict[str, np.ndarray]
+    plan: Sequence[Mapping[str, Any]] = ()                         # of each phase: its name, rounds, what refining is, with how many clients parts are averaged
     data_source: str | None = None                                 # where the data set came from, and the SHA-256 of what it held
     data_sha256: str | None = None
 
@@ -48,6 +55,11 @@ class Recording:
     def rounds(self) -> int:
         """Finished rounds over all phases."""
         return len(self.arrays["rounds/phase"])
+
+    @property
+    def planned(self) -> int | None:
+        """Rounds of all phases together; None where the record does not say."""
+        return sum(each["rounds"] for each in self.plan) or None
 
     @property
     def name(self) -> str:
@@ -72,8 +84,21 @@ class Recording:
         found, end = self.stage(name), self.stage("end")
         if name == "before_refine" and len(end):
             at = self.arrays["evaluation/at"]
-            found = found[at[found] <= at[end[-1]]]
+            found = found[at[found] == at[end[-1]]]
         return int(found[-1]) if len(found) else None
+
+    def refines(self, evaluation: int) -> str | None:
+        """What refining was in the round of an evaluation, a key of measures.REFINING; None where its phase has none."""
+        at = self.arrays["evaluation/at"]
+        phase = str(self.arrays["rounds/phase"][at[evaluation]])
+        known = {each["phase"]: each["refines"] for each in self.plan}
+        refined = (at[self.stage("before_refine")] == at[evaluation]).any()
+        word = known.get(phase, OLD_REFINES.get(self.algorithm, "refine")) if refined else None
+        return word if word is None or word in REFINING else "refine"
+
+    def averages(self) -> dict[str, int]:
+        """How many clients average each part of models that any phase averages."""
+        return {name: int(clients) for each in self.plan for name, clients in each["averages"].items()}
 
     def accuracy(self, kind: str, evaluations: Sequence[int]) -> np.ndarray:
         """Accuracy of each client over all test samples in percent, (len(evaluations), K); `kind` is generalization, personal or validation."""
@@ -92,6 +117,12 @@ class Recording:
             return {}
         total = self.arrays["evaluation/generalization_count"].sum()
         return {str(name): float(percent(counts.sum(), total)) for name, counts in zip(names, correct[evaluation], strict=True) if (counts >= 0).all()}
+
+    def means(self, measure: str, evaluations: Sequence[int]) -> np.ndarray:
+        """The mean in percent over clients, or for "global" over the federation's own models, (len(evaluations),); NaN where there is none."""
+        if measure != "global":
+            return mean_of(self.accuracy(measure, evaluations), 1)
+        return np.array([np.mean([*models.values()]) if (models := self.global_accuracy(evaluation)) else np.nan for evaluation in evaluations])
 
     def recall(self, evaluation: int | None) -> np.ndarray:
         """Generalization accuracy of each client on each class in percent, (K, C)."""
@@ -172,9 +203,26 @@ def read(run: str | Path) -> Recording:
         sizes = {"K": int(attributes["clients"]), "C": int(attributes["classes"])}
         text = str(attributes["job"])
         return Recording(folder, _status(folder), str(attributes["algorithm"]), text, recorded(tomllib.loads(text)), sizes["K"], sizes["C"],
-                         int(attributes["ranks"]), _aligned(arrays, sizes, path), attributes.get("data_source"), attributes.get("data_sha256"))
+                         int(attributes["ranks"]), _aligned(arrays, sizes, path), _plan(attributes), attributes.get("data_source"), attributes.get("data_sha256"))
     except (KeyError, TypeError, ValueError) as error:             # TOMLDecodeError is a ValueError
         raise CheckpointError(f"{path}: attribute missing or damaged ({error}); wanted algorithm, job, clients, classes and ranks") from None
+
+
+def runs_in(places: Sequence[str | Path]) -> tuple[list[Path], list[str]]:
+    """The run folders that are named or lie in named folders, each once, and a line on every other thing that was named or looks like a run.
+
+    Raises: JobError where no run is left.
+    """
+    found: dict[Path, Path] = {}
+    skipped: list[str] = []
+    for place in map(Path, places):
+        runs, begun = _searched(place, DEEP)
+        for run in runs:
+            found.setdefault(run.resolve(), run)
+        skipped += [f"{folder}: {_no_run(folder)}" for folder in begun or ([] if runs else [place])]
+    if not found:
+        raise JobError("; ".join(skipped) or "no run was named; wanted at least one run folder, or a folder of them")
+    return list(found.values()), list(dict.fromkeys(skipped))
 
 
 def percent(correct: np.ndarray, count: np.ndarray) -> np.ndarray:
@@ -188,9 +236,27 @@ def mean_of(values: np.ndarray, axis: int) -> np.ndarray:
     return np.divide(np.where(known, values, 0).sum(axis), known.sum(axis), out=np.full(known.sum(axis).shape, np.nan), where=known.any(axis))
 
 
+def _plan(attributes: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a record says of the phases; nothing where an earlier version wrote it."""
+    return [{"phase": str(each["phase"]), "rounds": int(each["rounds"]), "refines": each["refines"], "averages": dict(each["averages"])}
+            for each in json.loads(attributes.get("plan", "[]"))]
+
+
 def _status(folder: Path) -> str:
     path = folder / "STATUS"
-    return path.read_text(encoding="utf-8", errors="replace").strip() or "unknown" if path.is_file() else "unknown"
+    return lock.status_of(folder, path.read_text(encoding="utf-8", errors="replace").strip() or "unknown") if path.is_file() else "unknown"
+
+
+def _searched(place: Path, deep: int) -> tuple[list[Path], list[Path]]:
+    """The run folders at a place and up to so many folders below it, and those of runs that finished no round."""
+    if (place / "metrics.h5").is_file():
+        return [place], []
+    if (place / "STATUS").is_file():
+        return [], [place]
+    inner = sorted(Path(entry.path) for entry in os.scandir(place) if entry.is_dir(follow_symlinks=False) and not entry.name.startswith(".")) \
+        if deep and place.is_dir() and os.access(place, os.R_OK | os.X_OK) else []
+    below = [_searched(folder, deep - 1) for folder in inner]
+    return [run for runs, _ in below for run in runs], [folder for _, begun in below for folder in begun]
 
 
 def _no_run(folder: Path) -> str:

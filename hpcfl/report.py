@@ -1,23 +1,19 @@
 """report: what a run left behind, read from its metrics.h5 as one dictionary (`summary`) or as figures and a self-contained page (`write`)."""
-import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from hpcfl import averaging, measures
 from hpcfl.errors import JobError
-from hpcfl.inspect import byte_text, printable
 from hpcfl.recording import Recording, mean_of, read
 
 TARGETS = (10, 20, 30, 40, 50, 60, 70, 80, 90)                     # percent; `bytes.until_accuracy` says what each cost
-TABLE = ("run", "algorithm", "status", "seed", "rounds", "before fine-tuning", "generalization", "global", "personal", "absent classes",
-         "up/client", "down/client", "seconds")
 WAYS = {                                                           # of reading one accuracy for each architecture out of a run, and what people read
     "final": "Final", "selected": "Selected by validation", "best_on_test": "Best on test, as published; selects by test data"}
 FLOPS = {"training": "flops", "refining": "refine_flops"}          # of which metric a client's operations are
 WORK = ("train", "refine", "aggregate", "spread", "evaluate")       # kinds of seconds that are work; the rest is waiting and moving
-WORDS = 3                                                          # columns of words, aligned on the left
 
 
 def summary(run: str | Path | Recording, targets: Sequence[float] = TARGETS) -> dict[str, Any]:
@@ -26,9 +22,12 @@ def summary(run: str | Path | Recording, targets: Sequence[float] = TARGETS) -> 
     `data_source` and `data_sha256` say which data the name stood for, None where an earlier hpcfl did not note it.
     `accuracy.*` hold {mean, min, max, sd, per_client} of the last evaluation, sd over clients (population); `accuracy.global`, where the
     federation has models of its own, {mean, min, max, per_model} over these; `accuracy.over_architectures` is as of the function of that name.
+    `accuracy.refine` says what clients did last in that round, a key of measures.REFINING or None, and `accuracy.before_<refine>` what their models were
+    worth before that; `accuracy.described` says of each accuracy which model, when and on which images; `accuracy.report` which is the run's result.
     `seconds` sums, over rounds, the slowest rank of each phase; waiting, which is no phase, is in `seconds_by_rank` and as `idle_share` of ranks x
     wall time. `load_balance`: the work (WORK) of each round's busiest rank over that of the mean rank, both summed over rounds; 1 is even.
-    `bytes.until_accuracy` has the cumulative bytes at the first evaluation whose mean generalization accuracy reaches each target.
+    `bytes.until_accuracy` has the cumulative bytes at the first evaluation at which the accuracy that `until_accuracy_of` names (global where there is
+    one, else generalization), a mean, reaches each target; `bytes.until_client_accuracy` the same of generalization in any case.
     `conditions`, where the job simulates who answers: how many answers the server asked for, got, and missed because clients dropped out or were late, and
     the simulated seconds of all rounds.
     `by_architecture` is a list, empty where clients change architecture between rounds: seconds are means over clients and the rounds in which they
@@ -42,31 +41,23 @@ def summary(run: str | Path | Recording, targets: Sequence[float] = TARGETS) -> 
     data = recording.job.get("data", {}).get("name")
     return {"run": str(recording.folder), "name": recording.name, "algorithm": recording.algorithm, "seed": recording.seed, "data": data,
             "data_source": recording.data_source, "data_sha256": recording.data_sha256, "status": recording.status, "rounds": recording.rounds,
-            "ranks": recording.ranks, "clients": recording.clients, "classes": recording.classes,
+            "planned_rounds": recording.planned, "ranks": recording.ranks, "clients": recording.clients, "classes": recording.classes,
             "accuracy": _accuracy(recording), "bytes": _bytes(recording, targets), **_seconds(recording),
             "conditions": _conditions(recording), "by_architecture": _by_architecture(recording), "flops": _flops(recording),
-            "server": {name: _last(values) for name, values in recording.notes().items()}}
+            "server": {name: _last(values) for name, values in recording.notes().items()},
+            "warnings": list(filter(None, [averaging.warning(recording.algorithm, recording.averages())]))}
 
 
-def table(runs: Sequence[str | Path]) -> str:
-    """The runs as an aligned table for the terminal: accuracies in percent with the lowest and highest client, bytes per client.
-
-    Raises: as `read`.
-    """
-    rows = [TABLE, *(_table_row(summary(run)) for run in runs)]
-    return aligned(rows, WORDS)
-
-
-def aligned(rows: Sequence[Sequence[str]], words: int) -> str:
-    """Rows of equally many cells as lines: the first `words` columns and the last one, if it has no heading, are text and start on the left."""
+def aligned(rows: Sequence[Sequence[str]], words: int, also: Collection[str] = ()) -> str:
+    """Rows of equally many cells as lines: the first `words` columns, the last one, if it has no heading, and those headed `also` are text, on the left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    text = [column < words or not heading for column, heading in enumerate(rows[0])]
+    text = [column < words or not heading or heading in also for column, heading in enumerate(rows[0])]
     return "\n".join("  ".join(cell.ljust(width) if left else cell.rjust(width) for cell, width, left in zip(row, widths, text, strict=True)).rstrip()
                      for row in rows)
 
 
 def write(runs: Sequence[str | Path], out: str | Path) -> Path:
-    """Write `out`/report.html, one page that needs no other file, and its figures as PNG under `out`/figures; returns the page's path.
+    """Write `out`/report.html, one page that needs no other file, and its figures as PNG and SVG under `out`/figures; returns the page's path.
 
     Raises: as `read`, before anything is written; JobError without runs or where `out` cannot be written.
     """
@@ -87,18 +78,6 @@ def spread(values: np.ndarray) -> dict[str, Any]:
     return {**{key: float(over[key]) if over else None for key in ("mean", "min", "max", "sd")}, "per_client": _plain(values)}
 
 
-def same_but_seed(recordings: Sequence[Recording]) -> list[list[Recording]]:
-    """The runs in groups that differ in nothing but seed (and name) and got equally far; a seed met again opens another group."""
-    groups: dict[tuple[str, int], list[Recording]] = {}
-    for recording in recordings:
-        tables = {section: {key: value for key, value in table.items() if section != "run" or key not in ("seed", "name")}
-                  for section, table in recording.job.items()}
-        settings = f"{recording.rounds} {json.dumps(tables, sort_keys=True, default=str)}"
-        again = sum(recording.seed == other.seed for (known, _), group in groups.items() if known == settings for other in group)
-        groups.setdefault((settings, again), []).append(recording)
-    return list(groups.values())
-
-
 def _accuracy(recording: Recording) -> dict[str, Any]:
     end, before = recording.last("end"), recording.last("before_refine")
     nothing, kinds = np.full(recording.clients, np.nan), ("generalization", "personal", "validation")
@@ -109,11 +88,14 @@ def _accuracy(recording: Recording) -> dict[str, Any]:
         over = spread(np.array(list(models.values())))
         found["global"] = {**{key: over[key] for key in ("mean", "min", "max")}, "per_model": models}
     found["over_architectures"] = over_architectures(recording)
-    if before is not None:
-        found["before_finetune"] = spread(recording.accuracy("generalization", [before])[0])
-        found["absent_classes"]["before_finetune"] = spread(recording.absent_accuracy(before))
-        found["recall_before_finetune"] = _plain(mean_of(recording.recall(before), 0))
-    return {"unit": "percent", "rounds": None if end is None else int(recording.arrays["evaluation/at"][end]) + 1, **found}
+    found["refine"] = refine = None if end is None else recording.refines(end)
+    if refine:
+        key = measures.before_key(refine)
+        found[key] = spread(recording.accuracy("generalization", [before])[0])
+        found["absent_classes"][key] = spread(recording.absent_accuracy(before))
+        found[f"recall_{key}"] = _plain(mean_of(recording.recall(before), 0))
+    return {"unit": "percent", "rounds": None if end is None else int(recording.arrays["evaluation/at"][end]) + 1, **found,
+            "described": measures.described(found), "report": measures.to_report(found, recording.rounds, recording.planned)}
 
 
 def over_architectures(recording: Recording) -> dict[str, Any] | None:
@@ -148,17 +130,18 @@ def _flops(recording: Recording) -> dict[str, dict[str, dict[str, float | None]]
 
 
 def _bytes(recording: Recording, targets: Sequence[float]) -> dict[str, Any]:
-    names = ("simulated_up", "simulated_down", "transported")
+    names, first = ("simulated_up", "simulated_down", "transported"), "global" if recording.global_accuracy(recording.last("end")) else "generalization"
     totals = {f"{name}_bytes": int(recording.per_round(name).sum()) for name in names}
     return {**totals, "per_round": {f"{name}_bytes": _plain(recording.per_round(name)) for name in names},
             "per_client": {f"{name}_bytes": _plain(recording.per_client(name)) for name in names[:2]},
-            "until_accuracy": {f"{target:g}": bytes_until(recording, target) for target in targets}}
+            "until_accuracy": {f"{target:g}": bytes_until(recording, first, target) for target in targets}, "until_accuracy_of": first,
+            "until_client_accuracy": {f"{target:g}": bytes_until(recording, "generalization", target) for target in targets}}
 
 
-def bytes_until(recording: Recording, target: float) -> dict[str, int] | None:
-    """Rounds and cumulative bytes at the first "end" evaluation with mean generalization accuracy >= target percent; None if it never came."""
+def bytes_until(recording: Recording, measure: str, target: float) -> dict[str, int] | None:
+    """Rounds and cumulative bytes at the first "end" evaluation whose mean of "global" or "generalization" is >= target percent; None if it never came."""
     end = recording.stage("end")
-    reached = np.flatnonzero(mean_of(recording.accuracy("generalization", end), 1) >= target)
+    reached = np.flatnonzero(recording.means(measure, end) >= target)
     if not len(reached):
         return None
     rounds = int(recording.arrays["evaluation/at"][end[reached[0]]]) + 1
@@ -213,15 +196,6 @@ def _number(value: float) -> float | None:
 
 def _last(values: np.ndarray) -> float:
     return float(values[np.isfinite(values)][-1])
-
-
-def _table_row(found: dict[str, Any]) -> tuple[str, ...]:
-    accuracy, sent, clients = found["accuracy"], found["bytes"], max(1, found["clients"])
-    spreads = (accuracy.get("before_finetune"), accuracy["generalization"], accuracy.get("global"), accuracy["personal"], accuracy["absent_classes"])
-    shown = (f"{over['mean']:.1f} ({over['min']:.1f} to {over['max']:.1f})" if over and over["mean"] is not None else "-" for over in spreads)
-    return (printable(found["name"]), printable(found["algorithm"]), printable(found["status"].partition(":")[0]), str(found["seed"]),
-            str(found["rounds"]), *shown, byte_text(sent["simulated_up_bytes"] / clients), byte_text(sent["simulated_down_bytes"] / clients),
-            f"{found['wall_s']:.1f}")
 
 
 def _plain(values: np.ndarray) -> list[float | int | None]:

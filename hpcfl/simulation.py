@@ -1,4 +1,5 @@
 """Simulation: a run from begin or resume to its end: the loop, evaluated, recorded, checkpointed, and stopped when asked."""
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -109,7 +110,9 @@ class Simulation:
         self.record.evaluate(stage, tables, models)
         fixed = self.record.fixed
         accuracy = 100 * tables["generalization_correct"].sum(1) / fixed["evaluation/generalization_count"].sum()
-        self.lines |= {"accuracy": accuracy.mean(), "lowest": accuracy.min(), "highest": accuracy.max()}
+        self.lines |= {"clients": accuracy.mean(), "lowest": accuracy.min(), "highest": accuracy.max()}
+        if models:
+            self.lines["global"] = 100 * float(np.mean([right.sum() for right in models.values()])) / fixed["evaluation/generalization_count"].sum()
         for name in ("personal", "validation"):
             images = fixed[f"evaluation/{name}_count"].sum(1)
             held = images > 0
@@ -169,7 +172,15 @@ class Simulation:
 
 def _attributes(world: World) -> Mapping[str, object]:
     return {"algorithm": world.job.algorithm_name, "name": world.job.run.name, "job": world.job.to_toml(), "clients": world.clients,
-            "classes": world.problem.classes, "data_sha256": world.corpus.sha256, "data_source": world.corpus.source, "ranks": world.comm.size}
+            "classes": world.problem.classes, "data_sha256": world.corpus.sha256, "data_source": world.corpus.source, "ranks": world.comm.size,
+            "plan": json.dumps(_plan(world))}
+
+
+def _plan(world: World) -> list[dict[str, object]]:
+    """The phases: what their last refinement does to the clients' models, and how many clients average each part."""
+    refining = {phase.name: [step.refines for step in phase.steps if step.overrides("refine")] for phase in world.plan}
+    return [{"phase": phase.name, "rounds": phase.rounds, "refines": (refining[phase.name] or [None])[-1],
+             "averages": world.averages(phase.steps)} for phase in world.plan]
 
 
 def _fixed(world: World) -> Mapping[str, np.ndarray]:

@@ -1,4 +1,5 @@
 """World: everything that follows from the job alone (data, partition, architectures, placement, plan), and this rank's share of it."""
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 
 from hpcfl.algorithms import PLANS
-from hpcfl.algorithms.base import ClientSite, Holdings, Phase, Problem, ServerSite
+from hpcfl.algorithms.base import Algorithm, ClientSite, Holdings, Phase, Problem, ServerSite
 from hpcfl.comm import Communicator
 from hpcfl.conditions import Answers, simulate
 from hpcfl.data import corpora, partition
@@ -39,7 +40,7 @@ class World:
         self.split = partition.split(self.corpus.train_labels, self.clients, job.data, job.run.seed)
         self.problem = self._problem(device)
         self.plan = PLANS[job.algorithm_name].plan(job.algorithm, self.problem)
-        for step in self._steps():
+        for step in self.steps:
             step.accept(self.split.counts(self.corpus.train_labels, self.problem.classes))
         self._accept_single_images()
         self.home = self._home(past)
@@ -94,7 +95,7 @@ class World:
         """The networks of each architecture that this rank hosts, as structure."""
         def networks(architecture: str) -> dict[str, nn.Module]:
             built: dict[str, nn.Module] = {}
-            for step in self._steps():
+            for step in self.steps:
                 built |= {name: module.to(self.problem.device) for name, module in step.modules(architecture).items() if name not in built}
             return built
         fixed = self.job.models.size_schedule == "fixed"
@@ -138,7 +139,7 @@ class World:
     def found(self) -> Tree:
         """The server's state before the first round."""
         site, server = self.server_site(self.plan[0], 0, Ledger(self.problem.device)), {}
-        for step in self._steps():
+        for step in self.steps:
             server |= step.found(site)
         return server
 
@@ -149,11 +150,29 @@ class World:
     def begun(self, architecture: str, clients: Sequence[int]) -> Group:
         """Clients of an architecture as they begin."""
         group = Group(architecture, tuple(clients), {})
-        for step in self._steps():
+        for step in self.steps:
             group = step.join(group, self.client_site(group, self.plan[0], 0))
         return group.to(self.problem.device)
 
-    def _steps(self):
+    def averages(self, steps: Sequence[Algorithm]) -> dict[str, int]:
+        """How many clients average each part of models that any of the steps averages, by its name, with the architectures of the first round."""
+        found: dict[str, int] = {}
+        hosts = Counter(self.problem.architectures)
+        for step in steps:
+            counts: Counter[str] = Counter()
+            for architecture, clients in hosts.items():
+                counts.update(dict.fromkeys(step.averages(architecture), clients))
+            found |= {name: max(found.get(name, 0), count) for name, count in counts.items()}
+        return dict(sorted(found.items()))
+
+    @property
+    def has_global_models(self) -> bool:
+        """Whether any step has models that belong to nobody but the federation."""
+        return any(step.overrides("global_models") for step in self.steps)
+
+    @property
+    def steps(self) -> list[Algorithm]:
+        """Those of all phases."""
         return [step for phase in self.plan for step in phase.steps]
 
     def _problem(self, device: torch.device) -> Problem:

@@ -11,7 +11,7 @@ from looping import bits, finite, job, run, world
 
 from hpcfl.algorithms.base import ClientSite
 from hpcfl.data import augment
-from hpcfl.data.augment import AUGMIX, AUTOAUGMENT, CHAINS, DEPTH, OF_BATCHES, OF_IMAGES, SEVERITY, Augmentation, augmix, autoaugment, crop_flip
+from hpcfl.data.augment import AUGMIX, AUTOAUGMENT, CHAINS, DEPTH, OF_BATCHES, OF_IMAGES, SEVERITY, Augmentation, augmix, crop_flip
 from hpcfl.data.shards import PLAIN, Scale, Shard, epochs
 from hpcfl.errors import DataError, JobError
 from hpcfl.streams import Stream

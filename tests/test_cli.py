@@ -13,11 +13,13 @@ import pytest
 import torch
 from launching import carry_out, checkpoint_of, outcome, tiny, undisturbed, write_job
 
-from hpcfl import bench, cli, launch, tree
+from hpcfl import bench, cli, launch, report, simulation, tree
+from hpcfl.algorithms import PLANS
 from hpcfl.algorithms.fedavg import FedAvg
 from hpcfl.comm import Alone, Communicator, connect
 from hpcfl.errors import CheckpointError, JobError, LayoutError
 from hpcfl.examination import Examination
+from hpcfl.measures import REFINING
 from hpcfl.world import World
 
 
@@ -236,6 +238,48 @@ def test_models_of_the_federation_are_evaluated_on_the_whole_test_set_at_the_end
         (holders,) = np.nonzero(metrics["clients/architecture"] == name)
         for client in holders:                                     # who has just adopted the average answers as it does
             assert metrics["evaluation/global_correct"][end, index].tolist() == metrics["evaluation/generalization_correct"][end, client].tolist()
+
+
+def test_a_round_says_first_what_the_federations_own_models_are_worth(tmp_path, capsys):
+    metrics = outcome(carry_out(tiny("heterofl", evaluation={"every": 1}, federation={"rounds": 1}), tmp_path / "sliced")).metrics
+    _, legend, line = capsys.readouterr().out.splitlines()
+    images = metrics["evaluation/generalization_count"].sum()
+    worth = 100 * metrics["evaluation/global_correct"][-1, 0].sum() / images
+    clients = 100 * metrics["evaluation/generalization_correct"][-1].sum(1) / images
+    assert f"  global {worth:5.1f}  clients {clients.mean():5.1f} [{clients.min():5.1f} ..{clients.max():5.1f}]  own " in line
+    assert f"on the {images} test images. global: the federation's own models; clients: the models that clients hold" in legend
+    carry_out(tiny("standalone", evaluation={"every": 1, "personal": False}, federation={"rounds": 1}), tmp_path / "alone")
+    _, legend, line = capsys.readouterr().out.splitlines()
+    assert "global" not in legend + line and "  own " not in line and " clients " in line
+
+
+@pytest.mark.parametrize(("clients", "alone"), [(2, "fedavg averages nothing here"), (3, "these have one client only, which averages with nobody: cnn1"), (4, "")])
+def test_clients_that_average_with_nobody_are_named_before_and_in_the_run(clients, alone, tmp_path, capsys):
+    job = tiny("fedavg", federation={"clients": clients, "participation": 1.0, "rounds": 1})
+    assert ending("run", write_job(tmp_path, job), "--dry-run") == 0
+    assert [alone in line for line in capsys.readouterr().out.splitlines() if line.startswith("# warning: ")] == [True] * bool(alone)
+    folder = carry_out(job, tmp_path / "run")
+    assert [alone in line for line in (folder / "log" / "rank-0000.log").read_text().splitlines() if " WARNING fedavg averages" in line] == [True] * bool(alone)
+    assert [alone in warning for warning in report.summary(folder)["warnings"]] == [True] * bool(alone)
+
+
+@pytest.mark.parametrize("case", ["fedavg", "fedvtc", "ccvr", "gaussian", "fedproto", "fml", "gefl_f", "heterofl", "fedgh"])
+def test_the_record_says_what_each_phase_does_last_and_with_how_many_clients_it_averages(case):
+    job = tiny(case)
+    plan = simulation._plan(World(job, Communicator(Alone()), torch.device("cpu")))
+    found = {each["phase"]: (each["refines"], each["averages"]) for each in plan}
+    assert found == {"fedavg": {"rounds": ("adopt", {"cnn1": 2, "mlp2": 3})}, "fedproto": {"rounds": (None, {})}, "fml": {"rounds": (None, {"meme": 5})},
+                     "fedvtc": {"rounds": (None, {}), "finetune": ("finetune", {})}, "fedgh": {"rounds": ("adopt", {})},
+                     "ccvr": {"rounds": ("adopt", {"cnn1": 2, "common": 5, "mlp2": 3}), "calibrate": ("adopt", {})},
+                     "gaussian": {"statistics": (None, {}), "classify": ("adopt", {})}, "heterofl": {"rounds": ("adopt", {"global": 5})},
+                     "gefl_f": {"warmup": ("adopt", {"cnn1": 2, "cnn2_bn": 3, "common": 5}), "generator": (None, {}),
+                                "targets": ("adopt", {"cnn1": 2, "cnn2_bn": 3, "common": 5})}}[case]
+
+
+@pytest.mark.parametrize("method", PLANS)
+def test_every_method_says_what_its_refining_is(method):
+    steps = World(tiny(method), Communicator(Alone()), torch.device("cpu")).steps
+    assert {step.refines for step in steps if step.overrides("refine")} <= REFINING.keys() - {"refine"}
 
 
 def test_a_global_model_that_is_not_of_its_architecture_is_refused(tmp_path, monkeypatch):

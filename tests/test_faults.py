@@ -19,7 +19,7 @@ import torch
 from forking import Forked
 from launching import apart, carry_out, checkpoint_of, deterministic, left_half_written, outcome, started, tiny, undisturbed, write_job
 
-from hpcfl import __version__, checkpoint, cli, comm, launch
+from hpcfl import __version__, checkpoint, cli, comm, launch, lock
 from hpcfl.algorithms.base import ClientSite
 from hpcfl.data import store
 from hpcfl.data.embedded import digits
@@ -379,7 +379,7 @@ def test_the_lock_of_a_process_that_was_killed_holds_nobody_up(whole, hpcfl, tmp
     ('{"host": "n1", "pid": 7, "started": "2026-01-02T03:04:05+00:00"}\n', "process 7 on n1, since 2026-01-02T03:04:05+00:00"),
     ("process 7 on n1\n", "process 7 on n1"), ('{"host": "n1"}', '{"host": "n1"}'), ("7", "7"), ("", "")])
 def test_who_holds_a_folder_is_said_whoever_wrote_it(text, words):
-    assert launch._held_by(text) == words
+    assert lock.held_by(text) == words
 
 
 def of_another(folder: Path, **written: object) -> None:

@@ -10,7 +10,6 @@ from looping import Run, bits, changed, finite, job, run, step, world
 from torch.distributions import MultivariateNormal, kl_divergence
 
 from hpcfl import tree
-from hpcfl.algorithms import fedvtc
 from hpcfl.algorithms.base import ClientSite
 from hpcfl.algorithms.fedvtc import Config, FedVTC, FineTune
 from hpcfl.data.partition import Split

@@ -1,15 +1,20 @@
 """Reports: figures of a run worked out by hand, runs that are unfinished or damaged, and a page that needs nothing but itself."""
+import csv
+import fcntl
 import json
+import os
+import platform
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 
-from hpcfl import page, report
+from hpcfl import cli, figures, labels, lock, recording, report, tables
 from hpcfl.errors import CheckpointError, JobError
 
 TEXT = h5py.string_dtype()
@@ -98,6 +103,18 @@ def three_ways(folder: Path, validation: tuple[int, int, int] = (10, 30, 20), se
     return folder
 
 
+def planned(**refines: str | None):
+    """What a record says of its plan: phases by what they do last; parts that are averaged come from nowhere."""
+    plan = [{"phase": phase, "rounds": 1, "refines": word, "averages": {}} for phase, word in refines.items()]
+    return lambda file: file.attrs.update(plan=json.dumps(plan))
+
+
+def told(folders: list[Path], how: str = "text") -> str:
+    """What the terminal shows of runs."""
+    groups = labels.labelled([recording.read(folder) for folder in folders])
+    return tables.FORMATS[how]({label: [report.summary(each) for each in group] for label, group in groups.items()})
+
+
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory) -> Path:
     """The folder of a report of three runs, two of which differ only in seed."""
@@ -123,9 +140,67 @@ def test_models_of_the_federation_have_an_accuracy_beside_the_clients(tmp_path):
     folder = altered(tmp_path / "run", add)
     assert report.summary(folder)["accuracy"]["global"] == {"mean": 62.5, "min": 50.0, "max": 75.0, "per_model": {"cnn1": 50.0, "mlp2": 75.0}}
     assert "global" not in report.summary(record(tmp_path / "without"))["accuracy"]
-    assert "62.5 (50.0 to 75.0)" in report.table([folder]).splitlines()[1]
+    heading, line = told([folder]).splitlines()[:2]
+    assert heading.index("global model") < heading.index("clients") and line.index("62.5 (50.0 to 75.0)") < line.index("50.0 (50.0 to 50.0)")
     text = report.write([folder], tmp_path / "out").read_text()
-    assert "<dt>Global</dt><dd>62.5 %" in text and "62.5<small>50.0 – 75.0</small>" in text
+    assert "<dt>Global model</dt><dd>62.5 %" in text and "<b>62.5</b><small>50.0 – 75.0</small>" in text and "<td>50.0<small>50.0 – 50.0</small>" in text
+    assert report.summary(folder)["accuracy"]["report"]["measure"] == "global"
+    assert report.summary(record(tmp_path / "clients"))["accuracy"]["report"]["measure"] == "generalization"
+
+
+def test_bytes_until_an_accuracy_are_those_of_the_federations_models_where_there_are_any(tmp_path):
+    def add(file):
+        file.create_dataset("evaluation/global_names", data=np.array(["cnn1"], object), dtype=TEXT)
+        file["evaluation/global_correct"] = [[[-1] * 3], [[10, 10, 10]], [[-1] * 3], [[10, 10, 20]]]
+    found = report.summary(altered(tmp_path / "run", add), targets=[50, 75])["bytes"]
+    assert found["until_accuracy_of"] == "global"
+    assert [found["until_accuracy"][target]["rounds"] for target in ("50", "75")] == [1, 1]
+    assert found["until_client_accuracy"]["50"]["rounds"] == 2 and found["until_client_accuracy"]["75"] is None
+    assert "First evaluation at which the mean of the federation's own models reached it" in report.write([tmp_path / "run"], tmp_path / "out").read_text()
+
+
+@pytest.mark.parametrize(("word", "key", "said"), [("adopt", "before_adopt", "adopting the server's model"), ("finetune", "before_finetune", "fine-tuning"),
+                                                   ("refine", "before_refine", "refining on what the server made")])
+def test_models_before_the_last_work_are_called_after_what_that_work_is(tmp_path, word, key, said):
+    folder = altered(tmp_path / "run", planned(train=word))
+    accuracy = report.summary(folder)["accuracy"]
+    assert accuracy["refine"] == word and accuracy[key]["per_client"] == [30.0, 30.0] and f"recall_{key}" in accuracy and key in accuracy["absent_classes"]
+    assert sorted(name for name in accuracy if name.startswith("before_")) == [key]
+    assert accuracy["described"][key] == f"clients' models as they trained them, before {said}, on the whole test set"
+    assert accuracy["described"]["generalization"] == f"clients' models at the end of the round, after {said}, on the whole test set"
+    assert accuracy["described"].keys() == {"generalization", "personal", "absent_classes", key}
+    page, line = report.write([folder], tmp_path / "out").read_text(), told([folder]).splitlines()[1]
+    assert f"Clients before and after {said}" in page.replace("&#x27;", "'") and said.split()[0] in line.split()
+    assert (word == "finetune") == ("fine-tuning" in page + told([folder])), "only what fine-tunes is called so"
+
+
+def test_a_run_that_is_not_finished_has_no_result_yet(tmp_path):
+    def longer(file):
+        file.attrs["plan"] = json.dumps([{"phase": "train", "rounds": 20, "refines": None, "averages": {}}])
+    folder = altered(tmp_path / "run", longer)
+    assert "only 2 of 20 rounds are finished" in report.summary(folder)["accuracy"]["report"]["why"]
+    assert " 2/20 " in told([folder]).splitlines()[1] and "only 2 of 20 rounds are finished" in told([folder])
+
+
+@pytest.mark.parametrize("plan", ["{", '{"phase": 1}', '[{"phase": "train"}]', "[3]"])
+def test_a_damaged_plan_is_refused(tmp_path, plan):
+    with pytest.raises(CheckpointError, match="attribute missing or damaged"):
+        report.summary(altered(tmp_path / "run", lambda file: file.attrs.update(plan=plan)))
+
+
+def test_an_evaluation_before_refining_goes_with_the_end_of_the_same_round_only(tmp_path):
+    def later(file):
+        file["evaluation/stage"][2] = "end"                        # the last round's phase refines nothing
+    accuracy = report.summary(altered(tmp_path / "run", later))["accuracy"]
+    assert accuracy["refine"] is None and not any(key.startswith("before_") for key in accuracy)
+    assert "local training" in accuracy["described"]["generalization"]
+
+
+def test_a_record_without_a_plan_calls_only_fedvtcs_last_work_fine_tuning(tmp_path):
+    def other(file):
+        file.attrs["algorithm"] = "fedavg"
+    assert report.summary(record(tmp_path / "old"))["accuracy"]["refine"] == "finetune"
+    assert report.summary(altered(tmp_path / "other", other))["accuracy"]["refine"] == "refine"
 
 
 def test_client_without_test_samples_is_left_out_of_personal_accuracy(tmp_path):
@@ -231,7 +306,7 @@ def test_run_that_was_never_evaluated_has_no_accuracy_over_architectures(tmp_pat
 
 def test_page_says_that_the_best_on_test_is_selected_by_test_data(tmp_path):
     text = report.write([three_ways(tmp_path / "run")], tmp_path / "out").read_text()
-    assert "<td>25.0<small>selected 45.0</small></td>" in text
+    assert "nothing selected it" in text and "<b>20.0" not in text
     rows = text[text.index("three ways</caption>"):]
     assert "Best on test, as published; selects by test data (%)" in rows[:rows.index("</thead>")]
     assert "<th scope=row class=word>a</th><td>20.0</td><td>40.0</td><td>45.0</td><td>2</td>" in rows
@@ -241,9 +316,9 @@ def test_page_says_that_the_best_on_test_is_selected_by_test_data(tmp_path):
 def test_three_ways_are_averaged_over_seeds(tmp_path):
     runs = [three_ways(tmp_path / str(seed), seed=seed, better=better) for seed, better in enumerate((0, 2, 4))]
     text = report.write(runs, tmp_path / "out").read_text()
-    seeds = text[text.index("sample standard deviation over seeds"):text.index("<figure>")]
+    seeds = text[text.index("Over architectures: mean ± sample standard deviation over seeds</caption>"):text.index("<figure>")]
     assert "<td>27.0 ± 2.0</td><td>45.0 ± 0.0</td><td>52.5 ± 0.0</td>" in seeds
-    assert "Over architectures: best on test, as published; selects by test data (%)" in seeds
+    assert "Best on test, as published; selects by test data (%)" in seeds
 
 
 def test_operations_are_means_over_the_clients_of_an_architecture_in_each_phase(tmp_path):
@@ -373,15 +448,18 @@ def test_every_figure_has_a_caption_and_words_for_who_cannot_see_it(compared):
     assert any("last, clients then between 50.0 % and 50.0 %" in text for text in alternatives)
 
 
-def test_figures_are_also_png_files(compared):
+def test_figures_are_also_png_and_svg_files_with_short_names(compared):
     files = sorted((compared / "figures").iterdir())
-    assert len(files) == 2 + 3 * 8 and all(file.suffix == ".png" and file.read_bytes()[:4] == b"\x89PNG" for file in files)
+    assert len(files) == 2 * (2 + 3 * 8) and {file.stem for file in files if file.suffix == ".png"} == {file.stem for file in files if file.suffix == ".svg"}
+    assert all(file.read_bytes()[:4] == b"\x89PNG" if file.suffix == ".png" else "<svg" in file.read_text()[:400] for file in files)
+    assert max(len(file.name) for file in files) <= 30 and (compared / "figures" / "03-fedvtc-accuracy.svg").exists()
 
 
 def test_runs_that_differ_only_in_seed_are_averaged(compared):
     page = (compared / "report.html").read_text()
     seeds = page[page.index("sample standard deviation over seeds"):page.index("<figure>")]
-    assert "53.8 ± 5.3" in seeds and "<td class=word>0, 1</td>" in seeds and seeds.count("<tr>") == 2      # one group
+    seeds = seeds[:seeds.index("</table>")]
+    assert "<b>53.8 ± 5.3</b>" in seeds and "<small>seeds 0, 1</small>" in seeds and seeds.count("<tr>") == 2      # one group
 
 
 def test_names_out_of_files_cannot_become_markup(compared):
@@ -391,19 +469,142 @@ def test_names_out_of_files_cannot_become_markup(compared):
 
 def test_same_seed_twice_is_not_averaged(tmp_path):
     runs = [report.read(record(tmp_path / name)) for name in ("a", "b")]
-    assert [len(group) for group in report.same_but_seed(runs)] == [1, 1]
+    assert [len(group) for group in labels.same_but_seed(runs)] == [1, 1]
+
+
+def test_a_label_is_the_method_and_what_differs_within_it_in_whole_words(tmp_path):
+    def method(name: str, **data: object):
+        told = "".join(f"\n{key} = {json.dumps(value)}" for key, value in data.items())
+        def change(file):
+            file.attrs["algorithm"] = name
+            file.attrs["job"] = file.attrs["job"].replace("fedvtc", name).replace('name = "digits"', f'name = "digits"{told}')
+        return change
+    long = ["a_rather_long_name_of_a_model", "another_rather_long_name_of_a_model"]
+    runs = [altered(tmp_path / str(number), method(*each[:1], **each[1])) for number, each in enumerate(
+        (("fedvtc", {"alpha": 0.1}), ("fedvtc", {"alpha": 1.0}), ("fedavg", {"alpha": 1.0}), ("fedavg", {"alpha": 1.0, "names": long})))]
+    found = list(labels.labelled([recording.read(run) for run in runs]))
+    assert found == ["fedvtc, alpha 0.1", "fedvtc, alpha 1.0", "fedavg, alpha 1.0", f"fedavg, alpha 1.0, names [{' '.join(long)}]"]
+    assert list(labels.labelled([recording.read(runs[0])])) == ["fedvtc"]
 
 
 def test_only_runs_that_would_be_confused_get_longer_labels(tmp_path):
     runs = [report.read(record(tmp_path / name, name=title, lr=lr)) for name, title, lr in
             (("a", "one", 0.1), ("b", "one", 0.2), ("c", "two", 0.1), ("d", "three", 0.3), ("e", "three", 0.3))]
-    assert list(page._labelled(runs)) == ["one (lr 0.1)", "one (lr 0.2)", "two", "three d", "three e"]
+    assert list(labels.labelled(runs)) == ["fedvtc, lr 0.1, one", "fedvtc, lr 0.2", "fedvtc, lr 0.1, two", "fedvtc, lr 0.3, d", "fedvtc, lr 0.3, e"]
 
 
 def test_table_has_a_line_per_run_in_columns(tmp_path):
-    lines = report.table([record(tmp_path / "a"), record(tmp_path / "b", name="longer-name", status="failed: disk full")]).splitlines()
-    assert len(lines) == 3 and lines[0].startswith("run ") and lines[2].startswith("longer-name  fedvtc     failed")
+    lines = told([record(tmp_path / "a"), record(tmp_path / "b", lr=0.25, status="failed: disk full")]).splitlines()[:3]
+    assert lines[0].startswith("run ") and lines[2].startswith("fedvtc, lr 0.25  failed") and "global" not in lines[0]
     assert len(set(map(len, lines))) == 1 and "30.0 (30.0 to 30.0)" in lines[1] and "125 B" in lines[1] and lines[1].endswith("10.0")
+
+
+def test_means_over_seeds_are_in_the_terminal_and_in_every_format(tmp_path):
+    runs = [record(tmp_path / "a"), record(tmp_path / "b", seed=1, right=1), record(tmp_path / "c", lr=0.2)]
+    text = told(runs)
+    seeds = text[text.index("mean ± sample standard deviation over seeds"):].splitlines()
+    assert seeds[2].startswith("fedvtc, lr 0.1  0, 1 ") and "53.8 ± 5.3" in seeds[2] and seeds[3] == ""
+    markdown = told(runs, "markdown").splitlines()
+    assert markdown[0].startswith("| run | seeds |") and set(markdown[1]) <= set("| -:")
+    assert "| fedvtc, lr 0.1 | 0, 1 | 2 | 53.8 ± 5.3 | fine-tuning |" in markdown[2]
+    assert "| fedvtc, lr 0.2 | 0 | 2 | 50.0 | fine-tuning |" in markdown[3]
+    latex = told(runs, "latex").splitlines()
+    assert latex[0].startswith(r"\begin{tabular}{ll") and r"fedvtc, lr 0.1 & 0, 1 & 2 & 53.8 $\pm$ 5.3 & fine-tuning" in latex[4] and latex[4].endswith(r"\\")
+    first, second = csv.DictReader(told(runs, "csv").splitlines())
+    assert (first["run"], first["seeds"], float(first["generalization_percent_mean"])) == ("fedvtc, lr 0.1", "0 1", 53.75)
+    assert float(first["generalization_percent_sd"]) == pytest.approx(3.75 * 2 ** 0.5)
+    assert second["generalization_percent_sd"] == "" == first["global_percent_mean"]
+
+
+def test_a_name_cannot_break_a_table(tmp_path):
+    def odd(file):
+        file.attrs["algorithm"] = "a&b_c|d,\"e\""
+    run = altered(tmp_path / "run", odd)
+    assert r"a\&b\_c|d," in told([run], "latex") and r"a&b_c\|d," in told([run], "markdown")
+    assert next(csv.DictReader(told([run], "csv").splitlines()))["algorithm"] == 'a&b_c|d,"e"'
+
+
+def test_folders_of_runs_are_taken_apart_and_what_is_none_is_skipped_with_a_reason(tmp_path):
+    runs = [record(tmp_path / "runs" / "sweep" / name) for name in "ab"] + [record(tmp_path / "runs" / "one")]
+    (tmp_path / "runs" / "sweep" / "report").mkdir()
+    (tmp_path / "runs" / "sweep" / "died").mkdir()
+    (tmp_path / "runs" / "sweep" / "died" / "STATUS").write_text("failed: no such data set")
+    (tmp_path / "notes.txt").write_text("mine")
+    found, skipped = recording.runs_in([tmp_path / "runs" / "sweep", tmp_path / "runs", tmp_path / "notes.txt", runs[0], tmp_path / "nowhere"])
+    assert found == runs, "each once, in the order in which they were named"
+    others = [tmp_path / "runs" / "sweep" / "died", tmp_path / "notes.txt", tmp_path / "nowhere"]
+    assert [line.partition(": ")[0] for line in skipped] == list(map(str, others))
+    assert "no such data set" in skipped[0] and "is a file" in skipped[-2] and "no such folder" in skipped[-1]
+    with pytest.raises(JobError, match="has no metrics.h5"):
+        recording.runs_in([tmp_path / "runs" / "sweep" / "report"])
+
+
+def test_the_command_reports_a_folder_of_runs_and_says_what_it_skipped(tmp_path, capsys):
+    record(tmp_path / "runs" / "quickstart" / "a")
+    record(tmp_path / "runs" / "quickstart" / "b", lr=0.2)
+    (tmp_path / "runs" / "notes").mkdir()
+    for arguments in (["--json"], ["--format", "csv"]):
+        with pytest.raises(SystemExit) as end:
+            cli.main(["report", *map(str, sorted((tmp_path / "runs").iterdir())), *arguments])
+        captured = capsys.readouterr()
+        assert end.value.code == 0 and f"skipped {tmp_path / 'runs' / 'notes'}" in captured.err
+        if arguments == ["--json"]:
+            found = json.loads(captured.out)
+            assert [run["label"] for run in found["runs"]] == [each["label"] for each in found["over_seeds"]] == ["fedvtc, lr 0.1", "fedvtc, lr 0.2"]
+            assert found["over_seeds"][0]["accuracy"]["generalization"] == {"mean": 50.0, "sd": None}
+    with pytest.raises(SystemExit) as end:
+        cli.main(["report", str(tmp_path / "runs" / "notes")])
+    assert end.value.code == 2
+
+
+def test_a_run_in_which_nothing_is_averaged_says_so(tmp_path):
+    def lonely(file):
+        file.attrs["plan"] = json.dumps([{"phase": "train", "rounds": 2, "refines": "adopt", "averages": {"cnn1": 1, "mlp<b>": 1}}])
+    folder = altered(tmp_path / "run", lonely)
+    warning, = report.summary(folder)["warnings"]
+    assert warning.startswith("fedvtc averages nothing here") and warning in told([folder])
+    assert "<p class=warning>fedvtc averages nothing here" in report.write([folder], tmp_path / "out").read_text()
+    assert report.summary(record(tmp_path / "other"))["warnings"] == []
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_a_run_is_alive_only_while_its_process_holds_the_lock(tmp_path, held):
+    folder = record(tmp_path / "run", status="running\n")
+    with (folder / "LOCK").open("w") as handle:
+        handle.write(json.dumps(lock.holder()))
+        handle.flush()
+        if held:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        status = report.summary(folder)["status"]
+        assert status == "running" if held else status.startswith(f"died: process {os.getpid()} on {platform.node()} ended without a word")
+    if not held:
+        assert " died " in told([folder]).splitlines()[1] and "ended without a word" in told([folder])
+
+
+def test_a_run_of_another_host_is_said_to_be_beyond_checking(tmp_path):
+    folder = record(tmp_path / "run", status="running\n")
+    (folder / "LOCK").write_text('{"host": "far-away", "pid": 7, "started": "2026-01-01T00:00:00+00:00"}\n')
+    os.utime(folder / "metrics.h5", (0, time.time() - 7200))
+    os.utime(folder / "STATUS", (0, 0))
+    assert report.summary(folder)["status"] == "running?: on far-away, which cannot be checked from here; last sign of it 2 h ago"
+    (folder / "LOCK").unlink()
+    assert "nobody says where" in report.summary(folder)["status"]
+
+
+def test_names_of_phases_do_not_overlap():
+    figure = figures.accuracy(figures.LIGHT, {"clients": (0, np.arange(1, 41), np.full((40, 2), 50.0))}, 10.0,
+                              [(0, "statistics"), (1, "warm-up"), (2, "generator"), (3, "rounds"), (38, "finetune"), (39, "calibrate")])
+    figure.canvas.draw()
+    names = [text for text in figure.axes[0].texts if text.get_text()]
+    boxes = [text.get_window_extent() for text in names]
+    assert len(names) == 6 and not any(one.overlaps(other) for number, one in enumerate(boxes) for other in boxes[:number])
+    assert all(figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 for box in boxes)
+
+
+def test_the_page_begins_with_its_contents(compared):
+    page = (compared / "report.html").read_text()
+    anchors = re.findall(r"<li><a href=#([\w-]+)>", page)
+    assert anchors == ["results", "comparison", "run-1", "run-2", "run-3"] and all(f'id="{anchor}"' in page for anchor in anchors)
 
 
 def test_drawing_library_is_not_loaded_before_it_is_needed():

@@ -89,8 +89,8 @@ def test_two_hosts_give_the_bits_of_one(pair, whole, tmp_path):
 
 def test_a_round_carries_a_model_each_way_and_little_else(pair, tmp_path):
     """The network of the benchmark w1, with a batch for each of its ten clients."""
-    job = tiny("fedavg", data={"name": "random", "fraction": 0.1, "partition": "iid", "minimum": 1, "public_fraction": 0.0, "validation": 0.0, "test": 0.0},
-               models={"names": ["w1"], "features": 512}, federation={"clients": 10, "participation": 1.0, "rounds": 5}, training={"batch": 10}, evaluation={"every": 99})
+    job = tiny("fedavg", data={"name": "random", "fraction": 0.1, "partition": "iid", "minimum": 1, "public_fraction": 0.0, "validation_fraction": 0.0, "test_fraction": 0.0},
+               models={"names": ["w1"], "feature_size": 512}, federation={"clients": 10, "participation": 1.0, "rounds": 5}, training={"batch": 10}, evaluation={"every": 99})
     with begun(pair, write_job(tmp_path, job), tmp_path, fault=COUNTED) as process:
         assert process.ends() == 0, process.text()
     model_bytes = 4 * int(outcome(tmp_path / "run").metrics["clients/parameters"][0])

@@ -3,6 +3,7 @@ from abc import ABC
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -215,6 +216,8 @@ class Algorithm(ABC):
     A step overrides what it does differently; every default does nothing. `config` is the [algorithm] section of the job.
     """
 
+    refines: ClassVar[str] = "refine"                              # what `refine` does, a key of measures.REFINING: reports name the models by it
+
     def __init__(self, config, problem: Problem):
         self.config, self.problem = config, problem
 
@@ -247,6 +250,10 @@ class Algorithm(ABC):
     def global_models(self, message: Tree) -> Mapping[str, tuple[str, Tree]]:
         """The models in a message that belong to nobody but the federation, to be evaluated: name -> (architecture of the zoo, its state_dict)."""
         return {}
+
+    def averages(self, architecture: str) -> tuple[str, ...]:
+        """The parts of models that a client of this architecture averages with all clients that name them too; none by default."""
+        return ()
 
     def receive(self, message: Tree, architecture: str) -> Tree:
         """The part of the message that a client of this architecture downloads; by default all of it."""

@@ -20,6 +20,8 @@ class Config:
 class FedAvg(Algorithm):
     """theta_m <- sum_k n_k theta_k / sum_k n_k over the clients k of architecture m; integer buffers are carried."""
 
+    refines = "adopt"
+
     def found(self, site: ServerSite) -> Tree:
         models = {}
         for architecture in self.problem.sizes.every:
@@ -32,6 +34,9 @@ class FedAvg(Algorithm):
 
     def global_models(self, message: Tree) -> Mapping[str, tuple[str, Tree]]:
         return {architecture: (architecture, tree.part(message, architecture)) for architecture in self.problem.sizes.every}
+
+    def averages(self, architecture: str) -> tuple[str, ...]:
+        return (architecture,)
 
     def receive(self, message: Tree, architecture: str) -> Tree:
         return tree.part(message, architecture)

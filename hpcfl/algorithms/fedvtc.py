@@ -330,6 +330,8 @@ class Scatter(Generating):
 class FineTune(Generating):
     """Each client on its own: draw a class-balanced synthetic set and train f_k on it by cross-entropy, psi frozen (3.6, 3.7)."""
 
+    refines = "finetune"
+
     def refine(self, group: Group, message: Tree, site: ClientSite) -> Update:
         config, known = self.config, self.known(message)
         whole = self.adopt(group, message)

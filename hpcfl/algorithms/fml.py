@@ -58,6 +58,9 @@ class FML(FedAvg):
     def global_models(self, message: Tree) -> Mapping[str, tuple[str, Tree]]:
         return {MEME: (self.config.meme, tree.part(message, MEME))}
 
+    def averages(self, architecture: str) -> tuple[str, ...]:
+        return (MEME,)
+
     def receive(self, message: Tree, architecture: str) -> Tree:
         return tree.part(message, MEME)
 

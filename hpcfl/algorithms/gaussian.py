@@ -58,6 +58,8 @@ class ShareStatistics(Discriminating, describing.ShareStatistics):
 class UseStatistics(Discriminating):
     """Every client turns the message into the classifier; all have the same."""
 
+    refines = "adopt"
+
     def refine(self, group: Group, message: Tree, site: ClientSite) -> Update:
         known = self.known(message)
         factor = known.factor.double()

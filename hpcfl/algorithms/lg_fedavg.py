@@ -62,6 +62,9 @@ class LgFedAvg(FedAvg):
         whole = self.problem.sizes.every if self.config.rest == "architecture" else ()
         return {name: (name, self.model(message, name)) for name in whole}
 
+    def averages(self, architecture: str) -> tuple[str, ...]:
+        return (COMMON, architecture) if self.config.rest == "architecture" else (COMMON,)
+
     def receive(self, message: Tree, architecture: str) -> Tree:
         return self.model(message, architecture)
 

@@ -17,6 +17,8 @@ HEAD = ("head.weight", "head.bias")                                # (C, p) and 
 class SharedHead(Algorithm):
     """The server's state holds the head under its paths in a model; whoever takes part begins a round with it and ends it with the new one."""
 
+    refines = "adopt"
+
     def found(self, site: ServerSite) -> Tree:
         """A head for features of the one common size, as the zoo initialises it."""
         with self.problem.stream("init/head").seeding():

@@ -69,6 +69,8 @@ class SubModel(Algorithm):
     which weak clients cannot). Integer buffers are carried.
     """
 
+    refines = "adopt"
+
     def __init__(self, config: Config, problem: Problem):
         super().__init__(config, problem)
         self.base = problem.common_base()
@@ -116,6 +118,9 @@ class SubModel(Algorithm):
 
     def global_models(self, message: Tree) -> Mapping[str, tuple[str, Tree]]:
         return {GLOBAL: (self.base, tree.part(message, GLOBAL))}
+
+    def averages(self, architecture: str) -> tuple[str, ...]:
+        return (GLOBAL,)
 
     def receive(self, message: Tree, architecture: str) -> Tree:
         own = tree.floating(tree.part(message, GLOBAL)) | tree.part(message, f"norms/{architecture}")

@@ -19,7 +19,8 @@ def main(argv: list[str] | None = None) -> None:
     outlets.open_all()
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")            # read when torch is loaded: threads that spin hold the cores that others wait for
     try:
-        arguments = _parser().parse_args(argv)
+        words = sys.argv[1:] if argv is None else argv
+        arguments = _parser().parse_args(words, argparse.Namespace(words=words))
         code = arguments.command(arguments)
     except SystemExit as end:                                      # argparse has printed what was asked for, or what is wrong
         code = end.code
@@ -31,6 +32,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    if arguments.ranks:
+        from hpcfl import starter
+        return starter.start(arguments.ranks, arguments.words)
     stop_requested = bool if arguments.dry_run else signals.listen()                     # before the imports below, which take seconds
     from hpcfl import launch
     from hpcfl.algorithms import CONFIGS
@@ -283,7 +287,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="auto (default): go on from the last checkpoint of this job if there is one")
     run.add_argument("--may-differ", action="append", default=[], metavar="SECTION.KEY",
                      help="a setting that may differ from the checkpoint's; hpcfl: the version that wrote it")
-    run.add_argument("--alone", action="store_true", help="in this one process and without MPI, whatever the environment says of ranks (in a shell that srun started)")
+    where = run.add_mutually_exclusive_group()
+    where.add_argument("--ranks", type=int, default=0, metavar="N", help="on so many ranks of this host: by mpirun, out of reach of Ctrl-C, which then ends them with a checkpoint")
+    where.add_argument("--alone", action="store_true", help="in this one process and without MPI, whatever the environment says of ranks (in a shell that srun started)")
     run.add_argument("--dry-run", action="store_true", help="check the job, print it with every default and who would train where, train nothing")
     run.set_defaults(command=_speaking(_run))
 

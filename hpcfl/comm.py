@@ -3,7 +3,6 @@ import heapq
 import os
 import pickle
 import sys
-import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from hpcfl import packing, tree
 from hpcfl.errors import EnvironmentFault
-from hpcfl.launchers import ALONE, RELAUNCH, launched
+from hpcfl.launchers import ALONE, RELAUNCH, give_folders, launched
 from hpcfl.packing import LINE
 from hpcfl.statistics import Contribution, Header, Statistics, Sums, Total, Uploads, check_alike, floats, header
 from hpcfl.tree import Tree
@@ -348,7 +347,7 @@ def connect(deterministic: bool = False, checked: bool = True, alone: bool = Fal
     """
     if alone:
         return Communicator(Alone(), deterministic)
-    os.environ.setdefault("HOME", _home())                         # Open MPI does not start without one
+    give_folders()
     try:
         from mpi4py import MPI                                     # here, not above: importing it starts MPI
     except (ImportError, RuntimeError):                            # not installed; installed, but without a library to load
@@ -374,12 +373,6 @@ def carry(device: str) -> None:
     MPI.COMM_SELF.Reduce(sent, total, op=MPI.SUM, root=0)
     if not (received.equal(sent) and total.equal(sent)):
         raise EnvironmentFault(f"what MPI moved between buffers on {device} did not arrive as it was sent")
-
-
-def _home() -> str:
-    """The home folder of this user, or where he has none (a container without an account for him) the folder for temporary files."""
-    home = os.path.expanduser("~")
-    return tempfile.gettempdir() if home == "~" else home
 
 
 def _labelled(name: str, part: Sums | Uploads) -> list[tuple[str, Any, Tree]]:

@@ -1,8 +1,11 @@
-"""Launchers: what mpirun and srun say in the environment of a process they started."""
+"""Launchers: what mpirun and srun say in the environment of a process they started, and what Open MPI must find there."""
 import os
 import re
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+from hpcfl.errors import EnvironmentFault
 
 LAUNCHERS = {"OMPI_COMM_WORLD_SIZE": ("mpirun of Open MPI", "OMPI_COMM_WORLD_RANK"),         # the first one found counts: innermost launcher first
              "PMI_SIZE": ("mpirun of MPICH or Intel MPI", "PMI_RANK"),
@@ -36,3 +39,18 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launch | None:
 def whole_number(text: str | None) -> int:
     """What a variable of the environment says; 0 where it is not set, or set to what is no number."""
     return int(text) if text and re.fullmatch(r"\s*[0-9]+\s*", text) else 0
+
+
+def give_folders() -> None:
+    """Set what Open MPI does not start without, or dies of: a HOME, and a TMPDIR that takes files where one is set.
+
+    Raises: EnvironmentFault where no folder for temporary files does.
+    """
+    try:
+        temporary = tempfile.gettempdir()                          # TMPDIR if it can be used
+    except FileNotFoundError as error:
+        raise EnvironmentFault(f"no folder takes temporary files ({error.strerror}); set TMPDIR to one that does") from None
+    home = os.path.expanduser("~")
+    os.environ.setdefault("HOME", temporary if home == "~" else home)                    # "~": a user whom no account belongs to, in a container
+    if "TMPDIR" in os.environ:
+        os.environ["TMPDIR"] = temporary

@@ -10,6 +10,7 @@ import torch
 from verdict import mpi_assert
 
 from hpcfl import comm as wire
+from hpcfl import launchers
 from hpcfl.comm import Alone, Communicator, connect
 from hpcfl.errors import EnvironmentFault, LayoutError, NonFiniteError
 from hpcfl.launchers import LAUNCHERS, STEPS
@@ -161,14 +162,24 @@ def test_singletons_instead_of_ranks_are_noticed(environment, launcher):
 
 
 @pytest.mark.parametrize("account", [True, False])
-def test_mpi_starts_where_home_is_not_set(account, tmp_path, monkeypatch):
+def test_mpi_starts_where_home_is_not_set_and_tmpdir_takes_no_files(account, tmp_path, monkeypatch):
     """Open MPI ends a process without HOME before hpcfl could say anything."""
     monkeypatch.delenv("HOME", raising=False)
-    monkeypatch.setattr(wire.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(launchers.tempfile, "gettempdir", lambda: str(tmp_path))
     if not account:                                                # a user number of a container's that no account belongs to
         monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    monkeypatch.setenv("TMPDIR", "/proc")                           # where nobody can make a file: Open MPI dies of it
     connect(checked=False)
+    assert os.environ["TMPDIR"] == str(tmp_path)
     assert os.environ["HOME"] == (os.path.expanduser("~") if account else str(tmp_path))
+
+
+def test_where_no_folder_takes_temporary_files_that_is_said(monkeypatch):
+    def none() -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found in ['/proc']")
+    monkeypatch.setattr(launchers.tempfile, "gettempdir", none)
+    with pytest.raises(EnvironmentFault, match=r"no folder takes temporary files \(No usable .*\); set TMPDIR to one that does"):
+        connect()
 
 
 def test_abort_ends_the_process_with_the_code():

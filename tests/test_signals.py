@@ -1,6 +1,7 @@
 """Signals, whenever they come, once or twice, to whichever rank: a checkpoint and exit code 75, or the end of the run, and never another result."""
 import os
 import signal
+import time
 from collections.abc import Iterator
 from itertools import cycle
 from pathlib import Path
@@ -122,6 +123,18 @@ def test_what_a_terminal_sends_stays_ignored_where_nohup_ignores_it(number):
         assert signal.getsignal(number) == signal.SIG_IGN and not stop_requested()
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop_requested()
+
+
+def test_ctrl_c_stops_the_ranks_that_hpcfl_has_started_itself_behind_their_round(whole, tmp_path):
+    path = write_job(tmp_path, whole[0])
+    with started(tmp_path, "run", path, "--out", tmp_path / "run", "--ranks", 2, fault=WHILE_RANK_1_TRAINS) as job:
+        job.reaches("waiting-1")
+        os.killpg(job.process.pid, signal.SIGINT)                  # as a terminal does
+        time.sleep(0.5)                                            # mpirun passes signals on in its own time
+        (tmp_path / "go").touch()
+        assert job.ends() == 75 and "stopped on a signal after round 2 of 4" in job.text(), job.text()
+    carry_out(whole[0], tmp_path / "run")
+    same(tmp_path / "run", whole[1])
 
 
 def test_ctrl_c_under_mpirun_kills_the_ranks_and_leaves_the_last_checkpoint(whole, tmp_path):

@@ -123,7 +123,7 @@ def test_gaps_that_an_earlier_hpcfl_took_for_classes_are_said_with_the_way_out(t
     path = as_an_earlier_hpcfl_wrote_it(imported(tmp_path, np.arange(40) % 4 + 1, np.arange(8) % 4 + 1), lowest=1)
     monkeypatch.setattr(archive, "verify", lambda path: None)      # its sum was of these labels
     (said,) = corpora.open_corpus("own").remarks
-    assert said.startswith("class 0 has no training images") and "delete the file and import the data again" in said
+    assert said.startswith("class 0 has no training images") and "delete the data set's file in the cache and import it again" in said
     assert archive.header(path).classes == 5
 
 

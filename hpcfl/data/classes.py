@@ -41,7 +41,7 @@ def remarks(names: Sequence[str], counts: Counts) -> list[str]:
         found.append(f"all images are of one class, '{names[0]}': the accuracy of every model is 100")
     if trained:
         found.append(f"{_classes(trained)} no training images, so that no model can learn of them; where they are only gaps between labels, "
-                     "delete the file and import the data again, which numbers the classes without gaps")
+                     "delete the data set's file in the cache and import it again, which numbers the classes without gaps")
     if untested := [name for name in tested if name not in trained]:
         found.append(f"{_classes(untested)} no test images, so that accuracies say nothing of them")
     return found

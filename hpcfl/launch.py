@@ -197,7 +197,7 @@ def _owning(folder: Path, comm: Communicator) -> Iterator[None]:
     if comm.is_server:
         try:
             storage.make_folder(folder)
-            handle = (folder / "LOCK").open("a+", encoding="utf-8")                  # what another has written there is not to be lost
+            handle = (folder / "LOCK").open("a+", encoding="utf-8")  # what another has written there is not to be lost
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             handle.truncate(0)
             print(f"process {os.getpid()} on {platform.node()}", file=handle, flush=True)

@@ -21,7 +21,8 @@ def describe(path: str | Path, statistics: bool = True) -> dict[str, Any]:
     """What an HDF5 file holds, with nothing in it that JSON cannot carry.
 
     A group is {kind: "group", attributes, members: {name: node}}; a dataset {kind: "dataset", shape, type, bytes, stored_bytes, compression,
-    attributes, statistics}, and values if it is a short row of numbers; anything that leads elsewhere {kind: "refused", reason}: soft and external links, datasets kept in other files.
+    attributes, statistics}, with values if it is a short row of numbers; anything that leads elsewhere {kind: "refused", reason}: soft and external links,
+    datasets kept in other files.
     Statistics are {min, mean, max, missing} over the finite values, `missing` counting NaN and infinity; strings show the first few as `first`.
     With `statistics=False` no dataset is read.
 
@@ -112,7 +113,7 @@ def _dataset(dataset: h5py.Dataset, statistics: bool) -> dict[str, Any]:
             node |= {"first": _first(dataset)} if is_text else {"statistics": _statistics(dataset)} if is_number else {}
             node |= {"values": [_plain(value) for value in dataset[()]]} if is_number and is_short else {}
         except (OSError, RuntimeError) as error:
-            node["fault"] = f"cannot be read: {cause(error)}"             # a damaged dataset must not hide the others
+            node["fault"] = f"cannot be read: {cause(error)}"      # a damaged dataset must not hide the others
     return node
 
 

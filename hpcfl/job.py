@@ -208,7 +208,7 @@ def resolve(tables: Mapping[str, Any], configs: Mapping[str, type], where: str =
         if section in SECTIONS and not isinstance(table, Mapping):
             raise JobError(f"{where}: '{section}' is {table!r}, wanted a section [{section}]")
         if section not in SECTIONS:
-            meant = synonyms.section(section, SECTIONS) if isinstance(table, Mapping) else synonyms.setting("", section, table, known)
+            meant = (synonyms.section(section, SECTIONS) if isinstance(table, Mapping) else "") or synonyms.setting("", section, table, known)
             unknown = f"unknown section [{section}]" if isinstance(table, Mapping) else f"'{section}' stands in no section"
             raise JobError(f"{where}: {unknown}{meant or ';'} There are {', '.join(f'[{name}]' for name in SECTIONS)}")
     sections = {name: _section(kind, tables.get(name, {}), name, where, known) for name, kind in SECTIONS.items() if kind is not None}

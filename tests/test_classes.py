@@ -5,9 +5,10 @@ import pytest
 from launching import carry_out, tiny, write_job
 from PIL import Image
 
-from hpcfl import cli, inspect
+from hpcfl import cli, inspect, page, report
 from hpcfl.data import archive, classes, corpora, store
 from hpcfl.errors import DataError
+from hpcfl.recording import read
 
 
 @pytest.fixture(autouse=True)
@@ -123,7 +124,7 @@ def test_gaps_that_an_earlier_hpcfl_took_for_classes_are_said_with_the_way_out(t
     path = as_an_earlier_hpcfl_wrote_it(imported(tmp_path, np.arange(40) % 4 + 1, np.arange(8) % 4 + 1), lowest=1)
     monkeypatch.setattr(archive, "verify", lambda path: None)      # its sum was of these labels
     (said,) = corpora.open_corpus("own").remarks
-    assert said.startswith("class 0 has no training images") and "delete the file and import the data again" in said
+    assert said.startswith("class 0 has no training images") and "delete the data set's file in the cache and import it again" in said
     assert archive.header(path).classes == 5
 
 
@@ -154,3 +155,15 @@ def test_a_class_whose_name_would_steer_the_terminal_is_shown_escaped(tmp_path, 
     for command in (["data", "import", "own", "--folder", tmp_path / "pictures"], ["data", "list"]):
         code, told = hpcfl(capsys, *command)
         assert code == 0 and "\x1b" not in told and r"do\x1b[2Jg" in told
+
+
+def test_a_report_says_which_data_the_name_stood_for(tmp_path):
+    path = imported(tmp_path, np.arange(60) % 2, np.arange(10) % 2)
+    folder = carry_out(tiny("standalone", data={"name": "own", "fraction": 1.0, "partition": "iid", "minimum": 1}, federation={"rounds": 1}), tmp_path / "run")
+    found, header = report.summary(folder), archive.header(path)
+    assert (found["data"], found["data_source"], found["data_sha256"]) == ("own", str(tmp_path / "own.npz"), header.sha256)
+    recording = read(folder)
+    assert f"standalone on own ({tmp_path / 'own.npz'}, SHA-256 {header.sha256[:12]}), 5 clients" in page._headline(recording, found, "title", 0)
+    with h5py.File(folder / "metrics.h5", "r+") as file:           # as an earlier hpcfl wrote it
+        del file.attrs["data_source"]
+    assert "standalone on own, 5 clients" in page._headline(recording, report.summary(folder), "title", 0)

@@ -187,6 +187,7 @@ def test_a_key_with_its_sections_name_before_it_is_told_to_leave_that_out(table)
 
 def test_an_unknown_section_is_told_the_nearest_one_and_those_there_are():
     assert "[trainig]; did you mean 'training'? There are [run], [data]," in refusal({"trainig": {}, "algorithm": {"name": "prox"}})
+    assert "[scheduler]; the learning rate is the same in all rounds: training.lr. There are [run]," in refusal({"scheduler": {"gamma": 1}})
     assert "[optimizer]; did you mean 'training'?" in refusal({"optimizer": {"lr": 1}, "algorithm": {"name": "prox"}})
 
 

@@ -41,7 +41,8 @@ def test_no_file_and_no_process_is_read_in_the_codec_of_the_locale():
 
 
 @pytest.mark.parametrize(("code", "says"), [("p.read_text()", False), ("p.read_text(encoding='utf-8')", True), ("open(p)", False),
-                                            ("open(p, 'rb')", True), ("p.open('w')", False), ("p.open('wb')", True), ("subprocess.run(c, text=True)", False), ("subprocess.run(c)", True)])
+                                            ("open(p, 'rb')", True), ("p.open('w')", False), ("p.open('wb')", True),
+                                            ("subprocess.run(c, text=True)", False), ("subprocess.run(c)", True)])
 def test_that_sweep_can_fail(code, says):
     assert spoken(ast.parse(code).body[0].value) == says
 

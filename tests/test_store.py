@@ -221,7 +221,7 @@ def impostor(folder, name, source="/somewhere/noise.npz"):
 def test_other_data_under_the_name_of_a_published_set_are_not_taken_for_it(small_mnist, cache, made):
     renamed = made == "renamed"
     file = impostor(cache, "own", sources.PUBLISHED["mnist"].origin).rename(cache / "mnist.h5") if renamed else impostor(cache, "mnist")
-    before, way_out = file.read_bytes(), "mnist.h5: is called 'mnist', but holds .*Delete the file and run: hpcfl data get mnist"
+    before, way_out = file.read_bytes(), "mnist.h5: is not the published 'mnist': it was made as .*Delete the file and run: hpcfl data get mnist"
     for use in (lambda: corpora.open_corpus("mnist"), lambda: store.get("mnist"), lambda: store.get("mnist", small_mnist)):
         with pytest.raises(DataError, match=way_out):
             use()

@@ -35,15 +35,15 @@ def called(names: Sequence[str], classes: int) -> tuple[str, ...]:
 
 def remarks(names: Sequence[str], counts: Counts) -> list[str]:
     """What is to be known of the classes before an accuracy is believed."""
-    trained, tested = ({name: count for name, count in zip(names, counts[part], strict=True) if not count} for part in ("train", "test"))
+    untrained, untested = ({name: count for name, count in zip(names, counts[part], strict=True) if not count} for part in ("train", "test"))
     found = []
     if len(names) == 1:
         found.append(f"all images are of one class, '{names[0]}': the accuracy of every model is 100")
-    if trained:
-        found.append(f"{_classes(trained)} no training images, so that no model can learn of them; where they are only gaps between labels, "
-                     "delete the file and import the data again, which numbers the classes without gaps")
-    if untested := [name for name in tested if name not in trained]:
-        found.append(f"{_classes(untested)} no test images, so that accuracies say nothing of them")
+    if untrained:
+        found.append(f"{_classes(untrained)} no training images, so that no model can learn of them; where they are only gaps between labels, "
+                     "delete the data set's file in the cache and import it again, which numbers the classes without gaps")
+    if only_trained := [name for name in untested if name not in untrained]:
+        found.append(f"{_classes(only_trained)} no test images, so that accuracies say nothing of them")
     return found
 
 

@@ -127,8 +127,8 @@ def check(target: Path) -> archive.Header:
     header = archive.header(target)
     published = PUBLISHED.get(target.stem)
     if published and not (header.name == target.stem and header.source.startswith(published.origin)):
-        raise DataError(f"{target}: is called '{target.stem}', but holds '{header.name}' from {header.source}; to keep that, import it under another name. "
-                        f"Delete the file and run: hpcfl data get {target.stem} [--from DIR]")
+        raise DataError(f"{target}: is not the published '{target.stem}': it was made as '{header.name}' from {header.source}; to keep it, import it under "
+                        f"another name. Delete the file and run: hpcfl data get {target.stem} [--from DIR]")
     stamp, current = target.with_name(f".{target.stem}.verified"), _stamp(target)
     if not stamp.is_file() or stamp.read_text(encoding="utf-8") != current:
         archive.verify(target)

@@ -59,14 +59,13 @@ class Plan:
         return {name: leaves.get(path, state[path]) for path, name in self.own.items()}, tuple(leaves.values())
 
     def drawn(self, batches: Batches, client: int, seeds: Iterator[int]) -> Iterator[Tree]:
-        """A client's batches. Raises: LayoutError for what is no batch."""
+        """A client's batches; should they draw from global generators, these go on from where they were sown. Raises: LayoutError for what is no batch."""
         sow(next(seeds))
         given = batches(client)
         if not isinstance(given, Iterable):
             raise LayoutError(f"{self.where}: the batches of {self.member} {client} are {described(given)}, wanted something to iterate over")
         source = iter(given)
         while True:
-            sow(next(seeds))
             batch = next(source, END)
             if batch is END:
                 return

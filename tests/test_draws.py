@@ -208,7 +208,8 @@ class Noisy(FedAvg):
         return group, {"loss": first["loss"], "again": second["loss"]}
 
     def aggregate(self, server, totals, site):
-        return {path: leaf + 1e-3 * torch.randn(leaf.shape) if leaf.is_floating_point() else leaf for path, leaf in super().aggregate(server, totals, site).items()}
+        new = super().aggregate(server, totals, site)
+        return new | {path: leaf + 1e-3 * torch.randn(leaf.shape) for path, leaf in tree.floating(new).items()}
 
     def refine(self, group, message, site):
         return Update(self.adopt(group, message))

@@ -235,7 +235,7 @@ def test_the_networks_of_a_group_are_its_own():
 
 
 def test_a_message_is_read_once_for_all_groups_and_chunks(monkeypatch):
-    """Two steps read, each the message of each of its rounds: the first tells nothing yet, and reading it is no work."""
+    """Four clients, each in a chunk of its own: two rounds of learning, and one of fine-tuning."""
     read, of = [], Known.of.__func__
     monkeypatch.setattr(Known, "of", classmethod(lambda cls, message, *rest: read.append(message) or of(cls, message, *rest)))
     found = run(world(job("fedvtc", {"finetune_epochs": 1, "per_class": 2, "vtc_steps": 1}, clients={"chunk": 1}, federation={"clients": 4, "rounds": 2})))

@@ -1,5 +1,5 @@
 """Evaluation: features and correct answers of each client's model, in eval mode and without gradients."""
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from hpcfl.data.shards import Shard
 from hpcfl.engines import compiled
 from hpcfl.errors import NonFiniteError
 from hpcfl.group import Group
+from hpcfl.streams import kept, sow
 from hpcfl.tree import Tree
 
 BATCH = 250                                                        # images per forward pass: stays in a CPU's cache; 1000 took 1.3 to 2.7 times as long per image
@@ -40,12 +41,13 @@ def bind(module: nn.Module, state: Tree, method: str = "forward", compile: bool 
 
     @torch.no_grad()
     def call(*inputs: Tensor) -> Tensor:
-        training = wrapped.module.training
+        modes = [(layer, layer.training) for layer in wrapped.module.modules()]          # of each: others may be in the midst of training with it
         wrapped.module.eval()
         try:
             return forward(wrapped, state, inputs)
         finally:
-            wrapped.module.train(training)
+            for layer, training in modes:
+                layer.training = training
     return call
 
 
@@ -60,17 +62,28 @@ def model_of(group: Group, modules: Mapping[str, nn.Module], client: int, name: 
 
 def in_batches(function: Callable[[Tensor], Tensor], shard: Shard, batch: int = BATCH) -> Tensor:
     """function over all images of a shard, batch by batch, concatenated (n, ...)."""
-    return torch.cat([function(shard.pixels(slice(start, start + batch))) for start in range(0, len(shard), batch)])
+    return torch.cat(_answers(function, shard, [slice(start, start + batch) for start in range(0, len(shard), batch)]))
 
 
-def features(group: Group, modules: Mapping[str, nn.Module], client: int, shard: Shard) -> Tensor:
+def _answers(function: Callable[[Tensor], Tensor], shard: Shard, blocks: Iterable[slice]) -> list[Tensor]:
+    """function of each block of images; a network that draws random numbers in eval mode too draws the same for a block on every rank and in every run."""
+    answers = []
+    with kept():
+        for block in blocks:
+            sow(block.start)
+            answers.append(function(shard.pixels(block)))
+    return answers
+
+
+def features(group: Group, modules: Mapping[str, nn.Module], client: int, shard: Shard, where: str = "evaluation",
+             advice: str = "lower the learning rate") -> Tensor:
     """z = g_k(x) over a shard, (n, p) float32, in the shard's order and without augmentation.
 
-    Raises: NonFiniteError naming the client.
+    Raises: NonFiniteError naming `where` and the client, with an advice.
     """
     z = in_batches(model_of(group, modules, client, method="features"), shard)
     if not bool(torch.isfinite(z).all()):
-        raise NonFiniteError(f"client {client} ({group.architecture}): its features are not finite; lower training.lr or set training.clip")
+        raise NonFiniteError(f"{where}: client {client} ({group.architecture}): its features hold NaN or infinity; {advice}")
     return z
 
 
@@ -84,5 +97,5 @@ def correct(predict: Callable[[Tensor], Tensor], shard: Shard, classes: int, bat
     if not blocks:
         return torch.zeros(classes, dtype=torch.int64)
     labels = torch.cat([shard.labels[block] for block in blocks])
-    right = torch.cat([predict(shard.pixels(block)).argmax(1) for block in blocks]) == labels
+    right = torch.cat([said.argmax(1) for said in _answers(predict, shard, blocks)]) == labels
     return torch.bincount(labels[right], minlength=classes).cpu()

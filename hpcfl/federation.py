@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hpcfl.algorithms.base import Algorithm, Phase, Totals, Update
 from hpcfl.errors import at
+from hpcfl.finite import refuse_broken
 from hpcfl.flops import counting
 from hpcfl.group import Group
 from hpcfl.ledger import Ledger
@@ -172,8 +173,11 @@ class Exchange:
                 results = getattr(step, shared)(items, site)
             self.ledger.helped(len(items), time.perf_counter() - start)
             return results
-        with self.ledger("aggregate" if comm.is_server else "idle"):
+        draws, where = f"server/{place.phase.name}/{verb.__name__}", f"server, phase {place.phase.name}, round {place.round}, {verb.__qualname__}"
+        with self.ledger("aggregate" if comm.is_server else "idle"), world.problem.stream(draws, round_=place.round).seeding():
             server = comm.at_server(verb, state.server, *what, site, help_with=help_with, waiting=lambda: self.ledger("idle"))
+        if comm.is_server:
+            refuse_broken(server, state.server, where, f"lower {world.problem.rates()}", *what)
         news = comm.share(changed(state.server, server) if comm.is_server else None)
         if not news:                                               # a step that gives back what it got has nothing new to say
             return state
@@ -188,7 +192,7 @@ class Exchange:
         """What every client may read now; of what a step published before, only the parts are moved that have changed since."""
         before = self.published.get(step)
         if before is None or before.version != state.version:
-            with self.ledger("publish"):
+            with self.ledger("publish"), self.world.problem.stream("publish", round_=state.version).seeding():
                 self.published[step] = self.moved(step, state, before or Message({}, {}, -1))
         return self.published[step]
 
@@ -200,6 +204,9 @@ class Exchange:
         """The message of a step at every rank."""
         comm = self.world.comm
         whole = step.publish(state.server) if comm.is_server else {}
+        if comm.is_server:
+            derived = {path: leaf for path, leaf in whole.items() if not any(leaf is own for own in state.server.values())}
+            refuse_broken(derived, before.leaves, f"server, {type(step).__name__}.publish", f"lower {self.world.problem.rates()}")
         own = dict.fromkeys(map(part, state.server), 0) | state.versions if comm.is_server else {}
         versions = comm.share({part(path): own.get(part(path), state.version) for path in whole})        # a part that is not the server's own is derived
         news = {name for name, version in versions.items() if before.versions.get(name) != version}
@@ -243,7 +250,7 @@ class Exchange:
                 place: Place, name: str) -> tuple[Group | Parked, Statistics]:
         """A group after the work of those of its clients who take part, put away again, and what they send up."""
         world, start = self.world, time.perf_counter()
-        with self.ledger(name):
+        with self.ledger(name), world.problem.stream(f"{place.phase.name}/{name}", present[0], place.round).seeding():
             message = download()
             with counting(world.job.evaluation.flops and place.round == 0) as counter:
                 whole = parked.fetch()

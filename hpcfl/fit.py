@@ -5,23 +5,26 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hpcfl.engines import Plan, compiled, forward_one, forward_together, sequential, together
+from hpcfl.engines import Forward, Plan, compiled, described, forward_one, forward_together, sequential, together
 from hpcfl.errors import JobError, LayoutError, at
 from hpcfl.group import OPTIMIZER, Group
 from hpcfl.optimizers import Optimizer
+from hpcfl.streams import Stream, kept
 from hpcfl.tree import Tree
 from hpcfl.wording import spoken
 
-ENGINES = {"sequential": (sequential, forward_one), "vmap": (together, forward_together)}
+ENGINES = {"sequential": sequential, "vmap": together}
 PRECISIONS = {"auto": None, "float32": None, "bfloat16": torch.bfloat16}
+UNNAMED = partial(Stream, 0, "fit")
 COMPILE_PAYS = 5_000                                               # expected steps on CUDA from which a minute of compilation is taken to pay
 
-Batches = Callable[[int], Iterable[Tree]]                          # client -> its batches, on the Group's device, every random draw already in them
+Batches = Callable[[int], Iterable[Tree]]                          # client -> its batches, on the Group's device, their random draws in them
 
 
 class Modules(nn.Module):
@@ -35,10 +38,17 @@ class Modules(nn.Module):
     def forward(self, loss: Loss, batch: Tree, context: Tree) -> tuple[Tensor, Tree]:
         """The loss () of one client on one batch and what else it measured: all that an engine differentiates, compiles or vmaps."""
         result = loss(self, batch, context)
-        value, scalars = result if isinstance(result, tuple) else (result, {})
+        value, scalars = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            raise LayoutError(f"returned {described(value)}; wanted a floating-point tensor of shape (), or that and a dict of what else it measured")
         if value.dim():
-            raise LayoutError(f"a loss returned shape {tuple(value.shape)}, wanted a scalar; take its mean or sum over the batch")
-        return value, scalars
+            raise LayoutError(f"returned shape {tuple(value.shape)}; wanted a scalar: take its mean or sum over the batch")
+        if not isinstance(scalars, Mapping):
+            raise LayoutError(f"returned {described(scalars)} beside its value; wanted a dict of what else it measured, {{name: tensor of shape ()}}")
+        for name, scalar in scalars.items():
+            if not isinstance(scalar, Tensor) or scalar.dim():
+                raise LayoutError(f"measured '{name}' as {described(scalar)}; wanted a tensor of shape ()")
+        return value, dict(scalars)
 
 
 Loss = Callable[[Modules, Tree, Tree], Tensor | tuple[Tensor, Tree]]       # (modules, batch, context) -> loss () or (loss, {name: scalar ()})
@@ -57,10 +67,16 @@ class Turn:
     optimizer: Optimizer
     scope: Callable[[str], bool] | None = None
 
+    @property
+    def named(self) -> str:
+        """The loss, in errors."""
+        return getattr(self.loss, "__qualname__", type(self.loss).__name__)
+
 
 def fit(group: Group, modules: Mapping[str, nn.Module], turns: Sequence[Turn], batches: Batches, *, context: Tree | None = None,
         engine: str = "auto", compile: str = "auto", precision: str = "auto", channels_last: bool | None = None, frozen_norm: bool = False,
-        keep_optimizer: bool = False, expected_steps: int = 0, where: str = "fit", member: str = "client") -> tuple[Group, dict[str, Tensor]]:
+        keep_optimizer: bool = False, expected_steps: int = 0, where: str = "fit", member: str = "client", origin: str = "",
+        streams: Callable[[int], Stream] = UNNAMED) -> tuple[Group, dict[str, Tensor]]:
     """The Group after every client went through its batches, each batch taking all `turns` in order, and the clients' metrics.
 
     `modules` say how to compute; the weights are the Group's. A module of which the Group holds nothing serves all clients as it is.
@@ -74,29 +90,33 @@ def fit(group: Group, modules: Mapping[str, nn.Module], turns: Sequence[Turn], b
     channels_last: memory format of images and convolutions in the sequential engine. None: yes on a CPU, where it saved 5 to 36 % of the time of the
         networks measured; it rounds differently than the usual format.
     keep_optimizer: optimiser state, step counts included, goes on from the Group's part "optimizer" and is returned there.
+    streams: client -> Stream. A network, loss or batch that draws from a global generator (dropout, torch.rand, numpy.random) draws from it, for each step
+        anew, the same in whatever Group and under both engines; "vmap" then computes such losses client by client. Afterwards the generators are as before.
+    origin: what to say, and to do, where it is not training that failed but what the rows began with.
     Metrics: {name: (K,) float64 on the host}, the mean over a client's steps (of all Turns) of "loss" and of the scalars its losses name; NaN for
         a client without any.
-    Raises: NonFiniteError naming `where` and clients, or what else `member` calls the rows of the Group; LayoutError where Group, modules and turns do not fit each other; JobError for an
-        engine, compile or precision that does not exist.
+    Raises: NonFiniteError naming `where` and clients, or what else `member` calls the rows of the Group; LayoutError where Group, modules, turns and batches do
+        not fit each other, and for a loss that is no scalar or trains nothing; JobError for an engine, compile or precision that does not exist.
     """
     for name, value, allowed in (("engine", engine, ("auto", *ENGINES)), ("compile", compile, ("auto", "on", "off")),
                                  ("precision", precision, tuple(PRECISIONS))):
         if value not in allowed:
             raise JobError(f"{where}: {name} = {value!r} is not known; there are {', '.join(allowed)}")
     device = group.device.type
-    run, forward = ENGINES[engine if engine != "auto" else "vmap" if device == "cuda" else "sequential"]
-    if compiles(compile, device, expected_steps):
-        forward = compiled(forward)
-    if PRECISIONS[precision] is not None:
-        forward = torch.autocast(device, PRECISIONS[precision], cache_enabled=False)(forward)
-    plan = _plan(group, modules, turns, keep_optimizer, forward=forward, context=context or {}, where=where, member=member,
-                 channels_last=device == "cpu" if channels_last is None else channels_last)
+    run = ENGINES[engine if engine != "auto" else "vmap" if device == "cuda" else "sequential"]
+
+    def prepared(forward: Forward) -> Forward:
+        if compiles(compile, device, expected_steps):
+            forward = compiled(forward)
+        return forward if PRECISIONS[precision] is None else torch.autocast(device, PRECISIONS[precision], cache_enabled=False)(forward)
+    plan = _plan(group, modules, turns, keep_optimizer, alone=prepared(forward_one), stacked=prepared(forward_together), context=context or {}, where=where,
+                 member=member, origin=origin, streams=streams, channels_last=device == "cpu" if channels_last is None else channels_last)
     asked: list[int] = []                                          # whose batches are read, the client at work last; with vmap all are at work
 
     def noted(client: int) -> Iterable[Tree]:
         asked.append(client)
         return batches(client)
-    with _modes(plan, frozen_norm), at(lambda: spoken(asked[-1:] if run is sequential else asked, member)):
+    with _modes(plan, frozen_norm), kept(), at(lambda: spoken(asked[-1:] if run is sequential else asked, member)):
         changed, rows = run(plan, group, noted)
     names = dict.fromkeys(["loss", *(name for row in rows for name in row)])
     metrics = {name: torch.tensor([row.get(name, math.nan) for row in rows], dtype=torch.float64) for name in names}
@@ -136,10 +156,12 @@ def _plan(group: Group, modules: Mapping[str, nn.Module], turns: Sequence[Turn],
 
 def _held(group: Group, name: str, module: nn.Module, where: str) -> list[str]:
     """The names of one module's tensors that the Group holds: all of its state_dict, or none."""
+    def told(tensor: Tensor, first: int) -> str:
+        return f"{tuple(tensor.shape[first:])} {str(tensor.dtype).removeprefix('torch.')}"
     held = group.part(name)
-    wanted = {path: tuple(tensor.shape) for path, tensor in module.state_dict().items()} if held else {}
+    wanted = {path: told(tensor, 0) for path, tensor in module.state_dict().items()} if held else {}
     for path in dict.fromkeys([*wanted, *held]):
-        got, want = tuple(held[path].shape[1:]) if path in held else "missing", wanted.get(path, "missing")
+        got, want = told(held[path], 1) if path in held else "missing", wanted.get(path, "missing")
         if got != want:
             raise LayoutError(f"{where}: group {group.architecture}: '{name}/{path}' of a client is {got}, in the module it is {want}")
     return list(wanted)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from hpcfl import maps
 from hpcfl.data.shards import Scale
-from hpcfl.evaluate import features, in_batches
+from hpcfl.evaluate import in_batches
 from hpcfl.group import Group
 
 
@@ -27,7 +27,7 @@ class OwnLatent:
 
     def of_training(self, group: Group, site, client: int) -> Tensor:
         """Latents of a client's training images, (n, p), without gradients."""
-        return features(group, site.modules, client, site.holdings[client].train)
+        return site.features(group, client)
 
 
 @dataclass(frozen=True)

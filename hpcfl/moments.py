@@ -140,7 +140,7 @@ def first_sums(z: Tensor, y: Tensor, classes: int, where: str = "features") -> T
     """
     if not bool(torch.isfinite(z).all()):
         bad = int((~torch.isfinite(z)).any(1).sum())
-        raise NonFiniteError(f"{where}: NaN or infinity in {bad} of {len(z)} rows; lower training.lr or set training.clip")
+        raise NonFiniteError(f"{where}: NaN or infinity in {bad} of {len(z)} rows; lower the learning rate of the network that gave them")
     if len(y) and not 0 <= int(y.min()) <= int(y.max()) < classes:
         raise DataError(f"{where}: labels go from {int(y.min())} to {int(y.max())}, wanted 0 to {classes - 1}")
     counts = torch.bincount(y, minlength=classes).double()

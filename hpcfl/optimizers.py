@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,6 +32,8 @@ class Optimizer:
     weight_decay: float = 0.0                                      # coupled: added to the gradient, in both rules
     clip: float = 0.0
     epsilon: float = 1e-8                                          # adam
+    rate_setting: str = field(default="", compare=False)           # the setting of the job that `lr` comes from and its value, and
+    clip_setting: str = field(default="", compare=False)           # the one that `clip` comes from, where there is any: for advice
 
     def __post_init__(self) -> None:
         if self.name not in RULES:
@@ -41,8 +43,14 @@ class Optimizer:
     def of(training: Training, **changes: Any) -> Optimizer:
         """The Optimizer of a job's [training] section, some of its settings changed."""
         settings = {"name": training.optimizer, "lr": training.lr, "momentum": training.momentum, "weight_decay": training.weight_decay,
-                    "clip": training.clip}
+                    "clip": training.clip, "rate_setting": f"training.lr = {training.lr:g}", "clip_setting": f"training.clip = {training.clip:g}"}
         return Optimizer(**{**settings, **changes})
+
+    @property
+    def advice(self) -> str:
+        """What to do where training by this rule diverges."""
+        lower = f"lower the learning rate ({self.rate_setting or f'{self.lr:g}'})"
+        return lower + (f" or bound the gradient norm ({self.clip_setting}{'' if self.clip else ': not at all'})" if self.clip_setting else "")
 
     @property
     def slots(self) -> tuple[str, ...]:

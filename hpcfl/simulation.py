@@ -156,7 +156,8 @@ class Simulation:
         for parked, client in shown:
             group = parked.fetch().select([client])
             site, own = self.world.client_site(group, place.phase, place.round), step.receive(message, group.architecture)
-            sample = step.draw(group, own, site, SAMPLES_PER_CLASS)
+            with self.world.problem.stream("sample", client).seeding():
+                sample = step.draw(group, own, site, SAMPLES_PER_CLASS)
             if sample is not None:
                 real = torch.stack([step.seen(group, own, site, images) for images in _real(self.world)])
                 brightest = max(1.0, float(sample[0].max()))       # maps of an extractor, which people see as images too, have no upper bound

@@ -1,6 +1,7 @@
 """Stream: every random draw as a function of (seed, purpose, client, round), never of rank, time or a global generator."""
 import hashlib
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -40,9 +41,52 @@ class Stream:
         """A sub-stream for another purpose of the same client and round."""
         return replace(self, purpose=f"{self.purpose}/{purpose}")
 
+    def seeds(self) -> Iterator[int]:
+        """Endless seeds for the global generators, in the stream's order."""
+        generator = self.numpy()
+        while True:
+            yield int(generator.integers(2 ** 63))
+
     @contextmanager
     def seeding(self) -> Iterator[None]:
-        """Library code that draws from torch's global CPU generator (default initialisation) draws from this stream inside the block."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.torch().initial_seed())
+        """Code that draws from a global generator (default initialisation, a library) draws from this stream inside the block."""
+        with kept():
+            sow(self.torch().initial_seed())
             yield
+
+
+def generators() -> tuple[torch.Generator, ...]:
+    """torch's global generators: the CPU's, and the GPUs' once CUDA is in use; to wake it would cost a run on the CPU memory of every GPU."""
+    return torch.default_generator, *(torch.cuda.default_generators if torch.cuda.is_initialized() else ())
+
+
+def sow(seed: int) -> None:
+    """Set the global generators of torch, NumPy and Python, and no others: torch.manual_seed would also seed a CUDA that is not yet in use."""
+    for generator in generators():
+        generator.manual_seed(seed)
+    np.random.seed(seed % 2 ** 32)
+    random.seed(seed)
+
+
+@contextmanager
+def kept() -> Iterator[None]:
+    """After the block the global generators are where they were before it."""
+    of_torch, of_numpy, of_python = [(generator, generator.get_state()) for generator in generators()], np.random.get_state(), random.getstate()
+    try:
+        yield
+    finally:
+        for generator, state in of_torch:
+            generator.set_state(state)
+        np.random.set_state(of_numpy)
+        random.setstate(of_python)
+
+
+def watched(seed: int) -> Callable[[], bool]:
+    """Sow, and say when asked whether anybody has drawn from a global generator since; the question itself may draw."""
+    def marks() -> tuple[object, ...]:
+        states = (generator.get_state().numpy().tobytes() for generator in generators())
+        return random.random(), np.random.random(), *states        # the states of these two take ten times as long to copy
+    sow(seed)
+    sown = marks()
+    sow(seed)
+    return lambda: marks() != sown

@@ -1,4 +1,5 @@
 """World: everything that follows from the job alone (data, partition, architectures, placement, plan), and this rank's share of it."""
+import copy
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
@@ -46,6 +47,7 @@ class World:
         self.home = self._home(past)
         residence = RESIDENCIES[job.residency.location](device, job.residency.folder)
         self.park: Callable[[Group], Group | Parked] = residence.park                    # a Group put away until its next turn at work
+        self._trainings: tuple[object, Counter[int]] = (None, Counter())                 # a round, and how often each client was trained in it
 
     @cached_property
     def mine(self) -> tuple[int, ...]:
@@ -96,7 +98,9 @@ class World:
         def networks(architecture: str) -> dict[str, nn.Module]:
             built: dict[str, nn.Module] = {}
             for step in self.steps:
-                built |= {name: module.to(self.problem.device) for name, module in step.modules(architecture).items() if name not in built}
+                with self.problem.stream("modules").seeding():
+                    networks = step.modules(architecture)
+                built |= {name: module.to(self.problem.device) for name, module in networks.items() if name not in built}
             return built
         fixed = self.job.models.size_schedule == "fixed"
         return {architecture: networks(architecture) for architecture in (self.architectures(self.mine) if fixed else self.problem.sizes.every)}
@@ -130,7 +134,9 @@ class World:
     def client_site(self, group: Group, phase: Phase, round_: int) -> ClientSite:
         """What a group may see in a round."""
         holdings, remembered = ({client: every[client] for client in group.clients} for every in (self.holdings, self._remembered))
-        return ClientSite(self.problem, holdings, self.modules[group.architecture], phase.name, round_, remembered)
+        if self._trainings[0] != (phase, round_):
+            self._trainings = (phase, round_), Counter()
+        return ClientSite(self.problem, holdings, self.modules[group.architecture], phase.name, round_, remembered, self._trainings[1])
 
     def server_site(self, phase: Phase, round_: int, ledger: Ledger, row: int = 0) -> ServerSite:
         """What the server may see in a round; the same on every rank, for all take a share of its work."""
@@ -140,7 +146,8 @@ class World:
         """The server's state before the first round."""
         site, server = self.server_site(self.plan[0], 0, Ledger(self.problem.device)), {}
         for step in self.steps:
-            server |= step.found(site)
+            with self.problem.stream("found").seeding():
+                server |= step.found(site)
         return server
 
     def join(self) -> list[Group | Parked]:
@@ -151,7 +158,8 @@ class World:
         """Clients of an architecture as they begin."""
         group = Group(architecture, tuple(clients), {})
         for step in self.steps:
-            group = step.join(group, self.client_site(group, self.plan[0], 0))
+            with self.problem.stream("join", group.clients[0]).seeding():
+                group = step.join(group, self.client_site(group, self.plan[0], 0))
         return group.to(self.problem.device)
 
     def averages(self, steps: Sequence[Algorithm]) -> dict[str, int]:
@@ -199,7 +207,7 @@ class World:
             return
         for name in self.problem.sizes.every:
             try:
-                self.problem.structure(name).train()(torch.zeros(1, *self.problem.shape, device=self.problem.device))
+                copy.deepcopy(self.problem.structure(name)).train()(torch.zeros(1, *self.problem.shape, device=self.problem.device))
             except ValueError:
                 fault = f"trains '{name}' on single images, of which its BatchNorm has no variance; set models.norm = 'group', or"
                 if batch == 1:

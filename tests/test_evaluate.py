@@ -149,5 +149,5 @@ def test_features_that_are_not_finite_name_the_client():
     state["model/projection.bias"][1] = float("nan")
     spoiled = Group(group.architecture, group.clients, state)
     assert bool(torch.isfinite(features(spoiled, modules, 2, shard())).all())
-    with pytest.raises(NonFiniteError, match=r"client 5 \(cnn1\).*training\.lr"):
-        features(spoiled, modules, 5, shard())
+    with pytest.raises(NonFiniteError, match=r"round 7: client 5 \(cnn1\).*; lower training\.lr = 3$"):
+        features(spoiled, modules, 5, shard(), "round 7", "lower training.lr = 3")

@@ -1,6 +1,7 @@
 """fit: both engines against plain torch loops and each other, what may and may not change, and how it fails."""
 import logging
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hpcfl import engines, tree
 from hpcfl.errors import JobError, LayoutError, NonFiniteError
 from hpcfl.fit import Turn, fit
 from hpcfl.group import Group
+from hpcfl.job import Training
 from hpcfl.optimizers import Optimizer
 from hpcfl.streams import Stream
 
@@ -291,6 +293,95 @@ def test_infinite_weights_after_the_last_loss_are_found(engine):
     with pytest.raises(NonFiniteError, match="client 0 "):
         fit(group, {"model": nn.Linear(1, 1)}, [Turn(("model",), loss, Optimizer("sgd", 1.0))],
             lambda client: [{"x": torch.full((1, 1), 1e18 if client else 3e19)}], engine=engine)
+
+
+def answering(answer):
+    """A loss that gives answer(cross-entropy) for it."""
+    def loss(modules, batch, context):
+        return answer(cross_entropy(modules, batch, context))
+    return loss
+
+
+ODD = {"a number": (lambda value: 3.0, r"returned 3.0 \(float\); wanted a floating-point tensor"),
+       "nothing": (lambda value: None, r"returned None \(NoneType\); wanted a floating-point tensor"),
+       "a whole number": (lambda value: value.long(), r"returned a tensor \(\) of int64; wanted a floating-point tensor"),
+       "a loss for each image": (lambda value: value.expand(5), r"returned shape \(5,\); wanted a scalar"),
+       "three things": (lambda value: (value, {}, {}), "returned a tuple of Tensor, dict, dict; wanted a floating-point tensor"),
+       "a loss and a loss": (lambda value: (value, value), r"returned a tensor \(\) of float32 beside its value; wanted a dict"),
+       "a measured number": (lambda value: (value, {"share": 0.5}), r"measured 'share' as 0.5 \(float\); wanted a tensor of shape \(\)"),
+       "a measured vector": (lambda value: (value, {"share": value.expand(2)}), r"measured 'share' as a tensor \(2,\) of float32; wanted a tensor of"),
+       "what does not depend on it": (lambda value: value.detach(), "does not depend on any parameter that its Turn trains, of model")}
+
+
+@pytest.mark.parametrize("answer, wanted", ODD.values(), ids=ODD)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_loss_that_gives_something_odd_is_told_so(engine, answer, wanted):
+    group, turns = Group("net", (3, 4), net_group(2).state), [Turn(("model",), answering(answer), SGD)]
+    with pytest.raises(LayoutError, match=rf"round 7: the loss answering.<locals>.loss of client 3(, 4)? {wanted}"):
+        fit(group, {"model": Net()}, turns, lambda client: batches([5, 5])(0), engine=engine, where="round 7")
+
+
+ODD_BATCHES = {"nothing": (lambda batch: None, r"a batch of client 4 is None \(NoneType\), wanted a dict of tensors"),
+               "a tuple": (lambda batch: (batch["x"], batch["y"]), "a batch of client 4 is a tuple of Tensor, Tensor, wanted a dict of tensors"),
+               "an array": (lambda batch: batch | {"y": batch["y"].numpy()}, "a batch of client 4 is a dict of x: Tensor, y: ndarray, wanted a dict")}
+
+
+@pytest.mark.parametrize("change, wanted", ODD_BATCHES.values(), ids=ODD_BATCHES)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_batch_that_is_none_names_its_client(engine, change, wanted):
+    def odd(client):
+        return [change(batch) if client == 4 else batch for batch in batches([5, 5])(0)]
+    group, turns = Group("net", (3, 4), net_group(2).state), [Turn(("model",), cross_entropy, SGD)]
+    with pytest.raises(LayoutError, match=f"round 7: {wanted}"):
+        fit(group, {"model": Net()}, turns, odd, engine=engine, where="round 7")
+    with pytest.raises(LayoutError, match=r"round 7: the batches of client 3 are None \(NoneType\), wanted something to iterate over"):
+        fit(group, {"model": Net()}, turns, lambda client: None, engine=engine, where="round 7")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_exception_in_a_loss_says_where_it_was_raised(engine):
+    def broken(modules, batch, context):
+        return batch["labels"]
+    with pytest.raises(KeyError) as raised:
+        fit(net_group(1), {"model": Net()}, [Turn(("model",), broken, SGD)], batches([5]), engine=engine, where="round 7")
+    assert any("round 7: the loss" in note and "broken of client 0" in note for note in raised.value.__notes__)
+
+
+def test_a_state_of_another_type_than_its_module_is_refused():
+    group = net_group(2)
+    group = group.holding("model", group.part("model") | {"head.bias": group.part("model")["head.bias"].double()})
+    with pytest.raises(LayoutError, match=r"'model/head.bias' of a client is \(3,\) float64, in the module it is \(3,\) float32"):
+        fit(group, {"model": Net()}, [Turn(("model",), cross_entropy, SGD)], batches([5, 5]))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_weights_that_nobody_can_compute_with_are_refused_and_the_setting_at_work_is_named(engine):
+    rule = Optimizer("sgd", 1e30, rate_setting="algorithm.server_lr = 1e+30")
+    with pytest.raises(NonFiniteError, match=r"round 7: training of client 0(, 1)? left weights of up to \S+e\+\d+, with which nobody can compute: "
+                                             r"their squares are infinite; lower the learning rate \(algorithm.server_lr = 1e\+30\)$"):
+        fit(net_group(2), {"model": Net()}, [Turn(("model",), cross_entropy, rule)], batches([5, 5]), engine=engine, where="round 7")
+
+
+@pytest.mark.parametrize("clip, told", [(0.0, "training.clip = 0: not at all"), (5.0, "training.clip = 5")])
+def test_clipping_is_advised_where_it_is_read(clip, told):
+    rule = Optimizer.of(Training(lr=1e30, clip=clip))
+    assert rule.advice == f"lower the learning rate (training.lr = 1e+30) or bound the gradient norm ({told})"
+    assert Optimizer("sgd", 1e30).advice == "lower the learning rate (1e+30)"
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_a_client_began_with_is_blamed_where_it_is_at_fault(engine):
+    group = net_group(2)
+    state = tree.clone(group.state)
+    state["model/head.weight"][1, 0, 0] = math.nan
+    begun, sane = replace(group, state=state), [Turn(("model",), cross_entropy, SGD)]
+    told = (r"training of client 1 reached NaN or infinity in its loss or weights; but 'model/head.weight' of client 1 held it before its first step: "
+            r"what it received, or its data or loss, is at fault, not its training; lower algorithm.server_lr$")
+    with pytest.raises(NonFiniteError, match=told):
+        fit(begun, {"model": Net()}, sane, batches([5, 5]), engine=engine, origin="lower algorithm.server_lr")
+    state["model/head.weight"][1] = torch.linspace(-1e18, 1e18, 3)[:, None]
+    with pytest.raises(NonFiniteError, match=r"but the loss of client 1 was \d\S*e\+1\d before its first step"):
+        fit(begun, {"model": Net()}, [Turn(("model",), cross_entropy, Optimizer("sgd", 1e3))], batches([5, 50]), engine=engine)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

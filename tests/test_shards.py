@@ -156,6 +156,15 @@ def test_a_last_batch_of_one_joins_the_batch_before(count, batch, sizes):
     assert [len(found["y"]) for found in epochs(shard(count), batch, 1, Stream(0, "batches"))] == sizes
 
 
+@pytest.mark.parametrize("device, may_overlap", [("cpu", False), ("cuda", True)])
+def test_only_copies_to_a_gpu_may_overlap(device, may_overlap, monkeypatch):
+    """The host would read half a copy."""
+    asked = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, where, non_blocking=False: asked.append((str(where), non_blocking)) or self)
+    shard().to(device)
+    assert asked == [(device, may_overlap)] * 2
+
+
 @pytest.mark.gpu
 def test_batches_are_the_same_on_a_gpu():
     on_cpu, on_gpu = (list(epochs(shard().to(device), 7, 1, Stream(0, "batches"))) for device in ("cpu", "cuda"))

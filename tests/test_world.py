@@ -1,11 +1,14 @@
 """The world seen from one rank: its own clients' images and nobody else's, and everything else a pure function of the job."""
+import sys
+from collections import Counter
 from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from looping import bits, job, world
+from launching import tiny
+from looping import bits, job, run, world
 
 from hpcfl.algorithms import CONFIGS
 from hpcfl.algorithms.base import ClientSite, Holdings, Phase, Problem, ServerSite
@@ -13,6 +16,7 @@ from hpcfl.data.shards import epochs
 from hpcfl.errors import DataError, JobError, NonFiniteError
 from hpcfl.fit import Turn
 from hpcfl.job import resolve
+from hpcfl.known import Known
 from hpcfl.ledger import Ledger
 from hpcfl.losses import cross_entropy
 from hpcfl.optimizers import Optimizer
@@ -202,3 +206,41 @@ def test_a_client_with_one_image_is_refused_where_a_norm_needs_two():
     with pytest.raises(DataError, match=r"client \d has 1 training image and trains 'cnn8_bn' on single images.*raise data.fraction"):
         world(job("fedavg", **few, **NORMED))
     world(job("fedavg", **few))
+
+
+# Structures
+
+@pytest.mark.parametrize("case", ["fedconv", "feddf", "avgkd", "fedrolex", "fml", "gefl_f"])
+def test_a_structure_is_built_once_for_everybody_and_nobody_leaves_anything_in_it(case, monkeypatch):
+    built, model = Counter(), Problem.model
+
+    def counted(problem, architecture):
+        built[architecture, sys._getframe(1).f_code.co_name] += 1
+        return model(problem, architecture)
+    monkeypatch.setattr(Problem, "model", counted)
+    found = world(tiny(case, data={"validation_fraction": 0.2}, federation={"clients": 4, "rounds": 2, "participation": 1.0}))
+    run(found)
+    structures = found.problem.structures
+    assert structures and {count for (_, who), count in built.items() if who == "structure"} == {1}
+    for architecture, used in structures.items():
+        with found.problem.stream("structure").seeding():
+            new = model(found.problem, architecture)
+        assert bits(used.state_dict()) == bits(new.state_dict()), architecture
+        assert all(layer.training and not layer._forward_hooks for layer in used.modules())
+        assert all(parameter.requires_grad and parameter.grad is None for parameter in used.parameters())
+
+
+def test_the_networks_of_a_group_are_its_own():
+    found = world(job("fedavg"))
+    for architecture, networks in found.modules.items():
+        networks["model"].requires_grad_(False).eval()
+        assert found.problem.structure(architecture).training
+        assert all(parameter.requires_grad for parameter in found.problem.structure(architecture).parameters())
+
+
+def test_a_message_is_read_once_for_all_groups_and_chunks(monkeypatch):
+    """Four clients, each in a chunk of its own: two rounds of learning, and one of fine-tuning."""
+    read, of = [], Known.of.__func__
+    monkeypatch.setattr(Known, "of", classmethod(lambda cls, message, *rest: read.append(message) or of(cls, message, *rest)))
+    found = run(world(job("fedvtc", {"finetune_epochs": 1, "per_class": 2, "vtc_steps": 1}, residency={"chunk": 1}, federation={"clients": 4, "rounds": 2})))
+    assert len(found.places) == 3 and len(read) == 3

@@ -1,9 +1,11 @@
 """What an algorithm is: a few verbs over Trees, what it may see at a client and at the server, and the plan that puts its steps in order."""
+import copy
 from abc import ABC
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -14,6 +16,7 @@ from hpcfl.comm import Total
 from hpcfl.data.augment import OF_IMAGES, Augmentation
 from hpcfl.data.shards import PLAIN, Scale, Shard, epochs
 from hpcfl.errors import JobError
+from hpcfl.evaluate import features
 from hpcfl.group import Group
 from hpcfl.job import Job
 from hpcfl.losses import cross_entropy
@@ -37,6 +40,7 @@ class Problem:
     scale: Scale
     sizes: Sizes                                                   # who has which architecture
     device: torch.device
+    structures: dict[str, nn.Module] = field(default_factory=dict, repr=False, compare=False)          # architecture -> what `structure` built
 
     @property
     def architectures(self) -> tuple[str, ...]:
@@ -53,9 +57,14 @@ class Problem:
         return zoo.build(architecture, self.shape, self.classes, models.feature_size, models.norm, models.feature_relu)
 
     def structure(self, architecture: str) -> nn.Module:
-        """A model of the zoo on the device whose weights do not matter, to be filled with somebody's state."""
-        with self.stream("structure").seeding():
-            return self.model(architecture).to(self.device)
+        """A model of the zoo on the device whose weights do not matter, to compute with somebody's state.
+
+        Built once, and the same object for everybody: who changes anything of it takes a copy.
+        """
+        if architecture not in self.structures:
+            with self.stream("structure").seeding():
+                self.structures[architecture] = self.model(architecture).to(self.device)
+        return self.structures[architecture]
 
     def stream(self, purpose: str, client: int = -1, round_: int = -1) -> Stream:
         """The random stream of one purpose."""
@@ -78,13 +87,23 @@ class Problem:
         return augmentation
 
     def fit(self, group: Group, modules: Mapping[str, nn.Module], turns: Sequence[fit.Turn], batches: Callable[[int], Iterable[Tree]], *,
-            context: Tree | None = None, frozen_norm: bool = False, keep_optimizer: bool = False, steps: int = 0,
-            channels_last: bool | None = None, where: str = "fit", member: str = "client") -> tuple[Group, dict[str, Tensor]]:
-        """Train a group by the one training loop, with the engine, precision and compilation of the job; `steps`: of one model in the whole run."""
+            context: Tree | None = None, frozen_norm: bool = False, keep_optimizer: bool = False, steps: int = 0, channels_last: bool | None = None,
+            where: str = "fit", member: str = "client", streams: Callable[[int], Stream] | None = None) -> tuple[Group, dict[str, Tensor]]:
+        """Train a group by the one training loop, with the engine, precision and compilation of the job; `steps`: of one model in the whole run.
+
+        `streams`: client -> what it draws from where it uses global generators; by default the one of `where` and the client.
+        """
         training, run = self.job.training, self.job.run
         return fit.fit(group, modules, turns, batches, context=context, frozen_norm=frozen_norm, keep_optimizer=keep_optimizer,
                        engine="sequential" if run.deterministic else training.engine, compile=run.compile, precision=training.precision,
-                       channels_last=channels_last, expected_steps=steps, where=where, member=member)
+                       channels_last=channels_last, expected_steps=steps, where=where, member=member, origin=f"lower {self.rates()}",
+                       streams=streams or partial(self.stream, where))
+
+    def rates(self) -> str:
+        """The learning rates that the job sets, with their values: what may have made a state that nobody can go on with."""
+        own = {name: value for name, value in vars(self.job.algorithm).items() if name.endswith("lr") and value}
+        return " or ".join(f"{name} = {value:g}" for name, value in {**{f"algorithm.{name}": value for name, value in own.items()},
+                                                                     "training.lr": self.job.training.lr}.items())
 
     def common_base(self) -> str:
         """The one model of the zoo of which every client trains some width.
@@ -126,6 +145,7 @@ class ClientSite:
     phase: str
     round: int
     remembered: Mapping[int, dict[str, Tensor]] = field(default_factory=lambda: defaultdict(dict))
+    trainings: Counter[int] = field(default_factory=Counter)       # client -> how often it was trained in this round, by whatever step
 
     def once(self, name: str, client: int, make: Callable[[], Tensor]) -> Tensor:
         """What `make` gives of a client's data, computed once in a run and by any step that asks for the name: for what no round changes.
@@ -148,11 +168,17 @@ class ClientSite:
         """Shuffled batches {"x": (B, C, H, W), "y": (B,)} of a client's training part, `count` times over; as they are unless augmented."""
         return epochs(self.holdings[client].train, batch, count, self.stream("batches", client), augmentation)
 
+    def features(self, group: Group, client: int) -> Tensor:
+        """z = g_k(x) of a client's training images, (n, p), in eval mode and without gradients. Raises: NonFiniteError naming the client."""
+        return features(group, self.modules, client, self.holdings[client].train, f"phase {self.phase}, round {self.round}", self.problem.optimizer().advice)
+
     def fit(self, group: Group, turns: Sequence[fit.Turn], batches: Callable[[int], Iterable[Tree]], *, context: Tree | None = None,
             frozen_norm: bool = False, keep_optimizer: bool = False, steps: int = 0, channels_last: bool | None = None) -> tuple[Group, dict[str, Tensor]]:
         """Train the group as `Problem.fit`."""
+        streams = {client: self.stream(f"training {self.trainings[client]}", client) for client in group.clients}
+        self.trainings.update(group.clients)                       # so that no training repeats the draws of the one before
         return self.problem.fit(group, self.modules, turns, batches, context=context, frozen_norm=frozen_norm, keep_optimizer=keep_optimizer,
-                                steps=steps, channels_last=channels_last, where=f"phase {self.phase}, round {self.round}")
+                                steps=steps, channels_last=channels_last, where=f"phase {self.phase}, round {self.round}", streams=streams.__getitem__)
 
     def train_model(self, group: Group, loss: Callable, context: Tree | None = None) -> tuple[Group, dict[str, Tensor]]:
         """The local training of the [training] section: `epochs` passes of the model over the client's own images, augmented."""
@@ -195,10 +221,12 @@ class ServerSite:
             work: str = "training", member: str = "model") -> tuple[Group, dict[str, Tensor]]:
         """Train models at the server as `Problem.fit`; the rows of the group are models here, numbered by whoever makes it.
 
-        In errors `work` says what they are trained for and `member` what a row is.
+        In errors `work` says what they are trained for and `member` what a row is. What draws from a global generator draws the same where a row is trained
+        twice in a round for the same work.
         """
         return self.problem.fit(group, modules, turns, batches, context=context, frozen_norm=frozen_norm, keep_optimizer=keep_optimizer,
-                                steps=steps, where=f"server, phase {self.phase}, round {self.round}, {work}", member=member)
+                                steps=steps, where=f"server, phase {self.phase}, round {self.round}, {work}", member=member,
+                                streams=partial(self.stream, f"training/{work}"))
 
 
 @dataclass(frozen=True)
@@ -222,8 +250,18 @@ class Algorithm(ABC):
         self.config, self.problem = config, problem
 
     def modules(self, architecture: str) -> dict[str, nn.Module]:
-        """The networks of a client; their parameters live in Group.state under the names given here."""
-        return {"model": self.problem.model(architecture)}
+        """The networks of a client; their parameters live in Group.state under the names given here.
+
+        A network that no client holds is what it is built as: inside a stream, so that it is the same on all ranks and after a restart; and for clients of
+        all architectures, unless something is drawn before it that depends on theirs. What this default gives draws nothing.
+        """
+        return {"model": copy.deepcopy(self.problem.structure(architecture))}
+
+    def rule(self, name: str, setting: str, lr: float | None = None, **others: Any) -> Optimizer:
+        """An update rule at the rate of one of the step's settings, or at an `lr` that follows from it; its gradients are not clipped."""
+        value = getattr(self.config, setting)
+        at_work = "" if lr in (None, value) else f", at work {lr:g}"
+        return Optimizer(name, value if lr is None else lr, rate_setting=f"algorithm.{setting} = {value:g}{at_work}", **others)
 
     def accept(self, counts: np.ndarray) -> None:
         """Refuse a partition that the step cannot work with; counts: training images per client and class, (K, C). Raises: DataError."""

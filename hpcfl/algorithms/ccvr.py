@@ -17,11 +17,9 @@ from hpcfl.algorithms.base import Algorithm, ClientSite, Phase, Plan, Problem, S
 from hpcfl.algorithms.fedavg import FedAvg
 from hpcfl.algorithms.lg_fedavg import COMMON, LgFedAvg
 from hpcfl.algorithms.shared_head import HEAD, SharedHead, head_of, train_head
-from hpcfl.evaluate import features
 from hpcfl.group import Group
 from hpcfl.kinds import choice, integer, real
 from hpcfl.moments import GlobalMoments
-from hpcfl.optimizers import Optimizer
 from hpcfl.statistics import Statistics, Uploads
 from hpcfl.synthesise import synthetic_epochs
 from hpcfl.tree import Tree
@@ -64,8 +62,7 @@ class Calibrate(Algorithm):
     def train(self, group: Group, message: Tree, site: ClientSite) -> Update:
         group, full, messages = self.average.adopt(group, message), moments.needs_full(self.config.covariance), {}
         for client in group.clients:
-            shard = site.holdings[client].train
-            measured = moments.measure(features(group, site.modules, client, shard), shard.labels, self.problem.classes, full)
+            measured = moments.measure(site.features(group, client), site.holdings[client].train.labels, self.problem.classes, full)
             messages[client] = moments.to_message(measured, self.config.covariance, self.config.min_count)
         return Update(group, Statistics({scope(self.config, group.architecture): Uploads(messages)}))
 
@@ -86,7 +83,7 @@ class Calibrate(Algorithm):
             return gaussian.draw(mean, factor, labels, eps)
         stream = site.stream(f"virtual/{where}")
         virtual = synthetic_epochs(draw, classes, config.per_class, config.batch, config.epochs, stream, resample=False)
-        return train_head(head, virtual, Optimizer("sgd", config.lr), site, f"calibration of {where}")
+        return train_head(head, virtual, self.rule("sgd", "lr"), site, f"calibration of {where}")
 
 
 class TakeHead(SharedHead):

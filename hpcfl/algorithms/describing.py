@@ -39,6 +39,7 @@ class Describing(Algorithm):
         super().__init__(config, problem)
         self.latent = LATENTS[config.latent](config, problem)
         self.full = moments.needs_full(config.covariance)
+        self.read: tuple[Tree, Known | None] = ({}, None)          # the last message, and what it says
 
     def modules(self, architecture: str) -> dict[str, nn.Module]:
         return super().modules(architecture) | self.latent.modules()
@@ -58,8 +59,11 @@ class Describing(Algorithm):
         return server | vars(moments.keep_previous(merged, known_to(server), self.config.covariance))
 
     def known(self, message: Tree) -> Known:
-        """The global statistics of a message, ready to be drawn from."""
-        return Known.of(message, self.config.covariance, self.problem.device)
+        """The global statistics of a message, ready to be drawn from; read once for all groups, verbs and chunks that it comes to."""
+        told = {name: message[name] for name in ("has", "mean", "spread")}
+        if self.read[1] is None or any(leaf is not self.read[0][name] for name, leaf in told.items()):
+            self.read = told, Known.of(told, self.config.covariance, self.problem.device)
+        return self.read[1]
 
     def encode(self, group: Group, site: ClientSite) -> Latents:
         """Each client's training images as latents, without augmentation and gradients."""

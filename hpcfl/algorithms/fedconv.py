@@ -23,7 +23,6 @@ from hpcfl.fit import Turn
 from hpcfl.group import OPTIMIZER, Group
 from hpcfl.kinds import choice, integer, real
 from hpcfl.losses import cross_entropy, divergence
-from hpcfl.optimizers import Optimizer
 from hpcfl.resize.average import Averaged
 from hpcfl.resize.convolve import Filtered
 from hpcfl.resize.made import Made
@@ -92,7 +91,8 @@ class FedConv(Algorithm):
         """Steps 1 and 2 of a round."""
         group = single(self.base, 0, tree.to(tree.part(server, "global"), self.problem.device))
         if self.config.server_epochs:
-            group = self.train_public(site, group, self.problem.structure(self.base), self.config.server_epochs, self.config.server_lr, "server training", member="the global model")
+            group = self.train_public(site, group, self.problem.structure(self.base), self.config.server_epochs, self.config.server_lr, "server training",
+                                      member="the global model", setting="server_lr")
         trained = tree.row(group.part("model"), 0)
         items = {index: tree.join(model=trained, filters=tree.part(server, f"filters/{architecture}")) for index, architecture in enumerate(self.smaller)}
         found = {self.smaller[index]: result for index, result in site.spread("compress", items).items()}
@@ -168,7 +168,8 @@ class FedConv(Algorithm):
         counters = {path: leaf for path, leaf in module.state_dict().items() if not leaf.is_floating_point()}
         group = Group.of(architecture, {client: tree.join(model=tree.part(item, "model") | counters) for client, item in items.items()})
         if self.config.server_finetune:
-            group = self.train_public(site, group, module, self.config.server_finetune, self.config.server_lr, "fine-tuning of returned models", member="client")
+            group = self.train_public(site, group, module, self.config.server_finetune, self.config.server_lr, "fine-tuning of returned models",
+                                      member="client", setting="server_lr")
         models, filters = {client: tree.part(own, "model") for client, own in group.states().items()}, {}
         if architecture != self.base:
             models, filters = self.dilated(architecture, models, {client: tree.part(item, "filters") for client, item in items.items()}, site)
@@ -219,7 +220,7 @@ class FedConv(Algorithm):
         group = single(self.base, 0, state)
         if config.weights != "mean":
             group, accuracy = self.tune(site, group, module, config.aggregation_epochs, config.aggregation_lr, "aggregation", loss, context,
-                                        "the weights of the global model")
+                                        "the weights of the global model", "aggregation_lr")
             site.note("aggregation_accuracy", float(accuracy))
         return made(module, group, 0)
 
@@ -263,20 +264,23 @@ class FedConv(Algorithm):
         return (config.first_epochs if round_ < config.first_rounds else config.filter_epochs), max(min(config.lr_floor, config.filter_lr), config.filter_lr / 2 ** halvings)
 
     def train_public(self, site: ServerSite, group: Group, module: nn.Module, count: int, lr: float, purpose: str,
-                     loss: Callable = cross_entropy, context: Tree | None = None, member: str = "model", of: int = 0) -> Group:
-        """`count` epochs of Adam on the public set for each model of the group, of the `of` that it gets in a round if these are more."""
+                     loss: Callable = cross_entropy, context: Tree | None = None, member: str = "model", of: int = 0, setting: str = "filter_lr") -> Group:
+        """`count` epochs of Adam on the public set for each model of the group, of the `of` that it gets in a round if these are more.
+
+        `setting`: the one that `lr` comes from.
+        """
         def batches(key: int):
             return epochs(site.public, self.config.public_batch, count, site.stream(purpose, key))
         steps = max(count, of) * -(-len(site.public) // self.config.public_batch)
-        return site.fit(group, {"model": module}, [Turn(("model",), loss, Optimizer("adam", lr))], batches, context=context, keep_optimizer=True,
+        return site.fit(group, {"model": module}, [Turn(("model",), loss, self.rule("adam", setting, lr))], batches, context=context, keep_optimizer=True,
                         steps=steps * self.problem.job.federation.rounds, work=purpose, member=member)[0]
 
     def tune(self, site: ServerSite, group: Group, module: nn.Module, count: int, lr: float, purpose: str,
-             loss: Callable = cross_entropy, context: Tree | None = None, member: str = "model") -> tuple[Group, Tensor]:
+             loss: Callable = cross_entropy, context: Tree | None = None, member: str = "model", setting: str = "filter_lr") -> tuple[Group, Tensor]:
         """The best of `count` epochs for each model by the public validation part, the later one of equals; and its accuracy there in percent, (K,)."""
         best, top = group, torch.full((len(group.clients),), -1.0)
         for epoch in range(count):
-            group = self.train_public(site, group, module, 1, lr, f"{purpose} {epoch}", loss, context, member, count)
+            group = self.train_public(site, group, module, 1, lr, f"{purpose} {epoch}", loss, context, member, count, setting)
             accuracy = torch.stack([self.validate(site, module, own) for own in group.states().values()])
             better = accuracy >= top
             chosen = better.to(group.device)

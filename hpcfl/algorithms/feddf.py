@@ -22,7 +22,6 @@ from hpcfl.fit import Turn
 from hpcfl.group import Group
 from hpcfl.kinds import choice, integer, real
 from hpcfl.losses import divergence
-from hpcfl.optimizers import Optimizer
 from hpcfl.statistics import Statistics, Sums, Uploads
 from hpcfl.tree import Tree
 
@@ -117,8 +116,9 @@ class FedDF(FedAvg):
                 yield {"x": batch["x"], "teacher": teacher[batch["index"]]}
         lr = self.config.lr * (1 + math.cos(math.pi * done / self.config.steps)) / 2
         modules = {"model": self.problem.structure(group.architecture)}
-        return site.fit(group, modules, [Turn(("model",), distillation, Optimizer("adam", lr))], batches, keep_optimizer=True,
-                        steps=self.config.steps * self.problem.job.federation.rounds, work="distillation", member="the average of architecture")[0]
+        return site.fit(group, modules, [Turn(("model",), distillation, self.rule("adam", "lr", lr))], batches, keep_optimizer=True,
+                        steps=self.config.steps * self.problem.job.federation.rounds, work=f"distillation from step {done}",
+                        member="the average of architecture")[0]
 
     def distance(self, group: Group, teacher: Tree, site: ServerSite) -> float:
         """KL(ensemble || student) on what is held out of the public images, where there is any, else on the others."""

@@ -20,7 +20,6 @@ from hpcfl.fit import Turn
 from hpcfl.group import OPTIMIZER, Group
 from hpcfl.kinds import choice, integer, real
 from hpcfl.losses import cross_entropy
-from hpcfl.optimizers import Optimizer
 from hpcfl.statistics import Statistics, Uploads
 from hpcfl.tree import Tree
 
@@ -164,7 +163,7 @@ class FedGen(SharedHead):
                 yield {"y": labels(there, config.server_batch, random), "noise": self.noise(config.server_batch, random)}
         state = {path: leaf for path, leaf in server.items() if path.startswith(("generator/", f"{OPTIMIZER}/"))}
         group = Group("generator", (0,), tree.repeat(tree.to(state, device), 1))
-        rule = Optimizer("adam", config.server_lr * config.decay ** site.round, weight_decay=config.server_decay)
+        rule = self.rule("adam", "server_lr", config.server_lr * config.decay ** site.round, weight_decay=config.server_decay)
         context = {"weight": heads["head.weight"], "bias": heads["head.bias"], "share": counts / counts.sum(0).clamp(min=1)}
         turn, steps = Turn(("generator",), self.generator_loss, rule), config.server_steps * self.problem.job.federation.rounds
         group, metrics = site.fit(group, {"generator": generator}, [turn], batches, context=context, keep_optimizer=True, steps=steps,

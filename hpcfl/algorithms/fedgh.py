@@ -14,7 +14,6 @@ from hpcfl.algorithms.shared_head import SharedHead, train_head
 from hpcfl.group import Group
 from hpcfl.kinds import integer, real
 from hpcfl.losses import cross_entropy
-from hpcfl.optimizers import Optimizer
 from hpcfl.tree import Tree
 
 
@@ -46,7 +45,7 @@ class FedGH(SharedHead):
             for _ in range(config.server_epochs):
                 for chosen in torch.randperm(len(classes), generator=generator).to(classes.device).split(config.server_batch):
                     yield {"x": means[chosen], "y": classes[chosen]}
-        return train_head(server, batches(), Optimizer("sgd", config.server_lr), site, "global header")
+        return train_head(server, batches(), self.rule("sgd", "server_lr"), site, "global header")
 
 
 def plan(config: Config, problem: Problem) -> Plan:

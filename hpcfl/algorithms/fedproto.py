@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hpcfl.algorithms.base import Algorithm, ClientSite, Phase, Plan, Problem, ServerSite, Totals, Update
-from hpcfl.evaluate import features
 from hpcfl.group import Group
 from hpcfl.kinds import real
 from hpcfl.losses import prototype_distance
@@ -42,8 +41,7 @@ class FedProto(Algorithm):
         context = {"prototypes": prototypes, "has": message["has"].bool().to(prototypes.device), "weight": torch.ones_like(prototypes[0]),
                    "strength": torch.tensor(self.config.strength, device=prototypes.device)}
         group, metrics = site.train_model(group, loss, context)
-        moments = [measure(features(group, site.modules, client, site.holdings[client].train), site.holdings[client].train.labels,
-                           self.problem.classes, full=False) for client in group.clients]
+        moments = [measure(site.features(group, client), site.holdings[client].train.labels, self.problem.classes, full=False) for client in group.clients]
         means = {"prototypes": torch.stack([m.mean for m in moments]).float()}              # (K, C, p)
         counts = {"prototypes": torch.stack([m.count for m in moments]).unsqueeze(2)}       # (K, C, 1)
         return Update(group, Statistics({"prototypes": Sums.weighted(group.clients, means, counts)}), metrics)

@@ -107,7 +107,9 @@ class FedTGP(Algorithm):
         with site.problem.stream("structure").seeding():
             network = self.network().to(self.problem.device)
         group = Group("prototypes", (0,), tree.repeat(tree.to(tree.join(prototypes=tree.part(server, "network")), self.problem.device), 1))
-        turn = Turn(("prototypes",), contrastive_loss, Optimizer("sgd", config.server_lr or self.problem.job.training.lr))
+        own = self.problem.optimizer()
+        rule = self.rule("sgd", "server_lr") if config.server_lr else Optimizer("sgd", own.lr, rate_setting=own.rate_setting)
+        turn = Turn(("prototypes",), contrastive_loss, rule)
         delta = margin(means, classes, config.margin, config.margin_limit)
         steps = config.server_epochs * -(-len(classes) // config.server_batch) * self.problem.job.federation.rounds
         group, metrics = site.fit(group, {"prototypes": network}, [turn], batches, context={"margin": delta}, steps=steps, work="global prototypes",

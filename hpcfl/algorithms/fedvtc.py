@@ -29,7 +29,6 @@ from hpcfl.known import Known
 from hpcfl.losses import cross_entropy, prototype_distance
 from hpcfl.matching import MATCHINGS
 from hpcfl.moments import Moments
-from hpcfl.optimizers import Optimizer
 from hpcfl.statistics import Statistics, Sums
 from hpcfl.synthesise import Draw, synthetic_epochs
 from hpcfl.tree import Tree
@@ -203,9 +202,10 @@ class FedVTC(Generating):
     def train_generator(self, group: Group, latents: Latents, local: Local, known: Known, site: ClientSite) -> tuple[Group, dict[str, Tensor]]:
         """E_v epochs of Adam on psi_k, and on sigma_k where it is learnable; f_k is frozen (3.3)."""
         config = self.config
-        turns = [Turn(("generator",), self.generator_loss, Optimizer("adam", config.vtc_lr, betas=BETAS, clip=config.vtc_clip))]
+        turns = [Turn(("generator",), self.generator_loss, self.rule("adam", "vtc_lr", betas=BETAS, clip=config.vtc_clip,
+                                                                             clip_setting=f"algorithm.vtc_clip = {config.vtc_clip:g}"))]
         if config.sigma_source == "learnable":
-            turns.append(Turn(("deviation",), self.generator_loss, Optimizer("adam", config.sigma_lr, betas=BETAS)))
+            turns.append(Turn(("deviation",), self.generator_loss, self.rule("adam", "sigma_lr", betas=BETAS)))
         deviations = {client: self.deviation(local[client]) for client in group.clients}
 
         def batches(client: int) -> Iterator[Tree]:
@@ -344,7 +344,9 @@ class FineTune(Generating):
             real = (lambda epoch: epochs(site.holdings[client].train, config.finetune_batch, 1, site.stream(f"real/{epoch}", client))) if config.ft_real else None
             return synthetic_epochs(self.generate(whole, known, site, client), classes, config.per_class, config.finetune_batch, config.finetune_epochs,
                                     site.stream("finetune", client), resample=config.resample, real=real)
-        rule = replace(self.problem.optimizer(), lr=config.finetune_lr or self.problem.job.training.lr)
+        rule = self.problem.optimizer()
+        if config.finetune_lr:
+            rule = replace(rule, lr=config.finetune_lr, rate_setting=f"algorithm.finetune_lr = {config.finetune_lr:g}")
         turn = Turn(("model",), cross_entropy, rule, SCOPES[config.finetune_scope])
         times = self.problem.job.federation.rounds if config.finetune == "every_round" else 1
         steps = config.finetune_epochs * -(-len(classes) * config.per_class // config.finetune_batch) * times

@@ -29,7 +29,6 @@ from hpcfl.group import OPTIMIZER, Group
 from hpcfl.kinds import choice, integer, real
 from hpcfl.losses import cross_entropy
 from hpcfl.models.split import Shape
-from hpcfl.optimizers import Optimizer
 from hpcfl.statistics import Statistics, Sums
 from hpcfl.streams import Stream
 from hpcfl.tree import Tree
@@ -202,7 +201,7 @@ class TrainGenerator(Generating):
     def turns(self, round_: int) -> list[Turn]:
         """One step of each loss per batch; a rate that decays falls linearly over T_KA and is above zero in the last round."""
         left = 1 - (self.first + round_) / self.config.generator_rounds if self.kind.decay == "linear" else 1.0
-        rules = [replace(Optimizer(**vars(rule)), lr=(self.config.generator_lr or rule.lr) * left) for rule in self.kind.rules()]
+        rules = [self.rule(**vars(rule) | {"setting": "generator_lr", "lr": (self.config.generator_lr or rule.lr) * left}) for rule in self.kind.rules()]
         return [Turn(trained, loss, rule) for (trained, loss), rule in zip(self.kind.losses(), rules, strict=True)]
 
     def batches(self, message: Tree, site: ClientSite, client: int, batch: int) -> Iterator[Tree]:

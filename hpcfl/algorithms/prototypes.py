@@ -3,7 +3,6 @@ import torch
 from torch import Tensor
 
 from hpcfl.algorithms.base import ClientSite, Totals
-from hpcfl.evaluate import features
 from hpcfl.group import Group
 from hpcfl.moments import measure
 from hpcfl.statistics import Statistics, Uploads
@@ -13,8 +12,7 @@ def describe(group: Group, site: ClientSite) -> Statistics:
     """What each client sends of its training images: {"means": (c, p) float32, "classes": (c,) int32}, a row for each class it has."""
     messages = {}
     for client in group.clients:
-        shard = site.holdings[client].train
-        measured = measure(features(group, site.modules, client, shard), shard.labels, site.problem.classes, full=False)
+        measured = measure(site.features(group, client), site.holdings[client].train.labels, site.problem.classes, full=False)
         held = measured.count > 0
         messages[client] = {"means": measured.mean[held].float(), "classes": held.nonzero().flatten().to(torch.int32)}
     return Statistics({"prototypes": Uploads(messages)})

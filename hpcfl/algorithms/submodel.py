@@ -1,4 +1,5 @@
 """Sub-models: each client trains a slice of one global model, and the server averages every element over the clients that trained it."""
+import copy
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -74,7 +75,7 @@ class SubModel(Algorithm):
     def __init__(self, config: Config, problem: Problem):
         super().__init__(config, problem)
         self.base = problem.common_base()
-        self.structure = lru_cache(maxsize=None)(problem.structure)
+        self.structure = problem.structure
         self.kept = lru_cache(maxsize=64)(self._kept)              # of a few rounds: a window moves on
 
     @cached_property
@@ -92,7 +93,7 @@ class SubModel(Algorithm):
         """The first channel that a slice keeps."""
 
     def modules(self, architecture: str) -> dict[str, nn.Module]:
-        model, full = self.problem.model(architecture), self.structure(self.base).state_dict()
+        model, full = copy.deepcopy(self.structure(architecture)), self.structure(self.base).state_dict()
         self.kept(architecture, 0)                                 # what cannot be sliced is refused before anything runs
         width = zoo.split_name(architecture)[1]
         for name, layer in model.named_modules():

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hpcfl import tree
 from hpcfl.data.augment import Augmentation
 from hpcfl.data.corpora import Corpus
 from hpcfl.errors import DataError
@@ -119,7 +120,7 @@ class Shard:
 
     def to(self, device: torch.device | str) -> "Shard":
         """The shard on a device; shares memory where it is there already."""
-        return Shard(self.images.to(device, non_blocking=True), self.labels.to(device, non_blocking=True), self.scale)
+        return replace(self, **tree.to({"images": self.images, "labels": self.labels}, device))
 
 
 def load(corpus: Corpus, parts: Sequence[np.ndarray], scale: Scale, device: torch.device | str) -> tuple[Shard, ...]:

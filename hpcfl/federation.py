@@ -205,7 +205,8 @@ class Exchange:
         comm = self.world.comm
         whole = step.publish(state.server) if comm.is_server else {}
         if comm.is_server:
-            derived = {path: leaf for path, leaf in whole.items() if not any(leaf is own for own in state.server.values())}
+            looked_at = set(map(id, state.server.values()))
+            derived = {path: leaf for path, leaf in whole.items() if id(leaf) not in looked_at}
             refuse_broken(derived, before.leaves, f"server, {type(step).__name__}.publish", f"lower {self.world.problem.rates()}")
         own = dict.fromkeys(map(part, state.server), 0) | state.versions if comm.is_server else {}
         versions = comm.share({part(path): own.get(part(path), state.version) for path in whole})        # a part that is not the server's own is derived

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -49,7 +50,8 @@ class Meter:
 
         Raises: NonFiniteError naming the clients whose measures or changed leaves hold NaN or infinity, or whose weights are so large that their squares do.
         """
-        usable = [_usable(path, leaf.reshape(len(self.clients), -1), plan) for path, leaf in tree.floating(changed).items()]
+        weights = set(chain(*plan.trained))
+        usable = [_usable(leaf.reshape(len(self.clients), -1), path in weights) for path, leaf in tree.floating(changed).items()]
         table = torch.stack([*self.totals.values(), torch.stack(usable).sum(0)], dim=1).tolist()    # (K, names + 1): the one synchronisation
         broken = [row for row, numbers in enumerate(table) if not all(map(math.isfinite, numbers))]
         if broken:
@@ -69,14 +71,13 @@ class Meter:
                 return (f"{who} reached NaN or infinity in its loss or weights; but {found} before its first step: "
                         f"what it received, or its data or loss, is at fault, not its training{way_out}")
         advice = " and ".join(dict.fromkeys(turn.optimizer.advice for turn in plan.turns))
-        largest = max(float(leaf[broken].abs().max()) for path, leaf in tree.floating(changed).items() if any(path in paths for paths in plan.trained))
+        largest = max(float(leaf[broken].abs().max()) for path, leaf in tree.floating(changed).items() if path in set(chain(*plan.trained)))
         if math.isfinite(largest) and all(math.isfinite(float(total[row])) for total in self.totals.values() for row in broken):
             return f"{who} left weights of up to {largest:.3g}, with which nobody can compute: their squares are infinite; {advice}"
         return f"{who} reached NaN or infinity in its loss or weights; {advice}"
 
 
-def _usable(path: str, rows: Tensor, plan: Plan) -> Tensor:
+def _usable(rows: Tensor, is_weight: bool) -> Tensor:
     """(K,) float64, finite where the numbers in a row (K, n) can be computed with: of weights the sum of squares, of buffers and optimiser states the sum."""
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    is_weight = any(path in paths for paths in plan.trained)
     return (torch.linalg.vecdot(rows, rows) if is_weight else rows.sum(1)).double()

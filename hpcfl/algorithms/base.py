@@ -3,6 +3,7 @@ from abc import ABC
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ class Problem:
     sizes: Sizes                                                   # who has which architecture
     device: torch.device
 
-    @property
+    @cached_property
     def architectures(self) -> tuple[str, ...]:
         """Those of client 0 .. K-1 in the first round."""
         return tuple(self.architecture(client, 0) for client in range(self.sizes.clients))

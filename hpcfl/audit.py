@@ -73,14 +73,14 @@ def render(found: Mapping[str, Any]) -> str:
 
 
 def _classifiers(world: World, state: State, clients: Sequence[int], pool: Shard) -> list[Found]:
-    rows = {}
-    audited = [parked for parked in state.groups if set(parked.clients) & set(clients)]
+    rows, wanted = {}, set(clients)
+    audited = [parked for parked in state.groups if wanted & set(parked.clients)]
     for architecture in {parked.architecture for parked in audited}:
         groups = [parked for parked in audited if parked.architecture == architecture]
-        chosen = [client for parked in groups for client in parked.clients if client in clients]
+        chosen = [client for parked in groups for client in parked.clients if client in wanted]
         references, told = _references(world, state, architecture, chosen, pool)
         for group in (parked.fetch() for parked in groups):
-            rows |= {client: _classifier(world, group, client, pool, references, told) for client in group.clients if client in chosen}
+            rows |= {client: _classifier(world, group, client, pool, references, told) for client in group.clients if client in wanted}
     return [rows[client] for client in sorted(rows)]
 
 

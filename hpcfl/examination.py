@@ -23,36 +23,33 @@ class Examination:
     """What one rank knows of the models, from one evaluation to the next.
 
     Two models that are equal bit for bit answer alike, so that a model is asked on the official test set once: not again for another client that holds
-    it, and not for a client that holds a model of the federation, which all ranks ask together. Only what is a client's own is asked for each of them.
+    it, and not for a client that holds a model of the federation, which the ranks ask together. Only what is a client's own is asked for each of them.
     """
 
     def __init__(self, world: World, ledger: Ledger):
         self.world, self.ledger = world, ledger
-        self.common: dict[Identity, np.ndarray] = {}               # the federation's own models, (C,) on the official test set; the same on every rank
+        self.common: dict[Identity, np.ndarray] = {}               # the federation's own models that this rank holds, (C,) on the official test set
         self.held: dict[int, tuple[Identity, Answers]] = {}        # this rank's clients at the last evaluation
         self.leaves: dict[tuple[int, ...], tuple[weakref.ref, ...]] = {}               # of the models of a group of clients then
 
-    def of_federation(self, models: Mapping[str, tuple[str, Tree]]) -> Answers:
-        """(C,) of each model, name -> (architecture, state_dict), over the official test set. All ranks call it and have a share of the batches.
+    def of_federation(self, models: Mapping[str, tuple[str, Tree, int, int]]) -> Answers:
+        """(C,) of each of the federation's own models over the official test set, at every rank; called by all ranks.
 
+        models: name -> (architecture, state_dict, number of this rank among those who ask the model, their number); a rank that has no part in one lacks it.
         Raises: LayoutError for a model that is not of its architecture.
         """
-        comm, found = self.world.comm, dict[str, tuple[Identity, Callable[[Tensor], Tensor]]]()
+        identities, shares = dict[str, Identity](), Answers()
         with self.ledger("evaluate"):
-            for name, (architecture, model) in models.items():
+            for name, (architecture, model, first, every) in models.items():
                 module = self.world.problem.structure(architecture)
                 if odd := model.keys() ^ module.state_dict().keys():
                     raise LayoutError(f"global model '{name}': '{min(odd)}' is in only one of it and {architecture}; wanted the state_dict of {architecture}")
-                (fingerprint,) = tree.fingerprints(tree.stack([model]))
-                found[name] = (architecture, fingerprint), bind(module, tree.to(model, self.world.problem.device))
-            new = {identity: predict for identity, predict in found.values() if identity not in self.common}
-            shares = [self._right(predict, self.world.test, comm.rank, comm.size) for predict in new.values()]
+                identities[name] = architecture, *tree.fingerprints(tree.stack([model]))
+                shares[name] = self._right(bind(module, tree.to(model, self.world.problem.device)), self.world.test, first, every)
         with self.ledger("idle"):
-            parts = comm.gather(shares)
-            sums = comm.share([sum(share) for share in zip(*parts, strict=True)] if comm.is_server else None)
-        known = self.common | dict(zip(new, sums, strict=True))
-        self.common = {identity: known[identity] for identity, _ in found.values()}
-        return {name: known[identity] for name, (identity, _) in found.items()}
+            found = self.world.comm.share(_summed(self.world.comm.gather(shares) or ()))
+        self.common = {identity: found[name] for name, identity in identities.items()}
+        return found
 
     def of_clients(self, groups: Iterable[Group | Parked]) -> dict[int, Answers]:
         """(C,) of each client's model over the official test set and over the client's own parts."""
@@ -95,3 +92,12 @@ class Examination:
 
     def _right(self, predict: Callable[[Tensor], Tensor], shard: Shard, first: int = 0, every: int = 1) -> np.ndarray:
         return correct(predict, shard, self.world.problem.classes, self.world.job.evaluation.batch, first, every).numpy()
+
+
+def _summed(parts: Iterable[Answers]) -> Answers:
+    """What ranks counted, added up by name."""
+    found: Answers = {}
+    for part in parts:
+        for name, count in part.items():
+            found[name] = found.get(name, 0) + count
+    return found

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
@@ -50,6 +51,11 @@ class Group:
     def device(self) -> torch.device:
         """Where the state lies."""
         return next((leaf.device for leaf in self.state.values()), torch.device("cpu"))
+
+    @cached_property
+    def row_of(self) -> Mapping[int, int]:
+        """Client -> its row."""
+        return {client: row for row, client in enumerate(self.clients)}
 
     def to(self, device: torch.device | str) -> Group:
         """The Group on a device."""
@@ -105,7 +111,7 @@ class Group:
                 raise LayoutError(f"group {self.architecture}: '{path}' is in only one of the Groups of clients {self.clients} and {other.clients}")
         if other.clients == self.clients:
             return other
-        rows = torch.tensor([self.clients.index(client) for client in other.clients])
+        rows = torch.tensor([self.row_of[client] for client in other.clients])
         state = dict(self.state)
         for path, leaf in other.state.items():
             old = state[path].to(leaf.device) if path in state else leaf.new_zeros(len(self.clients), *leaf.shape[1:])

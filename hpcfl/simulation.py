@@ -126,7 +126,8 @@ class Simulation:
         What the step publishes for it is what the next round begins with, so that it moves once.
         """
         step = next((step for step in reversed(place.phase.steps) if step.overrides("global_models")), None)
-        return self.examination.of_federation(step.global_models(self.exchange.publish(step, state).leaves)) if step else {}
+        models = step.global_models(self.exchange.publish(step, state).leaves) if step else {}
+        return self.examination.of_federation({name: (*described, self.comm.rank, self.comm.size) for name, described in models.items()})
 
     def _finish_round(self, place: Place) -> None:
         sent, self.sent_bytes = self.sent_bytes, self.comm.sent_bytes

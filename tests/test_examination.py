@@ -122,10 +122,12 @@ def test_ranks_share_the_asking_of_a_model_of_the_federation_and_their_clients_n
     world = World(tiny("fedavg", models=ONE, federation=ALL, evaluation={"batch": 20}), comm, torch.device("cpu"))
     exam, alone = Examination(world, Ledger(torch.device("cpu"))), examined(evaluation={"batch": 20})[0]
     model = tree.row(stacked(world, [1]).part("model"), 0)
-    found = exam.of_federation({"mlp2": ("mlp2", model), "again": ("mlp2", model)})
-    assert passes[len(world.test)] == 1, "one share of one model"
-    wanted = alone.of_federation({"mlp2": ("mlp2", model)})["mlp2"]
-    assert (found["mlp2"] == wanted).all() and (found["again"] == wanted).all() and wanted.sum() > 0
+    wanted = alone.of_federation({"mlp2": ("mlp2", model, 0, 1)})["mlp2"]
+    if comm.rank == 0:
+        lone = exam.of_federation({"mlp2": ("mlp2", model, comm.rank, comm.size), "lone": ("mlp2", model, 0, 1)})
+    else:
+        lone = exam.of_federation({"mlp2": ("mlp2", model, comm.rank, comm.size)})
+    assert (lone["mlp2"] == wanted).all() and (lone["lone"] == wanted).all() and wanted.sum() > 0
     before = passes[len(world.test)]
     own = exam.of_clients([Group("mlp2", world.mine, tree.join(model=tree.repeat(model, len(world.mine))))])
     assert passes[len(world.test)] == before and all((answers["generalization_correct"] == wanted).all() for answers in own.values())

@@ -4,7 +4,7 @@ from abc import ABC
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -42,7 +42,7 @@ class Problem:
     device: torch.device
     structures: dict[str, nn.Module] = field(default_factory=dict, repr=False, compare=False)          # architecture -> what `structure` built
 
-    @property
+    @cached_property
     def architectures(self) -> tuple[str, ...]:
         """Those of client 0 .. K-1 in the first round."""
         return tuple(self.architecture(client, 0) for client in range(self.sizes.clients))

@@ -17,11 +17,11 @@ from hpcfl.errors import JobError
 from hpcfl.evaluate import model_of
 from hpcfl.federation import State
 from hpcfl.group import Group
-from hpcfl.inspect import printable
 from hpcfl.launch import revisit
 from hpcfl.membership import ALARMS, answers, calibrated, costs, losses
 from hpcfl.references import SMALLEST, reference_models
 from hpcfl.report import aligned
+from hpcfl.wording import printable
 from hpcfl.world import World
 
 FORMAT = 1                                                         # of audit.json, whose key "hpcfl_audit" says that the file is ours to replace
@@ -156,7 +156,7 @@ def _refuse_foreign(folder: Path) -> None:
 
 
 def _write(folder: Path, found: Found, blocks: Blocks) -> list[str]:
-    from hpcfl import figures, page                                # here, because matplotlib takes a second to load
+    from hpcfl import figures, page  # here, because matplotlib takes a second to load
     report, pairs = (folder / name for name in FILES)
     try:
         page.keep(report, (json.dumps(found, indent=1, allow_nan=False) + "\n").encode())

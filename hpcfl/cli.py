@@ -3,11 +3,11 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import hpcfl
 from hpcfl import outlets, signals
+from hpcfl.arguments import Parser, at_home, numbers, residencies
 from hpcfl.errors import EnvironmentFault, HpcflError, Interrupted
 from hpcfl.places import place
 
@@ -161,7 +161,7 @@ def _data_row(row: dict) -> tuple[str, ...]:
     """The few columns of a data set that fit a terminal; --json has the rest."""
     from hpcfl.data.classes import listed, spread
     from hpcfl.data.store import OWN_TERMS
-    from hpcfl.inspect import printable
+    from hpcfl.wording import printable
     there = "classes" in row
     numbers = [str(row[key]) if there else "" for key in ("train", "test", "classes")]
     note = {"absent": f"hpcfl data get {row['name']}", "damaged": row.get("problem", "")}.get(row["status"], "")
@@ -216,55 +216,11 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return launch.guarded(body, comm)
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    numbers = tuple(map(int, text.split(",")))
-    if min(numbers) < 1:
-        raise ValueError
-    return numbers
-
-
-def _residencies(text: str) -> tuple[str, ...]:
-    from hpcfl.residency import RESIDENCIES
-    if not RESIDENCIES.keys() >= set(text.split(",")):
-        raise ValueError
-    return tuple(text.split(","))
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says of an argument that a subcommand does not know how that subcommand is used, where argparse tells of the whole program.
-
-    What comes behind "--" goes into `behind`, where a parser's defaults have that.
-    """
-
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None) -> tuple[argparse.Namespace, list[str]]:
-        """As argparse's, which hands a subcommand's arguments to its parser in this way."""
-        words, behind = list(sys.argv[1:] if args is None else args), []
-        if self.get_default("behind") is not None and "--" in words:
-            cut = words.index("--")
-            words, behind = words[:cut], words[cut + 1:]
-        known, unknown = super().parse_known_args(words, namespace)
-        if unknown:
-            self.error(f"unrecognized arguments: {' '.join(unknown)}")
-        if behind:
-            known.behind = behind
-        return known, unknown
-
-
-def _at_home(arguments: argparse.Namespace) -> argparse.Namespace:
-    """The arguments with every path that begins with ~ in the home folder that it stands for: no shell does that behind an equals sign."""
-    for name, value in vars(arguments).items():
-        if isinstance(value, Path):
-            setattr(arguments, name, place(value))
-        elif isinstance(value, list):
-            setattr(arguments, name, [place(each) if isinstance(each, Path) else each for each in value])
-    return arguments
-
-
 def _speaking(command):
     """What goes wrong where no rank is guarded (no communicator, or none yet) is printed and becomes the exit code."""
     def wrapped(arguments: argparse.Namespace) -> int:
         try:
-            return command(_at_home(arguments))
+            return command(at_home(arguments))
         except HpcflError as error:
             print(f"hpcfl: {error}", file=sys.stderr)
             return error.exit_code
@@ -275,7 +231,7 @@ def _speaking(command):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="hpcfl", description=hpcfl.__doc__)
+    parser = Parser(prog="hpcfl", description=hpcfl.__doc__)
     parser.add_argument("--version", action="version", version=f"hpcfl {hpcfl.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -333,7 +289,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--doctor", type=Path, metavar="FILE", help="what `mpirun -n 2 hpcfl doctor --json` printed where the ranks would be: the speed of the wire")
     predict.add_argument("--latency", type=float, metavar="S", help="seconds of an empty message between two ranks, instead of the doctor's")
     predict.add_argument("--bandwidth", type=float, metavar="B", help="bytes per second between two ranks, instead of the doctor's")
-    predict.add_argument("--ranks", type=_numbers, default="1,2,4,64,512", metavar="N,N,...", help="default: 1,2,4,64,512")
+    predict.add_argument("--ranks", type=numbers, default="1,2,4,64,512", metavar="N,N,...", help="default: 1,2,4,64,512")
     predict.add_argument("--clients", type=int, metavar="K", help="so many clients, those of the run over and over (default: those of the run)")
     predict.add_argument("--phase", metavar="NAME", help="of a run in phases (default: the one that took longest)")
     predict.add_argument("--json", action="store_true", help="one object on standard output")
@@ -385,10 +341,10 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--steps", type=int, default=0,
                        help="vtc: steps of each client that are timed (0: 5 on a CPU, 200 on CUDA); fedconv: steps of an epoch (0: 30, 94); "
                             "gefl: full batches that a client has (0: its images are 600)")
-    bench.add_argument("--clients", type=_numbers, metavar="N[,N...]", help="gefl: clients (default: 10); clients: one case for each (default: 10,100,1000)")
-    bench.add_argument("--residency", type=_residencies, metavar="R[,R...]", help="clients: where states lie (default: device,host,disk)")
+    bench.add_argument("--clients", type=numbers, metavar="N[,N...]", help="gefl: clients (default: 10); clients: one case for each (default: 10,100,1000)")
+    bench.add_argument("--residency", type=residencies, metavar="R[,R...]", help="clients: where states lie (default: device,host,disk)")
     bench.add_argument("--chunk", type=int, help="clients: residency.chunk (default: 0 for device, else 20)")
-    bench.add_argument("--ranks", type=_numbers, metavar="N[,N...]", help="clients: started by mpirun for each case (default: 1)")
+    bench.add_argument("--ranks", type=numbers, metavar="N[,N...]", help="clients: started by mpirun for each case (default: 1)")
     bench.add_argument("--epochs", type=int, default=0, help="gefl: epochs of a generator round (0: 1, published are 5)")
     bench.add_argument("--compile", action="store_true", help="vtc, sampling of gefl: compiled too where that is not done anyway (a minute on a CPU)")
     bench.add_argument("--threads", type=int, default=0, help="per rank; 0: as run.threads = 0")

@@ -13,11 +13,11 @@ from hpcfl.algorithms.base import Problem
 from hpcfl.data.shards import Shard
 from hpcfl.errors import JobError, NonFiniteError
 from hpcfl.federation import Exchange, State, schedule
-from hpcfl.inspect import printable
 from hpcfl.ledger import Ledger
 from hpcfl.report import aligned
 from hpcfl.resize import slices
 from hpcfl.tree import Tree
+from hpcfl.wording import printable
 from hpcfl.world import World
 
 NEIGHBOURS = 3                                                     # fewer: more noise; more: coarser, reads too low (the usual choice of the papers below)

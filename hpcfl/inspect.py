@@ -8,7 +8,7 @@ import h5py
 import numpy as np
 
 from hpcfl.errors import DataError, JobError
-from hpcfl.wording import cause
+from hpcfl.wording import cause, printable
 
 BLOCK_BYTES = 16 << 20                                             # statistics read a dataset in pieces of this size, so memory stays small
 SHOWN = 8                                                          # values of an attribute, or strings of a long dataset, that are shown
@@ -68,11 +68,6 @@ def byte_text(count: float) -> str:
     return f"{count:.0f} B" if power == 0 else f"{count / 1000 ** power:.3g} {BYTE_UNITS[power]}"
 
 
-
-
-def printable(text: str) -> str:
-    """Text in which control characters are escaped: names out of a file must not steer the terminal."""
-    return "".join(character if character.isprintable() else character.encode("unicode_escape").decode() for character in text)
 
 
 def _group(group: h5py.Group, seen: dict[Any, str], statistics: bool, depth: int = 0) -> dict[str, Any]:

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from hpcfl import measures
-from hpcfl.inspect import byte_text, printable
+from hpcfl.inspect import byte_text
 from hpcfl.measures import MEASURES, Found
 from hpcfl.report import WAYS, aligned
+from hpcfl.wording import printable
 
 NOTHING = "-"
 Runs = Mapping[str, Sequence[Found]]                               # label -> summaries of runs that differ only in seed

@@ -41,6 +41,11 @@ def cause(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def printable(text: str) -> str:
+    """Text in which control characters are escaped: names out of a file must not steer the terminal."""
+    return "".join(character if character.isprintable() else character.encode("unicode_escape").decode() for character in text)
+
+
 def size(count: float) -> str:
     """Bytes in three digits: "64 B", "1.05 MB"."""
     power = min(4, int(math.log10(count) // 3)) if count >= 1 else 0

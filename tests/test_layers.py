@@ -10,15 +10,15 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 FILES = sorted((REPOSITORY / "hpcfl").rglob("*.py"))
 LAYERS = (                                                         # a file imports only from its own layer and from those above it here
-    {"errors", "tree", "streams", "kinds", "job", "flops"},
+    {"errors", "tree", "streams", "kinds", "annotations", "synonyms", "places", "wording", "job", "flops"},
     {"comm", "packing", "launchers", "statistics", "storage", "moments", "gaussian", "known"},
     {"data", "models", "generators", "maps", "resize"},
-    {"losses", "matching", "group", "optimizers", "engines", "fit", "synthesise", "evaluate", "membership", "likeness", "latent"},
+    {"losses", "matching", "group", "optimizers", "meter", "engines", "fit", "synthesise", "evaluate", "membership", "likeness", "latent"},
     {"algorithms"},
-    {"placement", "conditions", "residency", "world", "federation", "simulation", "examination", "checkpoint", "ledger", "record", "recording", "trace", "console",
-     "figures", "pictures", "page", "report", "inspect", "information", "audit", "audit_generator", "audit_images", "references", "watchdog", "lead",
-     "signals", "launch", "slurm", "bench", "bench_clients", "bench_fedconv", "bench_gefl", "allotment", "probes", "shared_folder", "estimate", "wording",
-     "finding", "verdicts", "verdicts_run", "doctor", "predict", "cli", "__main__"},
+    {"placement", "conditions", "residency", "world", "finite", "federation", "simulation", "examination", "pace", "averaging", "lock", "outlets", "starter", "checkpoint", "ledger", "record", "recording", "trace", "console",
+     "measures", "labels", "tables", "figures", "pictures", "page", "report", "inspect", "information", "audit", "audit_generator", "audit_images", "references", "watchdog", "lead",
+     "signals", "launch", "slurm", "bench", "bench_clients", "bench_fedconv", "bench_gefl", "allotment", "probes", "shared_folder", "estimate",
+     "finding", "verdicts", "verdicts_run", "doctor", "predict", "arguments", "cli", "__main__"},
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 TOP_LEVEL = {"setup.py", "hpcfl", "jobs", "tests", "slurm", "README.md", ".ci", "pyproject.toml", "LICENSE", ".gitignore"}

@@ -23,10 +23,9 @@ from hpcfl.data.classes import called, remarks, spread
 from hpcfl.data.embedded import EMBEDDED
 from hpcfl.data.sources import PUBLISHED, Labelled
 from hpcfl.errors import DataError
-from hpcfl.inspect import printable
 from hpcfl.places import place
 from hpcfl.storage import sync
-from hpcfl.wording import cause
+from hpcfl.wording import cause, printable
 
 OWN_TERMS = "as the source says"                                   # of data that somebody imported
 ROWS = 20                                                          # classes that are shown one by one

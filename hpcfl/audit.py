@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpcfl import audit_generator
+from hpcfl import audit_generator, mosaics
 from hpcfl.audit_generator import Blocks, Found, attacked
 from hpcfl.audit_images import in_place, matched, part, unseen
 from hpcfl.data.shards import Shard
@@ -161,7 +161,7 @@ def _write(folder: Path, found: Found, blocks: Blocks) -> list[str]:
     try:
         page.keep(report, (json.dumps(found, indent=1, allow_nan=False) + "\n").encode())
         if blocks:
-            page.keep(pairs, figures.png(partial(figures.pairs, blocks=blocks)))
+            page.keep(pairs, figures.png(partial(mosaics.pairs, blocks=blocks)))
         else:
             pairs.unlink(missing_ok=True)                          # of an earlier audit
     except OSError as error:

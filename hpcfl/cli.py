@@ -99,9 +99,10 @@ def _report(arguments: argparse.Namespace) -> int:
     runs, skipped = recording.runs_in(arguments.runs)
     for line in skipped:
         print(f"hpcfl: skipped {line}", file=sys.stderr)
+    out = arguments.out or (arguments.runs[0] if len(arguments.runs) == 1 else runs[0])
     if arguments.trace is not None:
         from hpcfl import trace
-        path = trace.write(runs, place(arguments.trace) if arguments.trace else (arguments.out or runs[0]) / "trace.json")
+        path = trace.write(runs, place(arguments.trace) if arguments.trace else out / "trace.json")
         print(f"trace: {path} (open it in ui.perfetto.dev or chrome://tracing)")
         return 0
     groups = labels.labelled([recording.read(run) for run in runs])
@@ -114,7 +115,7 @@ def _report(arguments: argparse.Namespace) -> int:
     if arguments.format:
         print(tables.FORMATS[arguments.format](found))
         return 0
-    page = report.write(runs, arguments.out or runs[0])
+    page = report.write(runs, out)
     print(tables.text(found))
     print(f"\nreport: {page}")
     return 0
@@ -275,7 +276,7 @@ def _parser() -> argparse.ArgumentParser:
 
     report = commands.add_parser("report", help="figures and one HTML page for one run or several")
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run folder, or a folder with run folders in it; what is none is skipped")
-    report.add_argument("--out", type=Path, metavar="DIR", help="where report.html and figures/ go (default: the first run's folder)")
+    report.add_argument("--out", type=Path, metavar="DIR", help="where report.html and figures/ go (default: the named folder, of several the first run's)")
     only = report.add_mutually_exclusive_group()
     only.add_argument("--json", action="store_true", help="print the summary as JSON, of several runs also means over seeds, and write nothing")
     only.add_argument("--format", choices=["text", "markdown", "latex", "csv"],

@@ -20,10 +20,10 @@ from hpcfl.recording import Recording
 from hpcfl.report import WAYS, summary
 from hpcfl.tables import legend_of, mean_sd_text, over_seeds, results, rounds_text
 
-SELECTION = ("The number to report is the final one: the number of rounds was fixed beforehand, so that nothing selected it. Selected by validation is the "
-             "evaluation at which the validation parts of an architecture's clients were best: those have the clients' own classes, so that with skewed "
-             "shares they say little of the whole test set and may choose an early round. Best on test is selected by test data; it is here to compare with "
-             "papers that publish it.")
+SELECTION = ("Of the accuracies over architectures the one to report is the final one: the number of rounds was fixed beforehand, so that nothing selected it. "
+             "Selected by validation is the evaluation at which the validation parts of an architecture's clients were best: those have the clients' own "
+             "classes, so that with skewed shares they say little of the whole test set and may choose an early round. Best on test is selected by test data; "
+             "it is here to compare with papers that publish it.")
 STYLE = """
 :root { color-scheme: light dark; --surface: #fff; --page: #f4f6f8; --ink: #1c2430; --muted: #5b6675; --line: #dfe4ea; }
 @media (prefers-color-scheme: dark) {
@@ -41,7 +41,8 @@ thead th { border-top: 0; color: var(--muted); font-weight: 600; vertical-align:
 th:first-child { padding-left: 0.9rem; } th:first-child, td.word, thead th.word { text-align: left; }
 tbody th { font-weight: 600; white-space: normal; min-width: 9rem; } td small, th small { display: block; color: var(--muted); font-weight: 400; }
 dl.words { display: grid; grid-template-columns: max-content 1fr; gap: 0.1rem 1rem; color: var(--muted); font-size: 0.9rem; margin: 0.5rem 0 1rem; }
-dl.words dt { font-weight: 600; } dl.words dd { margin: 0; } nav { margin: 0.75rem 0; } nav ol { margin: 0.25rem 0; columns: 22rem; font-size: 0.92rem; }
+dl.words dt { font-weight: 600; } dl.words dd { margin: 0; } nav { margin: 0.75rem 0; }
+nav ul { margin: 0.25rem 0; padding: 0; list-style: none; columns: 22rem; column-gap: 2rem; font-size: 0.92rem; }
 a { color: inherit; text-underline-offset: 0.15em; } .warning { border-left: 4px solid #d55e00; padding: 0.1rem 0.75rem; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: 0.75rem; margin: 1rem 0; padding: 0; }
 .tiles div { background: var(--surface); border: 1px solid var(--line); border-radius: 10px; padding: 0.6rem 0.9rem; }
@@ -91,7 +92,7 @@ def write(recordings: Sequence[Recording], out: Path) -> Path:
         body += ['<h2 id="comparison">Comparison</h2>', _gallery(pictures.comparison(groups), out / "figures")]
     for run in runs:
         prefix = f"{run.number:02d}-{_slug(run.recording.algorithm)}-" if several else ""
-        body += [_headline(run), *_architectures(run.found), _gallery(pictures.of_run(run.recording, prefix), out / "figures"),
+        body += [_headline(run, several), *_architectures(run.found), _gallery(pictures.of_run(run.recording, prefix), out / "figures"),
                  *_folded(run.recording, run.found)]
     page = FRAME.format(title=escape("hpcfl report: " + ", ".join(groups)), style=STYLE, body="\n".join(body))
     return keep(out / "report.html", page.encode())
@@ -107,8 +108,8 @@ def keep(path: Path, content: bytes) -> Path:
 
 
 def _contents(runs: Sequence[Run]) -> str:
-    entries = [("results", "Results"), ("comparison", "Comparison"), *((f"run-{run.number}", run.title) for run in runs)]
-    return f'<nav aria-label=Contents><ol>{"".join(f"<li><a href=#{anchor}>{escape(text)}</a></li>" for anchor, text in entries)}</ol></nav>'
+    entries = [("results", "Results"), ("comparison", "Comparison"), *((f"run-{run.number}", f"{run.number}. {run.title}") for run in runs)]
+    return f'<nav aria-label=Contents><ul>{"".join(f"<li><a href=#{anchor}>{escape(text)}</a></li>" for anchor, text in entries)}</ul></nav>'
 
 
 def _first_tables(runs: Sequence[Run], found: Mapping[str, Sequence[Found]]) -> list[str]:
@@ -117,7 +118,9 @@ def _first_tables(runs: Sequence[Run], found: Mapping[str, Sequence[Found]]) -> 
     tables = [_table("Mean ± sample standard deviation over seeds", SEED_COLUMNS, repeated)] if repeated else []
     tables.append(_table("Each run at its last evaluation", RUN_COLUMNS, [(run,) for run in runs]))
     if any(each["accuracy"]["over_architectures_selected"]["mean"] is not None for each, in repeated):
-        tables.append(_table("Over architectures: mean ± sample standard deviation over seeds", WAY_COLUMNS, repeated) + f"<p class=note>{SELECTION}</p>")
+        tables.append(_table("Over architectures: mean ± sample standard deviation over seeds", WAY_COLUMNS, repeated))
+    if any(run.found["accuracy"]["over_architectures"] for run in runs):
+        tables.append(f"<p class=note>{SELECTION}</p>")
     legend = "".join(f"<dt>{escape(name)}</dt><dd>{escape(sentence)}</dd>" for name, sentence in legend_of([run.found for run in runs]))
     told = "".join(f"<p class=note>{escape(text[0].upper() + text[1:])}.</p>" for text in results([run.found for run in runs]))
     return ['<h2 id="results">Results</h2>', *tables, f"<p class=note>Accuracies in percent, the one to report in bold.</p><dl class=words>{legend}</dl>{told}"]
@@ -127,10 +130,10 @@ def _architectures(found: dict[str, Any]) -> list[str]:
     over = found["accuracy"]["over_architectures"] or {"per_architecture": {}}
     accuracies = [*over["per_architecture"].items(), ("mean", over)] if over["per_architecture"] else []
     flops = [(phase, name, counted) for phase, entries in found["flops"].items() for name, counted in entries.items()]
-    tables = (("Architectures: size, time and bytes per client and round", ARCHITECTURE_COLUMNS, [(entry,) for entry in found["by_architecture"]], ""),
-              ("Architectures: mean accuracy of their clients, three ways", ACCURACY_COLUMNS, accuracies, f"<p class=note>{SELECTION}</p>"),
-              ("Architectures: floating-point operations per client and round, two for each multiply-add", FLOPS_COLUMNS, flops, ""))
-    return [_table(*described, rows) + note for *described, rows, note in tables if rows]
+    tables = (("Architectures: size, time and bytes per client and round", ARCHITECTURE_COLUMNS, [(entry,) for entry in found["by_architecture"]]),
+              ("Architectures: mean accuracy of their clients, three ways", ACCURACY_COLUMNS, accuracies),
+              ("Architectures: floating-point operations per client and round, two for each multiply-add", FLOPS_COLUMNS, flops))
+    return [_table(*described, rows) for *described, rows in tables if rows]
 
 
 def _flops(count: float | None) -> str:
@@ -222,7 +225,7 @@ FLOPS_COLUMNS: dict[str, Callable[[str, str, dict[str, float | None]], str]] = {
 WORDS = ("After", "Phase", "Architecture")
 
 
-def _headline(run: Run) -> str:
+def _headline(run: Run, several: bool) -> str:
     recording, found, accuracy, sent = run.recording, run.found, run.found["accuracy"], run.found["bytes"]
     known = {key: measure.of(accuracy) for key, measure in MEASURES.items()}
     tiles = {name: (_percent(known[key]["mean"]), note) for key, (name, note) in _names(accuracy).items() if known[key] and known[key]["mean"] is not None}
@@ -240,7 +243,8 @@ def _headline(run: Run) -> str:
     facts = f"{recording.algorithm} on {found['data']}{origin}, {counted(recording.clients, 'client')}, {counted(recording.ranks, 'rank')}, " \
             f"{counted(recording.rounds, 'round')} finished, status: {recording.status}, folder {recording.folder}"
     warnings = "".join(f"<p class=warning>{escape(text)}.</p>" for text in found["warnings"])
-    return f'<h2 id="run-{run.number}">{escape(run.title)}</h2><p class=note>{escape(facts)}</p>{warnings}<dl class=tiles>{cells}</dl>'
+    heading = f"{run.number}. {run.title}" if several else run.title
+    return f'<h2 id="run-{run.number}">{escape(heading)}</h2><p class=note>{escape(facts)}</p>{warnings}<dl class=tiles>{cells}</dl>'
 
 
 def _names(accuracy: Found) -> dict[str, tuple[str, str]]:

@@ -5,7 +5,7 @@ from functools import partial
 
 import numpy as np
 
-from hpcfl import figures
+from hpcfl import figures, mosaics
 from hpcfl.inspect import byte_text
 from hpcfl.measures import after, after_all
 from hpcfl.recording import BEFORE, Recording, mean_of
@@ -201,7 +201,7 @@ def _samples(recording: Recording) -> Picture | None:
     has = held["has"][:CLIENTS_PICTURED, :CLASSES_PICTURED].astype(bool)
     alt = f"Rows of images by class, real ones on the left, beside them {', '.join(names)}; {has.any(0).sum()} of {len(real)} classes have " \
           "synthetic images."
-    return Picture("samples", "Real and synthetic images", alt, partial(figures.samples, real=real, synthetic=synthetic, has=has, owners=names))
+    return Picture("samples", "Real and synthetic images", alt, partial(mosaics.samples, real=real, synthetic=synthetic, has=has, owners=names))
 
 
 def _labels(recording: Recording) -> list[str]:

@@ -16,7 +16,7 @@ LAYERS = (                                                         # a file impo
     {"losses", "matching", "group", "optimizers", "meter", "engines", "fit", "synthesise", "evaluate", "membership", "likeness", "latent"},
     {"algorithms"},
     {"placement", "conditions", "residency", "world", "finite", "federation", "simulation", "examination", "pace", "averaging", "lock", "outlets", "starter", "checkpoint", "ledger", "record", "recording", "trace", "console",
-     "measures", "labels", "tables", "figures", "pictures", "page", "report", "inspect", "information", "audit", "audit_generator", "audit_images", "references", "watchdog", "lead",
+     "measures", "labels", "tables", "figures", "mosaics", "pictures", "page", "report", "inspect", "information", "audit", "audit_generator", "audit_images", "references", "watchdog", "lead",
      "signals", "launch", "slurm", "bench", "bench_clients", "bench_fedconv", "bench_gefl", "allotment", "probes", "shared_folder", "estimate",
      "finding", "verdicts", "verdicts_run", "doctor", "predict", "arguments", "cli", "__main__"},
 )

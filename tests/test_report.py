@@ -601,6 +601,24 @@ def test_names_of_phases_do_not_overlap():
     assert all(figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 for box in boxes)
 
 
+def test_what_is_reached_in_one_exchange_or_for_nothing_is_in_sight_among_costly_runs():
+    runs = {"costly": [(np.array([1e6, 6e7]), np.array([20.0, 60.0]))], "one exchange": [(np.array([1e5]), np.array([99.0]))],
+            "local": [(np.array([0.0, 0.0]), np.array([10.0, 30.0]))]}
+    figure = figures.overlay(figures.LIGHT, runs, "bytes")
+    figure.canvas.draw()
+    axes = figure.axes[0]
+    ends = {line.get_color(): line for line in axes.lines if line.get_markersize() == 8}
+    assert len(ends) == 3 and not any(line.get_clip_on() for line in ends.values())
+    left = [axes.transData.transform((line.get_xdata()[0], line.get_ydata()[0]))[0] for line in ends.values()]
+    assert left[0] > left[1] > left[2] and min(np.diff(sorted(left))) > 20, "no two ends lie on each other, although 600 times the bytes part them"
+    assert sum(bool(text.arrow_patch) for text in axes.texts) == 3, "from each end a line leads to the right"
+
+
+def test_the_first_table_has_few_enough_columns_for_a_laptop(compared):
+    first = (compared / "report.html").read_text().partition("Each run at its last evaluation</caption>")[2].partition("</thead>")[0]
+    assert 5 <= first.count("<th ") <= 9
+
+
 def test_the_page_begins_with_its_contents(compared):
     page = (compared / "report.html").read_text()
     anchors = re.findall(r"<li><a href=#([\w-]+)>", page)

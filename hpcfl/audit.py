@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpcfl import audit_generator, mosaics
+from hpcfl import audit_generator
 from hpcfl.audit_generator import Blocks, Found, attacked
 from hpcfl.audit_images import in_place, matched, part, unseen
 from hpcfl.data.shards import Shard
@@ -156,7 +156,7 @@ def _refuse_foreign(folder: Path) -> None:
 
 
 def _write(folder: Path, found: Found, blocks: Blocks) -> list[str]:
-    from hpcfl import figures, page  # here, because matplotlib takes a second to load
+    from hpcfl import figures, mosaics, page  # here, because matplotlib takes a second to load
     report, pairs = (folder / name for name in FILES)
     try:
         page.keep(report, (json.dumps(found, indent=1, allow_nan=False) + "\n").encode())

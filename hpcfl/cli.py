@@ -245,8 +245,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--may-differ", action="append", default=[], metavar="SECTION.KEY",
                      help="a setting that may differ from the checkpoint's; hpcfl: the version that wrote it")
     where = run.add_mutually_exclusive_group()
-    where.add_argument("--ranks", type=int, default=0, metavar="N", help="on so many ranks of this host: by mpirun, out of reach of Ctrl-C, which then ends them with a checkpoint")
-    where.add_argument("--alone", action="store_true", help="in this one process and without MPI, whatever the environment says of ranks (in a shell that srun started)")
+    where.add_argument("--ranks", type=int, default=0, metavar="N", help="on so many ranks, by a mpirun that Ctrl-C does not reach: they end with a checkpoint")
+    where.add_argument("--alone", action="store_true", help="in this one process, without MPI, whatever the environment says of ranks (a shell of srun's)")
     run.add_argument("--dry-run", action="store_true", help="check the job, print it with every default and who would train where, train nothing")
     run.set_defaults(command=_speaking(_run))
 

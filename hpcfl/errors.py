@@ -78,7 +78,7 @@ def at(whom: Callable[[], str]) -> Iterator[None]:
         raise
 
 
-def told(error: Exception, rank: int) -> str:
+def told(error: BaseException, rank: int) -> str:
     """An error in one line: type, rank, with whom as far as that is known, and what it says; of those that hpcfl raises on purpose what they say."""
     if isinstance(error, HpcflError):
         return str(error)
@@ -86,5 +86,5 @@ def told(error: Exception, rank: int) -> str:
     return f"{type(error).__name__} on {', '.join([f'rank {rank}', *_at(error)])}{said}"
 
 
-def _at(error: Exception) -> list[str]:
+def _at(error: BaseException) -> list[str]:
     return [note.removeprefix(AT) for note in getattr(error, "__notes__", []) if note.startswith(AT)]

@@ -102,7 +102,7 @@ class Evaluation:
 @dataclass(frozen=True)
 class Checkpoint:
     every: int = integer(10, 1)                                    # rounds; the last round is always kept
-    seconds: float = real(60.0, 0.0)                               # and behind the round that passes so many since the last, earlier where one takes little; 0: no
+    seconds: float = real(60.0, 0.0)                               # also behind the round that passes so many, earlier where it costs little; 0: never
     keep: int = integer(2, 1)                                      # newest checkpoints kept
 
 

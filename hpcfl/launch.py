@@ -52,7 +52,8 @@ def run(job: Job, comm: Communicator, out: str | Path | None, resume: str, may_d
     folder, resume_from = (Path(path) if path else None for path in comm.share(_folders(job, Path(out) if out else None, resume) if comm.is_server else None))
     with _owning(folder, comm), watching(comm, folder, job.timeouts.collective, partial(_fail, folder)):
         keep_log(folder, comm.rank)
-        console = Console(comm.is_server, live=launched() is None and sys.stdout is not None and sys.stdout.isatty())      # a launcher gives its ranks terminals that are none
+        # A launcher gives its ranks terminals that are none, and standard output may be closed.
+        console = Console(comm.is_server, live=launched() is None and getattr(sys.stdout, "isatty", bool)())
         if comm.share(comm.is_server and resume_from == folder and _finished(folder) and _of(folder, job)):
             console.say(f"{folder}: already done; choose another --out to run it again")
             return folder
@@ -87,7 +88,7 @@ def run(job: Job, comm: Communicator, out: str | Path | None, resume: str, may_d
             if comm.is_server:
                 _write_status(folder, f"stopped: {error}")
             raise
-        except Exception as error:
+        except BaseException as error:
             _write_status(folder, f"failed: {told(error, comm.rank)}")
             raise
         finally:

@@ -58,7 +58,8 @@ class Simulation:
             if end or stop:
                 self._book_last_checkpoint()
             if stop and not end:
-                raise Stopped(f"{self.folder}: stopped on a signal after round {state.rows} of {len(self.places)}; a checkpoint is there, the same command goes on")
+                raise Stopped(f"{self.folder}: stopped on a signal after round {state.rows} of {len(self.places)}; a checkpoint is there, the same command "
+                              "goes on")
             del state                                              # not to be kept beside those of the next round
 
     def so_far(self) -> tuple[float, str]:

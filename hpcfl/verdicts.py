@@ -179,8 +179,9 @@ def load(examined: Examined) -> Finding | None:
     busy = {facts.host: facts for facts in examined.facts if facts.load > facts.host_cores + len(examined.on(facts.host))}      # these ranks are part of it
     if not busy:
         return None
-    return Finding("load", WARNING, "; ".join(f"{host}: {facts.load:.3g} processes want its {counted(facts.host_cores, 'core')}" for host, facts in busy.items())
-                   + ": others are at work there; a run takes longer, all ranks wait for the slowest, and no time measured now is one to go by",
+    told = "; ".join(f"{host}: {facts.load:.3g} processes want its {counted(facts.host_cores, 'core')}" for host, facts in busy.items())
+    return Finding("load", WARNING, f"{told}: others are at work there; a run takes longer, all ranks wait for the slowest, and no time measured now is one "
+                   "to go by",
                    "wait for them, use other hosts, or ask for hosts of your own (sbatch --exclusive)")
 
 

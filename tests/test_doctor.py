@@ -110,7 +110,7 @@ def test_ranks_that_do_not_see_each_other_are_a_problem_that_one_of_them_tells(t
     assert verdict(found, "launch") == (
         "problem: mpirun of Open MPI started 4 ranks (OMPI_COMM_WORLD_SIZE), but each sees only itself: there would be 4 runs side by side instead of one -> "
         "Launch with the mpirun that belongs to the MPI library of mpi4py, or with srun --mpi=pmix (srun --mpi=list shows what the site offers); mpi4py must "
-        "be installed and find its MPI library on every node")
+        "be installed and find its MPI library on every node. To run one process here, whatever launched the shell that it is started from: hpcfl run --alone")
     assert found["verdict"] == "problem" and found["exit_code"] == 3
     with started(tmp_path, "doctor", environment={"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "2"}) as process:
         assert process.ends() == 0 and process.text() == ""

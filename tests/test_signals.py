@@ -101,11 +101,12 @@ def test_a_signal_in_a_checkpoint_leaves_it_whole_and_ends_the_run_behind_the_ne
     same(tmp_path / "run", whole[1])
 
 
-@pytest.mark.parametrize(("rounds", "way_on"), [(0, "there is no checkpoint yet, the same command begins again"), (2, "the same command goes on from round-000002")])
+@pytest.mark.parametrize(("rounds", "way_on"), [(0, "there is no checkpoint yet, the same command begins again"),
+                                                (2, "the same command goes on from round-000002")])
 def test_a_second_ctrl_c_ends_the_run_at_once_and_says_what_is_left(rounds, way_on, whole, tmp_path):
     folder, path = tmp_path / "run", write_job(tmp_path, whole[0])
-    later = INTERRUPTED.format(owner="Exchange", name="work", numbers=["SIGINT", "SIGINT"]).replace("while numbers:", f"while numbers and arguments[5].row == {rounds}:")
-    run = Forked(tmp_path, "run", path, "--out", folder, fault=later)
+    at_once = INTERRUPTED.format(owner="Exchange", name="work", numbers=["SIGINT", "SIGINT"])
+    run = Forked(tmp_path, "run", path, "--out", folder, fault=at_once.replace("while numbers:", f"while numbers and arguments[5].row == {rounds}:"))
     assert run.ends() == 130, run.text()
     assert run.text().count("hpcfl: Ctrl-C: the run stops behind the round that it is in, with a checkpoint; Ctrl-C again ends it at once\n") == 1
     assert run.text().endswith(f"hpcfl: {folder}: interrupted from the keyboard; {way_on}\n") and "Traceback" not in run.text()

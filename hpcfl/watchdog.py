@@ -18,8 +18,8 @@ from hpcfl.comm import Communicator
 from hpcfl.errors import RankMissing
 from hpcfl.wording import spoken
 
-TOGETHER = ("bcast", "gather", "allgather", "barrier", "any", "bcast_lines", "gather_lines", "reduce")         # calls that all ranks make, in the same order
-APART = ("send", "receive", "send_lines", "receive_lines")         # between two ranks
+TOGETHER = ("bcast", "gather", "allgather", "barrier", "any", "gather_lines")            # calls that all ranks make, in the same order
+APART = ("send", "receive", "bcast_lines", "send_lines", "receive_lines", "reduce")      # those in which some may have no part
 RECENT = 32                                                        # of the calls that all ranks make, the last by which ranks are compared
 FOLDER = "watchdog"                                                # in the run folder: what the ranks say once one has raised the alarm
 PERIOD_S = (0.05, 10.0)                                            # bounds of the time between two looks, a twentieth of the limit

@@ -16,6 +16,7 @@ from hpcfl.inspect import byte_text
 from hpcfl.job import differences
 from hpcfl.pictures import NOTHING, Picture, counted, number_text, seconds_text
 from hpcfl.recording import Recording
+from hpcfl.storage import replacing
 from hpcfl.report import WAYS, same_but_seed, summary
 
 EXPLANATION = ("Accuracies in percent. Generalization: each client on the whole test set, the mean over clients and below it the lowest and the "
@@ -82,10 +83,8 @@ def write(recordings: Sequence[Recording], out: Path) -> Path:
 
 def keep(path: Path, content: bytes) -> Path:
     """Replace a file whole; returns its path. Raises: OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.part")
-    unfinished.write_bytes(content)
-    os.replace(unfinished, path)
+    with replacing(path, lambda error: OSError(error.errno, error.strerror)) as draft:
+        draft.write(content)
     return path
 
 

@@ -11,11 +11,11 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 FILES = sorted((REPOSITORY / "hpcfl").rglob("*.py"))
 LAYERS = (                                                         # a file imports only from its own layer and from those above it here
     {"errors", "tree", "streams", "kinds", "job", "flops"},
-    {"comm", "packing", "launchers", "statistics", "storage", "moments", "gaussian", "known"},
+    {"comm", "packing", "launchers", "statistics", "hdf5", "draft", "storage", "moments", "gaussian", "known"},
     {"data", "models", "generators", "maps", "resize"},
     {"losses", "matching", "group", "optimizers", "engines", "fit", "synthesise", "evaluate", "membership", "likeness", "latent"},
     {"algorithms"},
-    {"placement", "conditions", "residency", "world", "federation", "simulation", "checkpoint", "ledger", "record", "recording", "trace", "console",
+    {"placement", "conditions", "residency", "world", "federation", "simulation", "checkpoint", "ledger", "metrics", "record", "recording", "trace", "console",
      "figures", "pictures", "page", "report", "inspect", "information", "audit", "audit_generator", "audit_images", "references", "watchdog", "lead",
      "signals", "launch", "slurm", "bench", "bench_clients", "bench_fedconv", "bench_gefl", "allotment", "probes", "shared_folder", "estimate", "wording",
      "finding", "verdicts", "verdicts_run", "doctor", "predict", "cli", "__main__"},

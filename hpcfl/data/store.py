@@ -21,7 +21,7 @@ from hpcfl.data import archive, sources
 from hpcfl.data.embedded import EMBEDDED
 from hpcfl.data.sources import PUBLISHED, Labelled
 from hpcfl.errors import DataError
-from hpcfl.storage import sync
+from hpcfl.storage import replacing
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)          # a file system without locks: two conversions then do the same work twice
 
@@ -164,22 +164,13 @@ def _install(target: Path, data: Labelled, source: str, licence: str) -> None:
     """Write under a temporary name, flush, read back, rename: the file is there whole or not at all."""
     for left in target.parent.glob(f".{target.stem}.*.part"):      # of a process that was killed; we hold the lock
         left.unlink(missing_ok=True)
-    temporary = target.with_name(f".{target.stem}.{os.uname().nodename}-{os.getpid()}.part")
-    try:
-        archive.write(temporary, target.stem, data, source, licence)
-        sync(temporary)
-        archive.verify(temporary)
-        os.replace(temporary, target)
-        sync(target.parent)
-    except (OSError, RuntimeError) as error:                       # h5py reports a full disk as either
-        raise _unwritable(error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(target, _unwritable) as draft:
+        archive.write(draft, target.stem, data, source, licence)
+        archive.verify(draft.path)
 
 
-def _unwritable(error: Exception) -> DataError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return DataError(f"the cache {folder()} cannot be written ({reason}); free space there, or name another folder: export HPCFL_DATA=FOLDER")
+def _unwritable(error: OSError) -> DataError:
+    return DataError(f"the cache {folder()} cannot be written ({error.strerror or error}); free space there, or name another folder: export HPCFL_DATA=FOLDER")
 
 
 def _stamp(target: Path) -> str:

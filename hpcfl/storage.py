@@ -214,6 +214,7 @@ def _put(group: h5py.Group, path: str, leaf: torch.Tensor) -> None:
 def _leaf(file: hdf5.Reader, dataset: h5py.Dataset) -> torch.Tensor:
     """What `_put` put there."""
     leaf = torch.from_numpy(np.asarray(file.values(dataset)))
+    leaf = leaf if leaf.numel() else torch.empty_like(leaf, memory_format=torch.contiguous_format)         # numpy's empty arrays have strides of 0
     kind = file.attribute(dataset, TYPE)
     if kind is None:
         return leaf

@@ -11,7 +11,7 @@ import torch
 from forking import SERVER
 from launching import left_half_written
 
-from hpcfl import draft, storage
+from hpcfl import draft, packing, storage, tree
 from hpcfl.errors import CheckpointError, LayoutError
 
 NAMES = ("bool", "uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64", "float16", "bfloat16", "float32", "float64", "complex32", "complex64",
@@ -147,6 +147,10 @@ def test_a_leaf_of_any_type_of_torch_keeps_every_bit(tmp_path, dtype):
     storage.write_trees(tmp_path / "file.h5", [("server", leaves)])
     read = storage.read_trees(tmp_path / "file.h5")["server"]
     assert read.keys() == leaves.keys() and all(same(read[path], leaves[path].contiguous()) for path in leaves)
+    scratch = storage.Scratch(str(tmp_path))
+    assert all(same(scratch.read(scratch.write(leaf)), leaf.contiguous()) for leaf in [*leaves.values(), *read.values()])
+    travelled, = packing.unpack(packing.pack([leaves]), [tree.layout(leaves)])
+    assert all(same(travelled[path], leaves[path].contiguous()) for path in leaves)
 
 
 def test_a_conjugate_is_stored_as_what_it_is(tmp_path):

@@ -1,7 +1,9 @@
 """Checkpoints: every rank writes its clients, the server its state; the manifest comes last and makes them count."""
 import json
+import math
+import re
 import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -24,7 +26,7 @@ FREE_TO_DIFFER = ("checkpoint.every", "checkpoint.keep", "checkpoint.seconds", "
 
 
 def save(folder: Path, world: World, state: State, record: Record, score: float | None) -> None:
-    """Write metrics.h5 and checkpoints/round-<rows>/, then point LATEST at it; afterwards older ones go, but for the last `checkpoint.keep` and the best.
+    """Bring metrics.h5 up to now, write checkpoints/round-<rows>/, then point LATEST at it; afterwards older ones go, but for the last `checkpoint.keep` and the best.
 
     score: mean accuracy on the clients' validation parts, by which the best is known (never the test set); None where it was not measured.
 
@@ -36,7 +38,7 @@ def save(folder: Path, world: World, state: State, record: Record, score: float 
         name = f"rank-{comm.rank:04d}.h5"
         written[name] = {"sha256": storage.write_trees(target / name, _clients(state)), "clients": list(world.mine)}
         if comm.is_server:
-            record.write(folder / "metrics.h5")                    # before the manifest: a record may run ahead of its checkpoint, never behind
+            record.append(folder / "metrics.h5")                   # before the manifest: a record may run ahead of its checkpoint, never behind
             written["server.h5"] = {"sha256": storage.write_trees(target / "server.h5", [("server", state.server)]), "clients": []}
     except CheckpointError as error:
         failure = str(error)
@@ -44,7 +46,7 @@ def save(folder: Path, world: World, state: State, record: Record, score: float 
     if comm.is_server:
         failure = next((text for _, text in reports if text), None)
         if failure is None:
-            failure = _seal(folder, target, world, state, score, {name: entry for files, _ in reports for name, entry in files.items()})
+            failure = _seal(folder, target, world, state, record, score, {name: entry for files, _ in reports for name, entry in files.items()})
         else:
             shutil.rmtree(target, ignore_errors=True)
     failure = comm.share(failure)
@@ -64,8 +66,9 @@ def load(folder: Path, world: World, may_differ: Sequence[str] = ()) -> State | 
     checkpoint, manifest = Path(found[0]), found[1]
     _check(checkpoint, manifest, world, may_differ)
     files = {client: name for name, entry in manifest["files"].items() for client in entry["clients"]}
-    if missing := set(world.mine) - files.keys():
-        raise CheckpointError(f"{checkpoint}: holds no state of client {min(missing)}")
+    if files.keys() != set(range(world.clients)):
+        raise CheckpointError(f"{checkpoint}: holds the states of {len(files)} clients, this job has {world.clients}; federation.clients must not differ. "
+                              "Choose another --out")
     for name in sorted({files[client] for client in world.mine} | ({"server.h5"} if comm.is_server else set())):
         _verify(checkpoint / name, manifest["files"][name]["sha256"])
     groups, received = [], {}
@@ -76,6 +79,7 @@ def load(folder: Path, world: World, may_differ: Sequence[str] = ()) -> State | 
             trees |= {int(client): state for client, state in found.items()}
         received |= {client: {name: int(version) for name, version in tree.part(state, "received").items()} for client, state in trees.items()}
         trees = {client: {path: leaf for path, leaf in state.items() if not path.startswith("received/")} for client, state in trees.items()}
+        _fit(checkpoint, architecture, world.modules[architecture]["model"].state_dict(), trees)
         groups.append(world.park(Group.of(architecture, trees).to(world.problem.device)))
     server = _read(checkpoint / "server.h5", ["server"])["server"] if comm.is_server else None
     return State(server, tuple(groups), received, manifest["rows"], manifest["version"], manifest["versions"])
@@ -98,25 +102,35 @@ def clear(folder: Path, resume_from: Path | None) -> None:
 def past(folder: Path) -> Past | None:
     """What the latest checkpoint in a run folder (or one checkpoint folder) says of where clients were and how long they took; None where there is none.
 
-    Raises: CheckpointError where the manifest or the record beside the checkpoints cannot be read.
+    A record beside the checkpoints that cannot be read says nothing of how long they took. Raises: CheckpointError where the manifest cannot be read.
     """
     found = _manifest(folder)
     if found is None or found[1].get("format") != FORMAT:          # what that means is said where it is loaded
         return None
     manifest, origin = found[1], Path(found[0]).parent.parent
     home = {client: rank for rank in range(manifest["ranks"]) for client in manifest["files"].get(f"rank-{rank:04d}.h5", {"clients": ()})["clients"]}
-    seconds = seconds_taken(origin / "metrics.h5", manifest["rows"])
+    try:
+        seconds = seconds_taken(origin / "metrics.h5", manifest["rows"])
+    except CheckpointError:                                        # who resumes from there says so, and goes on without it
+        seconds = (math.nan,) * len(home)
     if sorted(home) != list(range(len(seconds))):
         return None
     return Past(tuple(home[client] for client in sorted(home)), manifest["ranks"], manifest["job"]["federation"]["server_rank"], seconds)
 
 
+def place(folder: Path) -> tuple[str, int] | None:
+    """Phase and round after which a checkpoint was written; None where it does not say, as those of earlier versions. Raises CheckpointError as `past`."""
+    found = _manifest(folder)
+    return (found[1]["phase"], found[1]["round"]) if found and "phase" in found[1] else None
+
+
 def latest(folder: Path) -> Path | None:
-    """The checkpoint to go on from in a run folder: what LATEST names, before there is one what has a manifest; or the folder itself if it is a checkpoint."""
+    """The checkpoint to go on from in a run folder: what LATEST names, where it names none the newest with a manifest; or the folder itself if it is a checkpoint."""
     if (folder / "manifest.json").is_file():
         return folder
-    if (folder / "LATEST").is_file():
-        return folder / "checkpoints" / (folder / "LATEST").read_text(encoding="utf-8").strip()
+    named = (folder / "LATEST").read_text(encoding="utf-8", errors="replace").strip() if (folder / "LATEST").is_file() else ""
+    if re.fullmatch(r"round-\d{6,}", named):
+        return folder / "checkpoints" / named
     return max((path.parent for path in folder.glob("checkpoints/round-*/manifest.json")), default=None)
 
 
@@ -126,10 +140,11 @@ def way_on(folder: Path) -> str:
     return f"the same command goes on from {found.name}" if found else "there is no checkpoint yet, the same command begins again"
 
 
-def _seal(folder: Path, target: Path, world: World, state: State, score: float | None, files: dict) -> str | None:
+def _seal(folder: Path, target: Path, world: World, state: State, record: Record, score: float | None, files: dict) -> str | None:
     try:
         storage.write_json(target / "manifest.json", {
-            "format": FORMAT, "hpcfl": hpcfl.__version__, "rows": state.rows, "version": state.version, "versions": state.versions, "ranks": world.comm.size,
+            "format": FORMAT, "hpcfl": hpcfl.__version__, "rows": state.rows, "phase": record.rows[-1]["phase"],
+            "round": record.rows[-1]["round"], "version": state.version, "versions": state.versions, "ranks": world.comm.size,
             "validation_accuracy": score, "data_sha256": world.corpus.sha256, "files": files, "job": world.job.tables()})
         storage.write_text(folder / "LATEST", f"{target.name}\n")
     except CheckpointError as error:
@@ -173,6 +188,16 @@ def _check(checkpoint: Path, manifest: dict, world: World, may_differ: Sequence[
     if changed:
         raise CheckpointError(f"{checkpoint}: belongs to a job that differs in {', '.join(changed)}; nothing was changed. Choose another --out, or allow it with "
                               + " ".join(f"--may-differ {key}" for key in changed))
+
+
+def _fit(checkpoint: Path, architecture: str, model: tree.Tree, states: Mapping[int, tree.Tree]) -> None:
+    """Settings that may differ may make other models of the same names, whose states these are not."""
+    wanted = {path: tuple(leaf.shape) for path, leaf in model.items()}
+    for client, state in states.items():
+        got = {path: tuple(leaf.shape) for path, leaf in tree.part(state, "model").items()}
+        if odd := sorted(path for path in got.keys() | wanted.keys() if got.get(path) != wanted.get(path)):
+            raise CheckpointError(f"{checkpoint}: '{odd[0]}' of client {client}'s model is {got.get(odd[0], 'missing')}, in this job its {architecture} has "
+                                  f"{wanted.get(odd[0], 'none')}; nothing was changed. What the models are made of must not differ: choose another --out")
 
 
 def _clients(state: State) -> Iterator[tuple[str, tree.Tree]]:

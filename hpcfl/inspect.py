@@ -8,6 +8,7 @@ import h5py
 import numpy as np
 
 from hpcfl.errors import DataError, JobError
+from hpcfl.hdf5 import foreign
 from hpcfl.wording import cause, printable
 
 BLOCK_BYTES = 16 << 20                                             # statistics read a dataset in pieces of this size, so memory stays small
@@ -38,22 +39,6 @@ def describe(path: str | Path, statistics: bool = True) -> dict[str, Any]:
     except (OSError, RuntimeError, KeyError) as error:
         raise DataError(f"{path}: not a readable HDF5 file, perhaps truncated or still being written ({cause(error)})") from None
     return {"file": str(path), "file_bytes": path.stat().st_size, **root}
-
-
-def foreign(parent: h5py.Group, name: str) -> str | None:
-    """Why a member of a group is not the file's own, as words for a message; None where it is."""
-    link = parent.get(name, getlink=True)
-    if isinstance(link, h5py.ExternalLink):
-        return f"external link to {link.filename}:{link.path}"
-    if isinstance(link, h5py.SoftLink):
-        return f"soft link to {link.path}"
-    if parent.get(name, getclass=True) is h5py.Dataset:
-        dataset = parent[name]
-        if dataset.external:
-            return f"dataset kept in another file ({dataset.external[0][0]})"
-        if dataset.is_virtual:
-            return "virtual dataset, put together from other files"
-    return None
 
 
 def render(description: dict[str, Any]) -> str:

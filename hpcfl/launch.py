@@ -230,7 +230,8 @@ def _folders(job: Job, out: Path | None, resume: str) -> tuple[str, str | None]:
         return str(folder), str(folder)
     died_early = resume == "auto" and not _finished(folder)        # in its first checkpoint: nobody can go on from that record
     if ((folder / "metrics.h5").exists() and not died_early) or (resume == "never" and folder.is_dir() and any(folder.iterdir())):
-        raise JobError(f"{folder}: holds a run already and nothing is overwritten; choose another --out, or --resume auto to go on with it")
+        raise JobError(f"{folder}: holds a run already and nothing is overwritten; choose another --out"
+                       + (", or --resume auto to go on with it" if checkpoint.latest(folder) else ""))
     return str(folder), None
 
 
@@ -263,7 +264,7 @@ def _owning(folder: Path, comm: Communicator) -> Iterator[None]:
 def _finished(folder: Path) -> bool:
     """Whether the run in a folder came to its end."""
     status = folder / "STATUS"
-    return status.is_file() and status.read_text(encoding="utf-8").strip() == "done"
+    return status.is_file() and status.read_bytes().strip() == b"done"
 
 
 def _of(folder: Path, job: Job) -> bool:
@@ -279,7 +280,7 @@ def _fail(folder: Path, why: str) -> None:
 
 def _write_status(folder: Path, text: str) -> None:
     try:
-        storage.write_text(folder / "STATUS", " ".join(text.split()) + "\n")
+        storage.note(folder / "STATUS", " ".join(text.split()) + "\n")
     except HpcflError as error:                                    # the status is a courtesy; the error that led here is what matters
         log.warning("%s", error)
 

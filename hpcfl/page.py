@@ -1,6 +1,5 @@
 """page: the report of one or several runs as one HTML file without scripts or outside resources, and its figures as PNG files."""
 import base64
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from hpcfl.measures import AFTER, MEASURES, Found, after
 from hpcfl.pictures import NOTHING, Picture, counted, number_text, seconds_text
 from hpcfl.recording import Recording
 from hpcfl.report import WAYS, summary
+from hpcfl.storage import replacing
 from hpcfl.tables import legend_of, mean_sd_text, over_seeds, results, rounds_text
 
 SELECTION = ("Of the accuracies over architectures the one to report is the final one: the number of rounds was fixed beforehand, so that nothing selected it. "
@@ -100,10 +100,8 @@ def write(recordings: Sequence[Recording], out: Path) -> Path:
 
 def keep(path: Path, content: bytes) -> Path:
     """Replace a file whole; returns its path. Raises: OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.part")
-    unfinished.write_bytes(content)
-    os.replace(unfinished, path)
+    with replacing(path, lambda error: OSError(error.errno, error.strerror)) as draft:
+        draft.write(content)
     return path
 
 

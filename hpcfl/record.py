@@ -1,18 +1,18 @@
-"""Record: metrics.h5, one row per finished round, gathered at the server and written whole, atomically, at every checkpoint."""
-from collections.abc import Mapping, Sequence
+"""Record: one row per finished round, gathered at the server, and its way to metrics.h5 and back."""
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 
-from hpcfl import storage
+from hpcfl import metrics
 from hpcfl.comm import EXCHANGES
 from hpcfl.conditions import Answers
 from hpcfl.errors import CheckpointError
 from hpcfl.ledger import SECONDS
+from hpcfl.metrics import SCHEMA, Arrays, Damaged, Piece
 
-SCHEMA = 1
+KINDS = ("generalization", "personal", "validation")               # of right answers, by the images that they are out of
 GLOBAL = "evaluation/global_correct"
 TRACE = {"rank": np.uint16, "row": np.int32, "kind": np.uint8, "start_s": np.float64, "duration_s": np.float32}          # of an interval: 19 bytes
 INTERVALS = 500_000                                                # kept at most, 10 MB; beyond that the oldest rounds lose theirs
@@ -21,8 +21,8 @@ INTERVALS = 500_000                                                # kept at mos
 class Record:
     """The server's account of a run.
 
-    It lives in memory between checkpoints and reaches the disk as a whole new file, so that a killed run never leaves a half-written one; rows past
-    the last checkpoint are dropped on resume because the rounds behind them run again.
+    It lives in memory, and what is new of it goes to the disk at each checkpoint, see hpcfl.metrics; rows past the last checkpoint are dropped on resume
+    because the rounds behind them run again. `lost` are rounds whose figures could not be read again.
     """
 
     def __init__(self, attributes: Mapping[str, Any], fixed: Mapping[str, np.ndarray], clients: int, ranks: int):
@@ -30,6 +30,9 @@ class Record:
         self.rows: list[dict[str, Any]] = []
         self.evaluations: list[dict[str, Any]] = []
         self.samples: dict[str, np.ndarray] = {}
+        self.lost: list[int] = []
+        self.left_out: list[str] = []
+        self._series = metrics.Series()
         self._intervals: list[dict[str, np.ndarray]] = []          # of the last rounds, one table each, TRACE
         self._resumed_s = 0.0                                      # where the clock of this process begins
 
@@ -93,60 +96,93 @@ class Record:
 
         Raises: CheckpointError where the disk does not take it; the file that was there stays.
         """
-        with storage.replacing(path) as temporary, h5py.File(temporary, "w", locking=False) as file:
-            file.attrs.update({"schema": SCHEMA, **self.attributes})
-            for name, value in self.fixed.items():
-                file[name] = value
-            for name, column in self._columns().items():
-                file[name] = column
-            for name, value in self.samples.items():
-                file.create_dataset(f"samples/{name}", data=value, compression="gzip" if value.ndim > 1 else None)
+        lost = {"lost_rounds": self.lost} if self.lost else {}
+        samples = {f"samples/{name}": value for name, value in self.samples.items()}
+        self._series.replace(path, {**self.attributes, **lost}, {**self.fixed, **self._columns(0), **samples})
 
-    def read(self, path: Path, rows: int) -> None:
-        """Take over the first `rows` rounds of an earlier run's file.
+    def append(self, path: Path) -> None:
+        """Bring the disk up to now, by what is new alone where there is much. Raises CheckpointError as `write`; all that was there stays."""
+        if self._series.full():
+            self.write(path)
+        elif self._series.rows < len(self.rows):
+            self._series.add(path, self._columns(self._series.rows))
 
-        Raises: CheckpointError where the file cannot be read or holds fewer rounds.
+    def gather(self, path: Path) -> None:
+        """See that the one file holds everything, where a run that had nothing left to do was killed before it did. Raises CheckpointError as `write`."""
+        if metrics.beside(path) or not path.exists():
+            self.write(path)
+
+    def read(self, path: Path, rows: int, places: Sequence[tuple[str, int]] = ()) -> list[Damaged]:
+        """Take over the first `rows` rounds of an earlier run; what is wrong with files of it that cannot be used.
+
+        Rounds that none of the others holds are `lost`: their figures are missing, their phases and counters are those of `places`. Right answers out of
+        other images than this run's are `left_out`, which are the kinds: there is one count for all rounds.
+        Raises: CheckpointError for a record of another schema.
         """
-        with storage.reading(path) as file:
-            if len(file["rounds/round"]) < rows:
-                raise CheckpointError(f"{path}: holds {len(file['rounds/round'])} rounds, the checkpoint is at {rows}; the record is older than the checkpoint")
-            get = {name: file[name][()] for name in _names(file)}
-        phases = [phase.decode() for phase in get["rounds/phase"]]
-        unknown = np.zeros((rows, self.ranks))                     # for what an earlier version did not record
+        pieces, damaged = metrics.salvage(path)
+        taken: set[int] = set()
+        self.left_out = [kind for kind in KINDS if any(f"evaluation/{kind}_count" in piece.arrays and not np.array_equal(
+            piece.arrays[f"evaluation/{kind}_count"], self.fixed.get(f"evaluation/{kind}_count")) for piece in pieces)]
+        self.rows = [self._unknown(*(places[row] if row < len(places) else ("unknown", 0))) for row in range(rows)]
+        for piece in pieces:
+            if (schema := piece.attributes.get("schema")) != SCHEMA:
+                raise CheckpointError(f"{piece.path}: schema = {schema}, wanted {SCHEMA}; resume with the hpcfl version that wrote it")
+            if flaw := metrics.flaw(piece, self.clients):
+                damaged.append(Damaged(piece.path, f"{piece.path}: {flaw}; it is no record of this job"))
+                continue
+            new = [row for row in range(piece.first, min(piece.stop, rows)) if row not in taken]
+            self._take(piece, set(new))
+            taken |= set(new) - set(piece.attributes.get("lost_rounds", ()))
+        self.lost = [row for row in range(rows) if row not in taken]
+        return damaged
+
+    def _take(self, piece: Piece, rows: Set[int]) -> None:
+        """Take over these rows of a file."""
+        get, first = piece.arrays, piece.first
+        unknown = np.zeros((piece.stop - first, self.ranks))       # for what an earlier version did not record
         simulated = [name for name in get if name.startswith("conditions/")]
-        for t in range(rows):
-            self.rows.append({"phase": phases[t], "round": int(get["rounds/round"][t]), "wall_s": float(get["rounds/wall_s"][t]),
-                              "conditions": {name[11:]: get[name][t] for name in simulated} or self._conditions(None),
-                              "up": get["bytes/simulated_up"][t], "down": get["bytes/simulated_down"][t], "transported": self._fit(get["bytes/transported"][t]),
-                              "metrics": {name[6:]: get[name][t] for name in get if name.startswith("train/") and not np.isnan(get[name][t]).all()},
-                              "notes": {name[7:]: float(get[name][t]) for name in get if name.startswith("server/") and not np.isnan(get[name][t])},
-                              "seconds": {kind: self._fit(get.get(f"seconds/{kind}", unknown)[t]) for kind in SECONDS},
-                              "wire": {kind: int(get.get(f"wire/{kind}", unknown[:, 0])[t]) for kind in EXCHANGES},
-                              "item_s": float(get.get("wire/item_s", unknown[:, 0])[t])})
-        kinds = [name[11:] for name in get if name.startswith("evaluation/") and name.endswith("_correct") and name != GLOBAL]
-        models = [name.decode() for name in get.get("evaluation/global_names", ())]
+        for row in sorted(rows):
+            t = row - first
+            self.rows[row] = {
+                "phase": get["rounds/phase"][t], "round": int(get["rounds/round"][t]), "wall_s": float(get["rounds/wall_s"][t]),
+                "conditions": {name[11:]: get[name][t] for name in simulated} or self._conditions(None),
+                "up": get["bytes/simulated_up"][t], "down": get["bytes/simulated_down"][t], "transported": self._fit(get["bytes/transported"][t]),
+                "metrics": {name[6:]: get[name][t] for name in get if name.startswith("train/") and not np.isnan(get[name][t]).all()},
+                "notes": {name[7:]: float(get[name][t]) for name in get if name.startswith("server/") and not np.isnan(get[name][t])},
+                "seconds": {kind: self._fit(get.get(f"seconds/{kind}", unknown)[t]) for kind in SECONDS},
+                "wire": {kind: int(get.get(f"wire/{kind}", unknown[:, 0])[t]) for kind in EXCHANGES},
+                "item_s": float(get.get("wire/item_s", unknown[:, 0])[t])}
+        kinds = [f"{kind}_correct" for kind in KINDS if f"evaluation/{kind}_correct" in get and kind not in self.left_out]
+        models = get.get("evaluation/global_names", ())
         for e, at in enumerate(get.get("evaluation/at", ())):
-            if at < rows:
+            if at in rows:
                 known = {model: get[GLOBAL][e, g] for g, model in enumerate(models) if (get[GLOBAL][e, g] >= 0).all()}
-                self.evaluations.append({"at": int(at), "stage": get["evaluation/stage"][e].decode(), "global": known,
-                                         **{kind: get[f"evaluation/{kind}"][e] for kind in kinds}})
+                self.evaluations.append({"at": int(at), "stage": get["evaluation/stage"][e], "global": known,
+                                         **{kind: get[f"evaluation/{kind}"][e] for kind in kinds if (get[f"evaluation/{kind}"][e] >= 0).all()}})
         if "trace/row" in get:
-            kept = get["trace/row"] < rows
-            before = {name: get[f"trace/{name}"][kept] for name in TRACE}
-            self._intervals = [{name: column[before["row"] == row] for name, column in before.items()} for row in np.unique(before["row"])]
-            self._resumed_s = float((before["start_s"] + before["duration_s"]).max(initial=0.0))
+            before = {name: get[f"trace/{name}"][np.isin(get["trace/row"], sorted(rows))] for name in TRACE}
+            self._intervals += [{name: column[before["row"] == row] for name, column in before.items()} for row in np.unique(before["row"])]
+            self._resumed_s = max(self._resumed_s, float((before["start_s"] + before["duration_s"]).max(initial=0.0)))
+
+    def _unknown(self, phase: str, round_: int) -> dict[str, Any]:
+        """A row of which nothing is known but its place."""
+        nothing = np.zeros(self.clients, np.int64)
+        return {"phase": phase, "round": round_, "wall_s": np.nan, "conditions": self._conditions(None), "up": nothing, "down": nothing,
+                "transported": np.zeros(self.ranks, np.int64), "metrics": {}, "notes": {},
+                "seconds": {kind: np.full(self.ranks, np.nan) for kind in SECONDS}, "wire": dict.fromkeys(EXCHANGES, 0), "item_s": np.nan}
 
     def _fit(self, by_rank: np.ndarray) -> np.ndarray:
         """Rows by rank as wide as this run: another number of ranks may have written them."""
         return np.pad(by_rank, (0, max(0, self.ranks - len(by_rank))))[:self.ranks] if len(by_rank) <= self.ranks else \
             np.append(by_rank[:self.ranks - 1], by_rank[self.ranks - 1:].sum())
 
-    def _columns(self) -> dict[str, Any]:
-        rows, text = self.rows, h5py.string_dtype()
+    def _columns(self, first: int) -> Arrays:
+        """What is known of the rounds from `first` on."""
+        rows, evaluations = self.rows[first:], [entry for entry in self.evaluations if entry["at"] >= first]
         names = sorted({name for row in rows for name in row["metrics"]})
         missing = np.full(self.clients, np.nan)
-        columns: dict[str, Any] = {
-            "rounds/phase": np.array([row["phase"] for row in rows], dtype=text), "rounds/round": np.array([row["round"] for row in rows], np.int64),
+        columns: Arrays = {
+            "rounds/phase": np.array([row["phase"] for row in rows], object), "rounds/round": np.array([row["round"] for row in rows], np.int64),
             "rounds/wall_s": np.array([row["wall_s"] for row in rows], np.float64),
             "bytes/simulated_up": _table(rows, "up", self.clients), "bytes/simulated_down": _table(rows, "down", self.clients),
             "bytes/transported": _table(rows, "transported", self.ranks)}
@@ -156,25 +192,21 @@ class Record:
         columns |= {f"seconds/{kind}": np.array([row["seconds"][kind] for row in rows], np.float64).reshape(-1, self.ranks) for kind in SECONDS}
         columns |= {f"wire/{kind}": np.array([row["wire"][kind] for row in rows], np.int64) for kind in EXCHANGES}
         columns["wire/item_s"] = np.array([row["item_s"] for row in rows], np.float64)
-        columns |= {f"trace/{name}": column for name, column in _joined(self._intervals).items()}
-        columns["trace/kinds"] = np.array(SECONDS, dtype=text)
+        intervals = [table for table in self._intervals if len(table["row"]) and table["row"][0] >= first]          # those of one round each
+        columns |= {f"trace/{name}": column for name, column in _joined(intervals).items()}
+        columns["trace/kinds"] = np.array(SECONDS, object)
         if any((row["conditions"]["answered"] >= 0).any() for row in rows):
             columns |= {f"conditions/{name}": np.array([row["conditions"][name] for row in rows]) for name in rows[0]["conditions"]}
-        if self.evaluations:
-            columns |= {"evaluation/at": np.array([entry["at"] for entry in self.evaluations], np.int64),
-                        "evaluation/stage": np.array([entry["stage"] for entry in self.evaluations], dtype=text)}
-            columns |= {f"evaluation/{name}": np.stack([entry[name] for entry in self.evaluations]) for name in self.evaluations[0] if name not in ("at", "stage", "global")}
-            columns |= self._global_columns()
+        if evaluations:
+            columns |= {"evaluation/at": np.array([entry["at"] for entry in evaluations], np.int64),
+                        "evaluation/stage": np.array([entry["stage"] for entry in evaluations], object)}
+            kinds = sorted({name for entry in evaluations for name in entry} - {"at", "stage", "global"})
+            columns |= {f"evaluation/{kind}": _stacked([entry.get(kind) for entry in evaluations]) for kind in kinds}
+            models = sorted({name for entry in evaluations for name in entry["global"]})
+            if models:
+                counts = [_stacked([entry["global"].get(model) for entry in evaluations]) for model in models]
+                columns |= {"evaluation/global_names": np.array(models, object), GLOBAL: np.stack(counts, 1)}
         return columns
-
-    def _global_columns(self) -> dict[str, Any]:
-        """The federation's own models by name, all in every evaluation; -1 where one was not evaluated."""
-        models = sorted({name for entry in self.evaluations for name in entry["global"]})
-        if not models:
-            return {}
-        missing = np.full_like(next(counts for entry in self.evaluations for counts in entry["global"].values()), -1)
-        counts = [np.stack([entry["global"].get(name, missing) for name in models]) for entry in self.evaluations]
-        return {"evaluation/global_names": np.array(models, dtype=h5py.string_dtype()), GLOBAL: np.stack(counts)}
 
 
 def seconds_taken(path: Path, rows: int) -> tuple[float, ...]:
@@ -182,10 +214,10 @@ def seconds_taken(path: Path, rows: int) -> tuple[float, ...]:
 
     The median, because the first round of a phase may include compilation. Raises: CheckpointError where the file cannot be read.
     """
-    with storage.reading(path) as file:
-        phases = file["rounds/phase"][:rows]
-        nothing = np.full((len(phases), int(file.attrs["clients"])), np.nan)
-        training, refining = (file[name][:rows] if name in file else nothing for name in ("train/seconds", "train/refine_seconds"))
+    attributes, arrays = metrics.read(path)
+    phases = arrays["rounds/phase"][:rows]
+    nothing = np.full((len(phases), int(attributes["clients"])), np.nan)
+    training, refining = (arrays[name][:rows] if name in arrays else nothing for name in ("train/seconds", "train/refine_seconds"))
     taken = np.nan_to_num(training) + np.nan_to_num(refining)
     absent = np.isnan(training) & np.isnan(refining)
     own = [taken[(phases == phases[-1:]) & ~absent[:, client], client] for client in range(taken.shape[1])]
@@ -201,7 +233,7 @@ def _table(rows: list[dict[str, Any]], key: str, width: int) -> np.ndarray:
     return np.array([row[key] for row in rows], np.int64).reshape(-1, width)
 
 
-def _names(file: h5py.File) -> list[str]:
-    names: list[str] = []
-    file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
-    return names
+def _stacked(counts: Sequence[np.ndarray | None]) -> np.ndarray:
+    """Right answers of all evaluations; -1 where this was not evaluated."""
+    missing = np.full_like(next(each for each in counts if each is not None), -1, dtype=np.int64)
+    return np.stack([missing if each is None else each for each in counts])

@@ -3,27 +3,19 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 
-from hpcfl import lock
+from hpcfl import lock, metrics
 from hpcfl.errors import CheckpointError, JobError
-from hpcfl.inspect import foreign
 from hpcfl.job import recorded
 from hpcfl.measures import REFINING
+from hpcfl.metrics import SCHEMA, SHAPES, listed
 
-SCHEMA = 1
-SHAPES = {                                                         # of a dataset, or of all datasets of a group
-    "rounds": "R", "train": "RK", "bytes": "RK", "bytes/transported": "R.", "seconds": "R.", "wire": "R", "server": "R",
-    "evaluation": "EKC", "evaluation/at": "E", "evaluation/stage": "E", "evaluation/global_correct": "EGC", "evaluation/global_names": "G",
-    "evaluation/generalization_count": "C", "evaluation/personal_count": "KC", "evaluation/validation_count": "KC", "partition": "KC", "clients": "K",
-    "trace": "I", "trace/kinds": ".", "conditions": "RK", "conditions/duration_s": "R",
-    "samples/synthetic": "SC....", "samples/has": "SC", "samples/real": "C....", "samples/client": "S"}
 NEGATIVE = "negative "                                             # begins the name of a share of negative weights: negative PATH SIZE
 BEFORE = "1"                                                       # its SIZE of the model that was not compressed; of others the architecture
 OLD_REFINES = {"fedvtc": "finetune"}                               # of records that say nothing of the plan
@@ -191,19 +183,16 @@ def read(run: str | Path) -> Recording:
     path = folder / "metrics.h5"
     if not path.is_file():
         raise JobError(f"{folder}: {_no_run(folder)}")
-    try:
-        with h5py.File(path, "r", locking=False) as file:          # a run that is still going holds the lock
-            attributes, arrays = dict(file.attrs), dict(_datasets(file, path))
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as HDF5, perhaps truncated ({error}); if the run is still writing, ask again, otherwise "
-                              "resume it from its last checkpoint, which restores the rounds up to there") from None
+    status = _status(folder)
+    attributes, arrays = metrics.read(path, _way_out(status))
     if attributes.get("schema") != SCHEMA:
         raise CheckpointError(f"{path}: schema = {attributes.get('schema')}, wanted {SCHEMA}; report it with the hpcfl version that wrote it")
     try:
         sizes = {"K": int(attributes["clients"]), "C": int(attributes["classes"])}
         text = str(attributes["job"])
-        return Recording(folder, _status(folder), str(attributes["algorithm"]), text, recorded(tomllib.loads(text)), sizes["K"], sizes["C"],
-                         int(attributes["ranks"]), _aligned(arrays, sizes, path), _plan(attributes), attributes.get("data_source"), attributes.get("data_sha256"))
+        return Recording(folder, ": ".join(filter(None, [status, _lost(attributes)])), str(attributes["algorithm"]), text, recorded(tomllib.loads(text)),
+                         sizes["K"], sizes["C"], int(attributes["ranks"]), _aligned(arrays, sizes, path), _plan(attributes), attributes.get("data_source"),
+                         attributes.get("data_sha256"))
     except (KeyError, TypeError, ValueError) as error:             # TOMLDecodeError is a ValueError
         raise CheckpointError(f"{path}: attribute missing or damaged ({error}); wanted algorithm, job, clients, classes and ranks") from None
 
@@ -271,26 +260,21 @@ def _no_run(folder: Path) -> str:
     return f"is no run folder, it has no metrics.h5{status}"
 
 
-def _datasets(file: h5py.File, path: Path) -> Iterator[tuple[str, np.ndarray]]:
-    for group_name in sorted({name.split("/")[0] for name in SHAPES} & set(file)):
-        for name in [group_name, *(f"{group_name}/{inner}" for inner in _members(file, group_name))]:
-            reason = foreign(file[name.rpartition("/")[0] or "/"], name.rpartition("/")[2])
-            if reason is not None:
-                raise CheckpointError(f"{path}: '{name}' is a {reason}; only data inside the file itself is read")
-            if isinstance(file[name], h5py.Dataset):
-                is_text = h5py.check_string_dtype(file[name].dtype) is not None
-                yield name, np.asarray(file[name].asstr()[...], object) if is_text else file[name][...]
+def _way_out(status: str) -> str:
+    if status == "done":
+        return "; the run is done and its checkpoints hold its models, but the figures are lost: repeat it with another --out to have them again"
+    return "; if the run is still writing, ask again, otherwise resume it: it sets that file aside and goes on from its last checkpoint, without these figures"
 
 
-def _members(file: h5py.File, group_name: str) -> list[str]:
-    return list(file[group_name]) if foreign(file, group_name) is None and isinstance(file[group_name], h5py.Group) else []
+def _lost(attributes: Mapping[str, Any]) -> str:
+    """Words for the rounds whose figures were lost before the run was resumed."""
+    rounds = [int(row) + 1 for row in attributes.get("lost_rounds", ())]
+    return f"without the figures of {listed(rounds)}, which were lost" if rounds else ""
 
 
 def _aligned(arrays: dict[str, np.ndarray], sizes: dict[str, int], path: Path) -> dict[str, np.ndarray]:
     """The arrays with their shapes checked, growing axes cut to the rows that every dataset has, evaluations of unfinished rounds left out."""
-    if "rounds/phase" not in arrays:
-        raise CheckpointError(f"{path}: dataset 'rounds/phase' is missing, so the file is no record of a run; resume or repeat the run")
-    wanted = {name: SHAPES.get(name, SHAPES[name.split("/")[0]] if name.split("/")[0] in SHAPES else "") for name in arrays}
+    wanted = {name: SHAPES.get(name, SHAPES.get(name.split("/")[0], "")) for name in arrays}
     bound = dict(sizes)
     for name, letters in wanted.items():
         shape = arrays[name].shape

@@ -1,12 +1,13 @@
 """Simulation: a run from begin or resume to its end: the loop, evaluated, recorded, checkpointed, and stopped when asked."""
 import json
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from hpcfl import checkpoint
+from hpcfl import checkpoint, metrics
 from hpcfl.comm import EXCHANGES
 from hpcfl.console import Console
 from hpcfl.errors import CheckpointError, Stopped
@@ -14,9 +15,12 @@ from hpcfl.examination import Examination
 from hpcfl.federation import Exchange, Place, State, rounds, schedule
 from hpcfl.lead import Lead
 from hpcfl.ledger import Ledger
+from hpcfl.metrics import Damaged
 from hpcfl.pace import Pace
 from hpcfl.record import Record
 from hpcfl.world import World
+
+log = logging.getLogger("hpcfl")
 
 SAMPLES_PER_CLASS, SAMPLED_CLIENTS = 8, 6                          # what the grid of synthetic images shows
 
@@ -61,6 +65,8 @@ class Simulation:
                 raise Stopped(f"{self.folder}: stopped on a signal after round {state.rows} of {len(self.places)}; a checkpoint is there, the same command "
                               "goes on")
             del state                                              # not to be kept beside those of the next round
+        if self.comm.is_server:
+            self.record.gather(self.folder / "metrics.h5")
 
     def so_far(self) -> tuple[float, str]:
         """Seconds of the round that is open, and in what it spends them at the server."""
@@ -72,22 +78,37 @@ class Simulation:
     def resume(self, resume_from: Path, may_differ: tuple[str, ...]) -> None:
         """Go on from the last checkpoint in a run folder, or from one checkpoint, with the record up to there.
 
+        What cannot be used of the record is set aside, if it lies in this run's folder, and said.
         Raises: CheckpointError as `checkpoint.load` and `Record.read` do, and where the checkpoint lies elsewhere in the plan.
         """
         state = checkpoint.load(resume_from, self.world, may_differ)
         if self.comm.is_server:
-            self.record.read(checkpoint.latest(resume_from).parent.parent / "metrics.h5", state.rows)
+            record = checkpoint.latest(resume_from).parent.parent / "metrics.h5"
+            damaged = self.record.read(record, state.rows, [(place.phase.name, place.round) for place in self.places])
             self._check_place(resume_from, state.rows)
+            self._set_aside(damaged, ours=record.parent.resolve() == self.folder.resolve())
         self.ahead = rounds(self.exchange, state)
         self.console.say(f"resumed after round {state.rows} of {len(self.places)}")
 
     def _check_place(self, resume_from: Path, rows: int) -> None:
         """A plan with other rounds may have another phase at the checkpoint's row; then its state is none of this plan's."""
-        last, here = self.record.rows[rows - 1], self.places[rows - 1] if rows <= len(self.places) else None
-        if here is None or (last["phase"], last["round"]) != (here.phase.name, here.round):
+        recorded = self.record.rows[rows - 1]
+        last, here = checkpoint.place(resume_from) or (recorded["phase"], recorded["round"]), self.places[rows - 1] if rows <= len(self.places) else None
+        if here is None or last != (here.phase.name, here.round):
             place = f"round {here.round + 1} of phase {here.phase.name}" if here else "behind its end"
-            raise CheckpointError(f"{resume_from}: its last round, {rows}, was round {last['round'] + 1} of phase {last['phase']}; in this job that is {place}. "
+            raise CheckpointError(f"{resume_from}: its last round, {rows}, was round {last[1] + 1} of phase {last[0]}; in this job that is {place}. "
                                   "Resume from an earlier checkpoint, from before the phases part, or choose another --out")
+
+    def _set_aside(self, damaged: Sequence[Damaged], ours: bool) -> None:
+        for each in damaged:
+            aside = metrics.set_aside(each.path) if ours else None
+            log.warning("%s%s", each.reason, f"; it is called {aside.name} from now on" if aside else "")
+        if self.record.lost:
+            log.warning("the figures of %s are lost, what was learned in them is not: the run goes on from its checkpoint",
+                        metrics.listed([row + 1 for row in self.record.lost]))
+        if self.record.left_out:
+            log.warning("the %s accuracies of the rounds before are left out of the record: they are over other images than this job's",
+                        " and ".join(self.record.left_out))
 
     def _due(self, place: Place) -> bool:
         return place.last or (place.row + 1) % self.world.job.evaluation.every == 0

@@ -3,7 +3,7 @@ import errno
 import hashlib
 import json
 import os
-import re
+import platform
 import tempfile
 import weakref
 from collections import defaultdict
@@ -14,29 +14,44 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import numpy as np
 import torch
 
-from hpcfl.errors import CheckpointError, EnvironmentFault
+from hpcfl import hdf5
+from hpcfl.draft import Draft
+from hpcfl.errors import CheckpointError, EnvironmentFault, LayoutError
 from hpcfl.places import place
 from hpcfl.tree import Tree
 
+WAY_OUT = ("Free space and give the same command again: the run goes on from its last checkpoint; or let it go on in another folder, with "
+           "--resume FOLDER --out ANOTHER")
+TYPE = "torch_dtype"                                               # attribute of a dataset that holds the bits of a type which numpy lacks
+PLAIN = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64, torch.float16, torch.float32,
+         torch.float64, torch.complex64, torch.complex128}         # types that numpy has too
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}                # by bytes of a number
+
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` to write to; flushed to disk and renamed over `path` when the block ends well, removed when it does not.
+def replacing(path: Path, otherwise: Callable[[OSError], Exception] | None = None) -> Iterator[Draft]:
+    """A file in the making that takes the place of `path`, whole and on the disk, when the block ends well; otherwise nothing is left of it.
 
-    Raises: CheckpointError where the disk does not take the file (full, read-only); what was at `path` stays as it was.
+    Raises: what `otherwise` makes of an error of the disk (full, read-only), by default a CheckpointError; what was at `path` stays as it was. What the block
+    raises is not taken for one.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    otherwise = otherwise or (lambda error: CheckpointError(f"{path}: could not be written: {hdf5.reason(error)}; what was there before is untouched. {WAY_OUT}"))
+    temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.part")
     try:
         make_folder(path.parent)
-        yield temporary
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(path.parent)
-    except (OSError, RuntimeError) as error:                       # h5py reports a full disk as OSError or RuntimeError
-        raise CheckpointError(f"{path}: could not be written: {_reason(error)}; what was there before is untouched. "
-                              "Free space or choose another folder with --out, then run again: the run resumes from its last checkpoint") from error
+    except OSError as error:
+        raise otherwise(error) from error
+    try:
+        with Draft(temporary, otherwise) as draft:
+            yield draft
+            draft.check()
+            with draft.telling():
+                sync(temporary)                                    # some disks refuse only here
+                os.replace(temporary, path)
+                sync(path.parent)
     finally:
         with suppress(OSError):                                    # a disk that takes nothing gives nothing away either; `sweep` comes later
             temporary.unlink(missing_ok=True)
@@ -48,41 +63,32 @@ def sweep(folder: Path) -> None:
         left.unlink(missing_ok=True)
 
 
-@contextmanager
-def reading(path: Path) -> Iterator[h5py.File]:
-    """An HDF5 file open for reading.
-
-    Raises: CheckpointError where it is missing, truncated or no HDF5 file.
-    """
-    try:
-        with h5py.File(path, "r", locking=False) as file:          # the run folder is locked as a whole, and not every file system has locks
-            yield file
-    except (OSError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: cannot be read as HDF5 ({_reason(error)}); it is missing, truncated or damaged") from error
-
-
 def write_trees(path: Path, trees: Iterable[tuple[str, Tree]]) -> str:
-    """Write named Trees to one HDF5 file, each as it comes, read it back to verify, and return its SHA-256. Raises CheckpointError as `replacing` does."""
-    with replacing(path) as temporary:
-        shapes = {}
-        with h5py.File(temporary, "w", locking=False) as file:
+    """Write named Trees to one HDF5 file, each as it comes, read it back to verify, and return its SHA-256. It takes the memory of one leaf.
+
+    Raises: CheckpointError as `replacing` does; LayoutError for a leaf that is no plain array of numbers.
+    """
+    with replacing(path) as draft:
+        shapes: dict[str, tuple[int, ...]] = {}
+        with hdf5.filling(draft) as file:
             for name, tree in trees:
                 group = file.create_group(name)
                 for leaf_path, leaf in tree.items():
-                    group[leaf_path] = leaf.detach().cpu().numpy()
-                    shapes[f"{name}/{leaf_path}"] = tuple(leaf.shape)
-        with h5py.File(temporary, "r", locking=False) as file:
-            for leaf_path, shape in shapes.items():
-                if file[leaf_path].shape != shape:
-                    raise OSError(errno.EIO, f"'{leaf_path}' does not read back as written")
-        digest = sha256(temporary)
-    return digest
+                    _put(group, leaf_path, leaf)
+                    draft.check()
+                    shapes[f"/{name}/{leaf_path}"] = tuple(leaf.shape)
+        draft.check()
+        with hdf5.reading(draft.path, CheckpointError) as written:
+            if shapes != {leaf.name: leaf.shape for leaf in written.datasets()}:
+                raise CheckpointError(f"{path}: does not read back as written; what was there before is untouched. {WAY_OUT}")
+        with draft.telling():
+            return sha256(draft.path)
 
 
 def read_trees(path: Path, names: Collection[str] | None = None) -> dict[str, Tree]:
-    """The named Trees of a file, or all, on the host. External and soft links are not followed. Raises CheckpointError as `reading` does."""
-    with reading(path) as file:
-        return {name: dict(_leaves(file[name], path)) for name in (file if names is None else names)}
+    """The named Trees of a file, or all, on the host. Raises CheckpointError as hdf5.Reader does."""
+    with hdf5.reading(path, CheckpointError) as file:
+        return {name: {leaf.name[len(name) + 2:]: _leaf(file, leaf) for leaf in file.datasets(f"/{name}")} for name in (file.members() if names is None else names)}
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -92,8 +98,20 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a text file. Raises CheckpointError as `replacing` does."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    with replacing(path) as draft:
+        draft.write(text.encode())
+
+
+def note(path: Path, text: str) -> None:
+    """Replace a short text file; where the disk has no room for a new one, write into the old one, which has. Raises CheckpointError as `replacing` does."""
+    try:
+        write_text(path, text)
+    except CheckpointError as refused:
+        try:
+            with path.open("r+b", buffering=0) as file:
+                file.truncate(file.write(text.encode()))
+        except OSError:
+            raise refused from None
 
 
 def sha256(path: Path) -> str:
@@ -181,17 +199,27 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def _leaves(group: h5py.Group, path: Path, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    for name in group:
-        if not isinstance(group.get(name, getlink=True), h5py.HardLink):
-            raise CheckpointError(f"{path}: '{group.name}/{name}' is a link to elsewhere; checkpoints hold their own data and links are not followed")
-        item = group[name]
-        if isinstance(item, h5py.Group):
-            yield from _leaves(item, path, f"{prefix}{name}/")
-        else:
-            yield f"{prefix}{name}", torch.from_numpy(item[()]) if item.shape else torch.tensor(item[()])
+def _put(group: h5py.Group, path: str, leaf: torch.Tensor) -> None:
+    """A leaf as a dataset; of a type that numpy lacks as its bits, integers of the same width, with the name of the type beside them."""
+    if leaf.layout != torch.strided or leaf.is_quantized:
+        raise LayoutError(f"'{group.name[1:]}/{path}' is {leaf.dtype}, {leaf.layout}; wanted plain arrays of numbers in what a client or the server keeps: "
+                          "call .dequantize() or .to_dense() before it is put into a state")
+    plain = leaf.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    if leaf.dtype in PLAIN:
+        group[path] = plain.numpy()
+    else:
+        group[path] = plain.view(BITS[leaf.dtype.itemsize]).numpy()
+        group[path].attrs[TYPE] = str(leaf.dtype).removeprefix("torch.")
 
 
-def _reason(error: BaseException) -> str:
-    told = re.search(r"error message = '([^']+)'", str(error))     # HDF5 buries the system's reason in an account of its own
-    return told[1] if told else getattr(error, "strerror", None) or str(error).partition("\n")[0]
+def _leaf(file: hdf5.Reader, dataset: h5py.Dataset) -> torch.Tensor:
+    """What `_put` put there."""
+    leaf = torch.from_numpy(np.asarray(file.values(dataset)))
+    leaf = leaf if leaf.numel() else torch.empty_like(leaf, memory_format=torch.contiguous_format)         # numpy's empty arrays have strides of 0
+    kind = file.attribute(dataset, TYPE)
+    if kind is None:
+        return leaf
+    dtype = getattr(torch, str(kind), None)
+    if not isinstance(dtype, torch.dtype) or dtype.itemsize != leaf.dtype.itemsize:
+        raise CheckpointError(f"{file.path}: '{dataset.name}' holds the bits of type '{kind}', which torch {torch.__version__} does not know; wanted a torch that does")
+    return leaf.view(dtype)

@@ -8,6 +8,7 @@ import numpy as np
 
 from hpcfl.errors import JobError
 from hpcfl.recording import Recording, read
+from hpcfl.storage import replacing
 
 ROUNDS = 0                                                         # the row of the rounds, above those of the ranks
 
@@ -18,11 +19,8 @@ def write(runs: Sequence[str | Path], path: Path) -> Path:
     Raises: as `recording.read`, before anything is written; JobError for a run without intervals or where the file cannot be written.
     """
     found = [event for process, run in enumerate(dict.fromkeys(Path(run) for run in runs)) for event in events(read(run), process)]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"displayTimeUnit": "ms", "traceEvents": found}), encoding="utf-8")
-    except OSError as error:
-        raise JobError(f"{path}: cannot write the trace: {error.strerror or error}; name another file with --trace FILE") from None
+    with replacing(path, lambda error: JobError(f"{path}: cannot write the trace: {error.strerror or error}; name another file with --trace FILE")) as draft:
+        draft.write(json.dumps({"displayTimeUnit": "ms", "traceEvents": found}).encode())
     return path
 
 

@@ -23,6 +23,7 @@ from hpcfl import __version__, checkpoint, cli, comm, launch, lock
 from hpcfl.algorithms.base import ClientSite
 from hpcfl.data import store
 from hpcfl.data.embedded import digits
+from hpcfl.group import Group
 
 RANK = 'import os, time\nfrom pathlib import Path\nrank = os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK", "0"))\n'
 PAUSES = RANK + """
@@ -459,10 +460,86 @@ def test_a_full_disk_ends_the_run_and_the_checkpoint_before_stays(whole, small_d
     shutil.copytree(tmp_path / "stopped", disk / "run")
     with started(tmp_path, "run", whole[1], "--out", disk / "run") as job:
         assert job.ends() == 5, job.text()
-    assert "could not be written: No space left on device; what was there before is untouched. Free space or choose another folder" in job.text(), job.text()
+    assert "could not be written: No space left on device; what was there before is untouched. Free space and give the same command again" in job.text(), job.text()
+    assert "let it go on in another folder, with --resume FOLDER --out ANOTHER" in job.text()
+    assert (disk / "run" / "STATUS").read_text().startswith("failed: ") and "No space left on device" in (disk / "run" / "STATUS").read_text()
+    carry_out(whole[0], tmp_path / "another", resume=disk / "run")
+    assert not apart(outcome(tmp_path / "another"), outcome(whole[2]))
     assert "Traceback" not in job.text() and not left_half_written(disk / "run") and (disk / "run" / "LATEST").read_text() == "round-000002\n"
     shutil.copytree(disk / "run", tmp_path / "run")
     resumes_to_the_same_end(whole, tmp_path / "run")
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.75, 0.9])
+def test_wherever_a_small_disk_becomes_full_the_run_ends_with_exit_code_5(share, whole, small_disk, tmp_path):
+    """A run that begins on it: HDF5 used to crash while it closed what it could not flush, here in metrics.h5, there in the states."""
+    needed = sum(-(-path.stat().st_size // 4096) * 4096 for path in whole[2].rglob("*") if path.is_file())
+    disk = small_disk(int(share * needed))
+    run = Forked(tmp_path, "run", whole[1], "--out", disk / "run")
+    assert run.ends() == 5, run.text()
+    assert "could not be written: No space left on device" in run.text() and "Traceback" not in run.text() and not left_half_written(disk)
+    assert (disk / "run" / "STATUS").read_text().startswith("failed: ") and not (tmp_path / "core").exists()
+    shutil.copytree(disk / "run", tmp_path / "run")
+    resumes_to_the_same_end(whole, tmp_path / "run")
+
+
+@pytest.mark.parametrize("limit", [3_000, 12_000, 24_000])
+def test_a_limit_on_the_size_of_files_ends_the_run_with_exit_code_5(limit, whole, tmp_path):
+    run = Forked(tmp_path, "run", whole[1], "--out", tmp_path / "run", fault=f"""
+import resource
+from hpcfl.simulation import Simulation
+run = Simulation.run
+def limited(self):
+    resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+    run(self)
+Simulation.run = limited""")
+    assert run.ends() == 5, run.text()
+    assert "could not be written: File too large" in run.text() and not left_half_written(tmp_path)
+    assert (tmp_path / "run" / "STATUS").read_text().startswith("failed: ")
+    resumes_to_the_same_end(whole, tmp_path / "run")
+
+
+def test_a_gpu_without_memory_for_a_checkpoint_is_not_a_full_disk(whole, hpcfl, tmp_path, monkeypatch):
+    def no_memory(self):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+    stopped_at(whole, 1, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(Group, "states", no_memory)
+        code, text = hpcfl("run", whole[1], "--out", tmp_path / "run")
+    assert code == 1 and "CUDA out of memory" in text and "Free space" not in text and "could not be written" not in text
+    assert (tmp_path / "run" / "LATEST").read_text() == "round-000001\n" and not left_half_written(tmp_path)
+    resumes_to_the_same_end(whole, tmp_path / "run")
+
+
+@pytest.mark.parametrize("command", ["report", "trace", "audit"])
+def test_a_full_disk_is_one_line_of_each_command_that_writes(command, whole, hpcfl, small_disk, tmp_path):
+    disk = small_disk(8192)
+    (disk / "fill").write_bytes(bytes(4096))
+    arguments = {"report": ("report", whole[2], "--out", disk), "trace": ("report", whole[2], "--trace", disk / "trace.json"),
+                 "audit": ("audit", whole[2], "--client", 0, "--samples", 1, "--out", disk)}[command]
+    code, text = hpcfl(*arguments)
+    assert code == 2 and f"cannot write the {command}: No space left on device; name another f" in text and "Traceback" not in text
+    assert not left_half_written(disk)
+    code, text = hpcfl(*(tmp_path / f"free-{each.name}" if isinstance(each, Path) and each.is_relative_to(disk) else each for each in arguments))
+    assert code == 0, text
+
+
+def test_a_full_disk_under_the_cache_is_one_line_and_its_way_out_works(hpcfl, small_disk, tmp_path, monkeypatch):
+    data = digits()
+    np.savez(tmp_path / "own.npz", x_train=data.train_images, y_train=data.train_labels, x_test=data.test_images, y_test=data.test_labels)
+    disk = small_disk(60_000)
+    monkeypatch.setenv("HPCFL_DATA", str(disk))
+    code, text = hpcfl("data", "import", "own", "--npz", tmp_path / "own.npz")
+    assert code == 4 and f"the cache {disk} cannot be written (No space left on device); free space there, or name another folder: export HPCFL_DATA=FOLDER" in text
+    assert not left_half_written(disk) and not list(disk.glob("*.h5"))
+    monkeypatch.setenv("HPCFL_DATA", str(tmp_path / "elsewhere"))
+    assert hpcfl("data", "import", "own", "--npz", tmp_path / "own.npz")[0] == 0
+    file = tmp_path / "elsewhere" / "own.h5"
+    file.write_bytes(file.read_bytes()[:5000])
+    code, text = hpcfl("data", "import", "own", "--npz", tmp_path / "own.npz")
+    assert code == 4 and f"{file}: cannot be read as HDF5" in text and "Delete it and get or import it again" in text
+    file.unlink()
+    assert hpcfl("data", "import", "own", "--npz", tmp_path / "own.npz")[0] == 0
 
 
 @contextmanager

@@ -11,11 +11,11 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 FILES = sorted((REPOSITORY / "hpcfl").rglob("*.py"))
 LAYERS = (                                                         # a file imports only from its own layer and from those above it here
     {"errors", "tree", "streams", "kinds", "annotations", "synonyms", "places", "wording", "job", "flops"},
-    {"comm", "packing", "launchers", "statistics", "storage", "moments", "gaussian", "known"},
+    {"comm", "packing", "launchers", "statistics", "hdf5", "draft", "storage", "moments", "gaussian", "known"},
     {"data", "models", "generators", "maps", "resize"},
     {"losses", "matching", "group", "optimizers", "meter", "engines", "fit", "synthesise", "evaluate", "membership", "likeness", "latent"},
     {"algorithms"},
-    {"placement", "conditions", "residency", "world", "finite", "federation", "simulation", "examination", "pace", "averaging", "lock", "outlets", "starter", "checkpoint", "ledger", "record", "recording", "trace", "console",
+    {"placement", "conditions", "residency", "world", "finite", "federation", "simulation", "examination", "pace", "averaging", "lock", "outlets", "starter", "checkpoint", "ledger", "metrics", "record", "recording", "trace", "console",
      "measures", "labels", "tables", "figures", "mosaics", "pictures", "page", "report", "inspect", "information", "audit", "audit_generator", "audit_images", "references", "watchdog", "lead",
      "signals", "launch", "slurm", "bench", "bench_clients", "bench_fedconv", "bench_gefl", "allotment", "probes", "shared_folder", "estimate",
      "finding", "verdicts", "verdicts_run", "doctor", "predict", "arguments", "cli", "__main__"},

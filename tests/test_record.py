@@ -60,7 +60,7 @@ def test_a_row_holds_what_all_ranks_booked(tmp_path):
         assert table(tmp_path / "metrics.h5", f"wire/{kind}").tolist() == [20 * number + 1] * 3
     assert table(tmp_path / "metrics.h5", "wire/item_s").tolist() == [1.5] * 3             # of the rank with the slowest
     with h5py.File(tmp_path / "metrics.h5") as file:
-        assert file.attrs["schema"] == SCHEMA and file.attrs["algorithm"] == "none" and file["clients/rank"][()].tolist() == [0, 1, 0]
+        assert file.attrs["schema"] == SCHEMA and file.attrs["algorithm"] == b"none" and file["clients/rank"][()].tolist() == [0, 1, 0]
 
 
 def test_what_a_client_did_not_measure_is_nan(tmp_path):
@@ -102,10 +102,59 @@ def test_rows_past_the_checkpoint_are_dropped(tmp_path, rows):
     assert contents(tmp_path / "cut.h5") == contents(tmp_path / "short.h5")
 
 
-def test_a_record_older_than_its_checkpoint_is_refused(tmp_path):
+def test_a_record_older_than_its_checkpoint_gives_what_it_has(tmp_path):
     filled(2).write(tmp_path / "metrics.h5")
-    with pytest.raises(CheckpointError, match="holds 2 rounds, the checkpoint is at 3"):
-        empty().read(tmp_path / "metrics.h5", 3)
+    record = empty()
+    assert record.read(tmp_path / "metrics.h5", 3, [("rounds", row) for row in range(3)]) == [] and record.lost == [2]
+    record.write(tmp_path / "metrics.h5")
+    assert table(tmp_path / "metrics.h5", "rounds/round").tolist() == [0, 1, 2]
+    assert table(tmp_path / "metrics.h5", "bytes/simulated_up").tolist() == [[100, 101, 102]] * 2 + [[0, 0, 0]]
+    assert np.isnan(table(tmp_path / "metrics.h5", "train/loss")).tolist() == [[False] * 3] * 2 + [[True] * 3]
+    again = empty()
+    again.read(tmp_path / "metrics.h5", 3)
+    assert again.lost == [2], "what was lost once is not found by reading again"
+
+
+def test_a_record_of_another_schema_is_refused(tmp_path):
+    filled(2).write(tmp_path / "metrics.h5")
+    with h5py.File(tmp_path / "metrics.h5", "r+") as file:
+        file.attrs["schema"] = 7
+    with pytest.raises(CheckpointError, match="schema = 7, wanted 1; resume with the hpcfl version that wrote it"):
+        empty().read(tmp_path / "metrics.h5", 2)
+
+
+def test_evaluations_of_other_kinds_stand_side_by_side(tmp_path):
+    def own(kinds: list[list[str]]) -> Record:
+        record = empty()
+        for round_, names in enumerate(kinds):
+            record.evaluate("end", {f"{name}_correct": np.full((CLIENTS, 2), round_) for name in names})
+            record.finish_round("rounds", round_, [account(0, [0, 2]), account(1, [1])])
+        return record
+    kinds = [["generalization", "personal"], ["generalization"], ["generalization", "validation"]]
+    own(kinds).write(tmp_path / "metrics.h5")
+    assert table(tmp_path / "metrics.h5", "evaluation/personal_correct")[:, 0, 0].tolist() == [0, -1, -1]
+    assert table(tmp_path / "metrics.h5", "evaluation/validation_correct")[:, 0, 0].tolist() == [-1, -1, 2]
+    for rows in (1, 2, 3):
+        record = empty()
+        record.read(tmp_path / "metrics.h5", rows)
+        record.write(tmp_path / "read.h5")
+        own(kinds[:rows]).write(tmp_path / "short.h5")
+        assert contents(tmp_path / "read.h5") == contents(tmp_path / "short.h5")
+
+
+def test_right_answers_out_of_other_images_are_left_out(tmp_path):
+    def own(images: int) -> Record:
+        record = empty()
+        record.fixed |= {"evaluation/personal_count": np.full((CLIENTS, 2), images), "evaluation/generalization_count": np.array([9, 9])}
+        return record
+    record = own(5)
+    record.evaluate("end", {"generalization_correct": np.ones((CLIENTS, 2), int), "personal_correct": np.full((CLIENTS, 2), 5)})
+    record.finish_round("rounds", 0, [account(0, [0, 2]), account(1, [1])])
+    record.write(tmp_path / "metrics.h5")
+    for images, left_out in ((5, []), (4, ["personal"])):
+        read = own(images)
+        read.read(tmp_path / "metrics.h5", 1)
+        assert read.left_out == left_out and ("personal_correct" in read.evaluations[0]) != bool(left_out)
 
 
 @pytest.mark.parametrize("ranks, transported", [(1, [2001]), (2, [1000, 1001]), (4, [1000, 1001, 0, 0])])

@@ -3,13 +3,16 @@ import fcntl
 import json
 import shutil
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
+import numpy as np
 import pytest
 import torch
 from launching import CASES, apart, carry_out, checkpoint_of, left_half_written, outcome, tiny
 
+from hpcfl import launch, metrics, report
 from hpcfl.comm import Alone, Communicator
 from hpcfl.errors import CheckpointError, JobError
 from hpcfl.federation import schedule
@@ -262,13 +265,151 @@ def test_without_an_earlier_checkpoint_the_way_out_is_another_folder(stopped):
         carry_out(job, folder)
 
 
-def test_a_damaged_record_is_named(stopped):
+@pytest.mark.parametrize("damage", ["cut", "emptied", "gone", "no HDF5", "of another run", "a bit"])
+def test_a_whole_checkpoint_goes_on_whatever_became_of_the_record(damage, stopped, whole, capsys):
+    folder, job = stopped
+    path, content = folder / "metrics.h5", (folder / "metrics.h5").read_bytes()
+    path.unlink()
+    if damage == "of another run":
+        other = carry_out(tiny("standalone", federation={"clients": 3}), folder.parent / "other")
+        shutil.copy(other / "metrics.h5", path)
+    elif damage == "a bit":
+        with h5py.File(whole("standalone") / "metrics.h5") as file:
+            place = file["train/loss"].id.get_chunk_info(0).byte_offset
+        path.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1:])
+    elif damage != "gone":
+        path.write_bytes({"cut": content[:1000], "emptied": b"", "no HDF5": b"nothing of the kind"}[damage])
+    left = path.read_bytes() if path.exists() else None
+    carry_out(job, folder)
+    assert "the figures of rounds 1, 2 are lost, what was learned in them is not" in capsys.readouterr().err
+    assert left is None or (folder / "metrics.h5.damaged").read_bytes() == left
+    resumed, undisturbed_run = outcome(folder), outcome(whole("standalone"))
+    assert not apart(replace(resumed, metrics={}), replace(undisturbed_run, metrics={}))
+    assert resumed.metrics["rounds/round"].tolist() == [0, 1, 2] and resumed.metrics["evaluation/at"].tolist() == [2]
+    assert resumed.metrics["train/loss"][2].tobytes() == undisturbed_run.metrics["train/loss"][2].tobytes()
+    found = report.summary(folder)
+    assert found["status"] == "done: without the figures of rounds 1, 2, which were lost" and found["rounds"] == 3
+    assert found["accuracy"]["generalization"] == report.summary(whole("standalone"))["accuracy"]["generalization"]
+
+
+def test_what_the_report_says_of_a_damaged_record_works(stopped):
     folder, job = stopped
     (folder / "metrics.h5").write_bytes((folder / "metrics.h5").read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="otherwise resume it: it sets that file aside and goes on from its last checkpoint, without these figures"):
+        report.summary(folder)
+    carry_out(job, folder)
+    assert report.summary(folder)["rounds"] == 3
+    (folder / "metrics.h5").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="the run is done and its checkpoints hold its models, but the figures are lost: repeat it with another --out"):
+        report.summary(folder)
+    assert launch.revisit(folder)[1].rows == 3
+    assert report.summary(carry_out(job, folder.parent / "repeated"))["rounds"] == 3
+
+
+def test_the_damaged_record_of_another_folder_is_left_where_it_is(stopped, tmp_path):
+    folder, job = stopped
+    (folder / "metrics.h5").write_bytes(b"")
     before = contents(folder)
-    with pytest.raises(CheckpointError, match="metrics.h5: cannot be read as HDF5 .*missing, truncated or damaged"):
-        carry_out(job, folder)
+    carry_out(job, tmp_path / "new", resume=folder)
+    assert contents(folder) == before and outcome(tmp_path / "new").metrics["rounds/round"].tolist() == [0, 1, 2]
+
+
+def test_a_refusal_sets_nothing_aside(stopped):
+    folder, _ = stopped
+    (folder / "metrics.h5").write_bytes(b"")
+    before = contents(folder)
+    with pytest.raises(CheckpointError, match="its last round, 2, was round 2 of phase rounds; in this job that is behind its end"):
+        carry_out(tiny("standalone", federation={"rounds": 1}, checkpoint=ALL_CHECKPOINTS), folder, may_differ=["federation.rounds"])
     assert contents(folder) == before
+
+
+@pytest.mark.parametrize("text", [b"", b"\xff\xfe", b"round-0", b"../../elsewhere\n"])
+def test_what_latest_says_wrong_hides_no_checkpoint(text, stopped, whole):
+    folder, job = stopped
+    (folder / "LATEST").write_bytes(text)
+    carry_out(job, folder)
+    assert not apart(outcome(folder), outcome(whole("standalone")))
+
+
+@pytest.mark.parametrize("file", ["STATUS", "job.toml", "environment.json", "LOCK"])
+def test_what_else_lies_in_a_run_folder_may_be_damaged_too(file, stopped, whole):
+    folder, job = stopped
+    (folder / file).write_bytes(b"\xff\x00\xfe")
+    carry_out(job, folder)
+    assert not apart(outcome(folder), outcome(whole("standalone"))) and (folder / "STATUS").read_text() == "done\n"
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_evaluation_personal_may_differ(first, tmp_path):
+    folder = carry_out(tiny("standalone", evaluation={"personal": first, "every": 1}, checkpoint=ALL_CHECKPOINTS), tmp_path / "whole")
+    cut_off(folder, 2, tmp_path / "run")
+    job = tiny("standalone", evaluation={"personal": not first, "every": 1}, checkpoint=ALL_CHECKPOINTS)
+    carry_out(job, tmp_path / "run", may_differ=["evaluation.personal"])
+    counts = outcome(tmp_path / "run").metrics["evaluation/personal_correct"]
+    assert (counts >= 0).all((1, 2)).tolist() == [first, first, not first] and (counts < 0).all((1, 2)).tolist() == [not first, not first, first]
+    assert (report.summary(tmp_path / "run")["accuracy"]["personal"]["mean"] is None) == first
+    carry_out(job, cut_off(tmp_path / "run", 3, tmp_path / "again"))
+    assert not apart(outcome(tmp_path / "again"), outcome(tmp_path / "run")), "and it can be resumed from there"
+
+
+MAY_DIFFER = {                                                     # settings, and what a run that goes on with another value is told
+    "run.seed": (3, ""), "data.validation": (0.3, ""), "data.test": (0.0, ""), "data.partition": ("iid", ""), "federation.rounds": (5, ""),
+    "federation.dropout": (0.5, ""), "evaluation.every": (1, ""), "evaluation.flops": (True, ""), "checkpoint.every": (2, ""), "training.optimizer": ("adam", ""),
+    "federation.clients": (4, "holds the states of 5 clients, this job has 4; federation.clients must not differ. Choose another --out"),
+    "models.features": (16, "What the models are made of must not differ: choose another --out"),
+    "data.size": (12, "What the models are made of must not differ: choose another --out"),
+    "models.names": (["cnn1", "mlp2"], "'body.conv1.bias' of client 0's model is missing, in this job its cnn1 has (16,)")}
+
+
+@pytest.mark.parametrize("setting", MAY_DIFFER)
+def test_whatever_may_differ_works_or_is_refused_with_the_reason(setting, stopped):
+    folder, _ = stopped
+    (section, key), (value, complaint) = setting.split("."), MAY_DIFFER[setting]
+    job = tiny("standalone", **{section: {**(ALL_CHECKPOINTS if section == "checkpoint" else {}), key: value}}, **({} if section == "checkpoint" else {"checkpoint": ALL_CHECKPOINTS}))
+    before = contents(folder)
+    if complaint:
+        with pytest.raises(CheckpointError) as refused:
+            carry_out(job, folder, may_differ=[setting])
+        assert complaint in str(refused.value) and contents(folder) == before
+    else:
+        carry_out(job, folder, may_differ=[setting])
+        found = report.summary(folder)
+        assert found["rounds"] == job.federation.rounds and all(0 <= value <= 100 for value in found["accuracy"]["validation"]["per_client"] if value is not None)
+
+
+def in_the_first_layout(folder: Path) -> None:
+    """The run folder as an earlier version left it: a plain metrics.h5, manifests that say neither phase nor round."""
+    attributes, arrays = metrics.read(folder / "metrics.h5")
+    (folder / "metrics.h5").unlink()
+    with h5py.File(folder / "metrics.h5", "w") as file:
+        file.attrs.update({name: value for name, value in attributes.items() if name != "series"})
+        for name, column in arrays.items():
+            file[name] = np.array(column, h5py.string_dtype()) if column.dtype == object else column
+    for path in folder.glob("checkpoints/*/manifest.json"):
+        path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key not in ("phase", "round")}))
+
+
+def test_a_run_folder_of_an_earlier_version_goes_on(stopped, whole):
+    folder, job = stopped
+    in_the_first_layout(folder)
+    assert report.summary(folder)["rounds"] == 3
+    carry_out(job, folder)
+    assert not apart(outcome(folder), outcome(whole("standalone")))
+
+
+@pytest.mark.parametrize("small", [1 << 20, 0])
+def test_a_run_whose_record_grows_by_files_ends_with_one(small, tmp_path, monkeypatch, whole):
+    """Killed behind its last checkpoint, before it put the files together."""
+    monkeypatch.setattr(metrics, "SMALL_BYTES", small)
+    monkeypatch.setattr(metrics, "SHARE", 0.001)
+    job = tiny("standalone", checkpoint=ALL_CHECKPOINTS)
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(Simulation, "_book_last_checkpoint", lambda self: (_ for _ in ()).throw(InterruptedError))
+        carry_out(job, tmp_path / "run")
+    assert len(metrics.beside(tmp_path / "run" / "metrics.h5")) == (0 if small else 2)
+    assert report.summary(tmp_path / "run")["rounds"] == 3
+    carry_out(job, tmp_path / "run")
+    assert not apart(outcome(tmp_path / "run"), outcome(whole("standalone"))) and not metrics.beside(tmp_path / "run" / "metrics.h5")
 
 
 def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path):

@@ -17,6 +17,7 @@ from PIL import Image
 from hpcfl.data import archive, corpora, sources, store
 from hpcfl.data.arrays import read_npz
 from hpcfl.errors import DataError
+from hpcfl.storage import replacing
 
 
 @pytest.fixture(autouse=True)
@@ -213,7 +214,8 @@ def impostor(folder, name, source="/somewhere/noise.npz"):
     """A file under the name of a published data set that `get` did not make."""
     data = sources.checked("noise", *arrays().values())
     folder.mkdir(exist_ok=True)
-    archive.write(folder / f"{name}.h5", name, data, source, "as the source says")
+    with replacing(folder / f"{name}.h5") as draft:
+        archive.write(draft, name, data, source, "as the source says")
     return folder / f"{name}.h5"
 
 

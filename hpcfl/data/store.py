@@ -24,7 +24,7 @@ from hpcfl.data.embedded import EMBEDDED
 from hpcfl.data.sources import PUBLISHED, Labelled
 from hpcfl.errors import DataError
 from hpcfl.places import place
-from hpcfl.storage import sync
+from hpcfl.storage import replacing
 from hpcfl.wording import cause, printable
 
 OWN_TERMS = "as the source says"                                   # of data that somebody imported
@@ -198,17 +198,9 @@ def _install(target: Path, data: Labelled, source: str, licence: str) -> None:
     """Write under a temporary name, flush, read back, rename: the file is there whole or not at all."""
     for left in target.parent.glob(f".{target.stem}.*.part"):      # of a process that was killed; we hold the lock
         left.unlink(missing_ok=True)
-    temporary = target.with_name(f".{target.stem}.{os.uname().nodename}-{os.getpid()}.part")
-    try:
-        archive.write(temporary, target.stem, data, source, licence)
-        sync(temporary)
-        archive.verify(temporary)
-        os.replace(temporary, target)
-        sync(target.parent)
-    except (OSError, RuntimeError) as error:                       # h5py reports a full disk as either
-        raise _unwritable(error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(target, _unwritable) as draft:
+        archive.write(draft, target.stem, data, source, licence)
+        archive.verify(draft.path)
 
 
 def _unwritable(error: Exception) -> DataError:

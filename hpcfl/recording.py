@@ -157,7 +157,8 @@ def read(run: str | Path) -> Recording:
     try:
         sizes = {"K": int(attributes["clients"]), "C": int(attributes["classes"])}
         text = str(attributes["job"])
-        return Recording(folder, ": ".join(filter(None, [status, _lost(attributes)])), str(attributes["algorithm"]), text, tomllib.loads(text), sizes["K"], sizes["C"],
+        status = ": ".join(filter(None, [status, _lost(attributes)]))
+        return Recording(folder, status, str(attributes["algorithm"]), text, tomllib.loads(text), sizes["K"], sizes["C"],
                          int(attributes["ranks"]), _aligned(arrays, sizes, path))
     except (KeyError, TypeError, ValueError) as error:             # TOMLDecodeError is a ValueError
         raise CheckpointError(f"{path}: attribute missing or damaged ({error}); wanted algorithm, job, clients, classes and ranks") from None

@@ -26,7 +26,7 @@ FREE_TO_DIFFER = ("checkpoint.every", "checkpoint.keep", "checkpoint.seconds", "
 
 
 def save(folder: Path, world: World, state: State, record: Record, score: float | None) -> None:
-    """Bring metrics.h5 up to now, write checkpoints/round-<rows>/, then point LATEST at it; afterwards older ones go, but for the last `checkpoint.keep` and the best.
+    """Bring metrics.h5 up to now, write checkpoints/round-<rows>/, then point LATEST at it; then older ones go, but for the last `checkpoint.keep` and the best.
 
     score: mean accuracy on the clients' validation parts, by which the best is known (never the test set); None where it was not measured.
 
@@ -125,7 +125,7 @@ def place(folder: Path) -> tuple[str, int] | None:
 
 
 def latest(folder: Path) -> Path | None:
-    """The checkpoint to go on from in a run folder: what LATEST names, where it names none the newest with a manifest; or the folder itself if it is a checkpoint."""
+    """The checkpoint to go on from in a run folder: what LATEST names, or the newest where it names none; or the folder itself if it is one."""
     if (folder / "manifest.json").is_file():
         return folder
     named = (folder / "LATEST").read_text(encoding="utf-8", errors="replace").strip() if (folder / "LATEST").is_file() else ""

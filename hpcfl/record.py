@@ -109,7 +109,7 @@ class Record:
 
     def gather(self, path: Path) -> None:
         """See that the one file holds everything, where a run that had nothing left to do was killed before it did. Raises CheckpointError as `write`."""
-        if metrics.beside(path) or not path.exists():
+        if metrics.beside(path) or self.lost or not path.exists():
             self.write(path)
 
     def read(self, path: Path, rows: int, places: Sequence[tuple[str, int]] = ()) -> list[Damaged]:

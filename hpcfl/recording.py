@@ -190,9 +190,9 @@ def read(run: str | Path) -> Recording:
     try:
         sizes = {"K": int(attributes["clients"]), "C": int(attributes["classes"])}
         text = str(attributes["job"])
-        return Recording(folder, ": ".join(filter(None, [status, _lost(attributes)])), str(attributes["algorithm"]), text, recorded(tomllib.loads(text)),
-                         sizes["K"], sizes["C"], int(attributes["ranks"]), _aligned(arrays, sizes, path), _plan(attributes), attributes.get("data_source"),
-                         attributes.get("data_sha256"))
+        status = ": ".join(filter(None, [status, _lost(attributes)]))
+        return Recording(folder, status, str(attributes["algorithm"]), text, recorded(tomllib.loads(text)), sizes["K"], sizes["C"], int(attributes["ranks"]),
+                         _aligned(arrays, sizes, path), _plan(attributes), attributes.get("data_source"), attributes.get("data_sha256"))
     except (KeyError, TypeError, ValueError) as error:             # TOMLDecodeError is a ValueError
         raise CheckpointError(f"{path}: attribute missing or damaged ({error}); wanted algorithm, job, clients, classes and ranks") from None
 

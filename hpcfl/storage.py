@@ -38,7 +38,8 @@ def replacing(path: Path, otherwise: Callable[[OSError], Exception] | None = Non
     Raises: what `otherwise` makes of an error of the disk (full, read-only), by default a CheckpointError; what was at `path` stays as it was. What the block
     raises is not taken for one.
     """
-    otherwise = otherwise or (lambda error: CheckpointError(f"{path}: could not be written: {hdf5.reason(error)}; what was there before is untouched. {WAY_OUT}"))
+    otherwise = otherwise or (lambda error: CheckpointError(f"{path}: could not be written: {error.strerror or error}; what was there before is untouched. "
+                                                            f"{WAY_OUT}"))
     temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.part")
     try:
         make_folder(path.parent)
@@ -88,7 +89,8 @@ def write_trees(path: Path, trees: Iterable[tuple[str, Tree]]) -> str:
 def read_trees(path: Path, names: Collection[str] | None = None) -> dict[str, Tree]:
     """The named Trees of a file, or all, on the host. Raises CheckpointError as hdf5.Reader does."""
     with hdf5.reading(path, CheckpointError) as file:
-        return {name: {leaf.name[len(name) + 2:]: _leaf(file, leaf) for leaf in file.datasets(f"/{name}")} for name in (file.members() if names is None else names)}
+        wanted = file.members() if names is None else names
+        return {name: {leaf.name[len(name) + 2:]: _leaf(file, leaf) for leaf in file.datasets(f"/{name}")} for name in wanted}
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -221,5 +223,5 @@ def _leaf(file: hdf5.Reader, dataset: h5py.Dataset) -> torch.Tensor:
         return leaf
     dtype = getattr(torch, str(kind), None)
     if not isinstance(dtype, torch.dtype) or dtype.itemsize != leaf.dtype.itemsize:
-        raise CheckpointError(f"{file.path}: '{dataset.name}' holds the bits of type '{kind}', which torch {torch.__version__} does not know; wanted a torch that does")
+        raise CheckpointError(f"{file.path}: '{dataset.name}' holds the bits of type '{kind}', which torch {torch.__version__} does not know; wanted one that does")
     return leaf.view(dtype)

@@ -263,6 +263,20 @@ def test_without_an_earlier_checkpoint_the_way_out_is_another_folder(stopped):
     (checkpoint_of(folder, 2) / "server.h5").write_bytes(b"")
     with pytest.raises(CheckpointError, match="no earlier checkpoint is left; start again with --resume never and another --out"):
         carry_out(job, folder)
+    assert (carry_out(job, folder.parent / "again", resume="never") / "STATUS").read_text() == "done\n"
+
+
+def test_a_way_out_that_there_is_not_is_not_named(stopped):
+    """--resume auto is named where it would go on, and nowhere else."""
+    folder, job = stopped
+    with pytest.raises(JobError, match="choose another --out, or --resume auto to go on with it"):
+        carry_out(job, folder, resume="never")
+    carry_out(job, folder)
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "LATEST").unlink()
+    for resume in ("never", "auto"):
+        with pytest.raises(JobError, match="choose another --out$"):
+            carry_out(job, folder, resume=resume)
 
 
 @pytest.mark.parametrize("damage", ["cut", "emptied", "gone", "no HDF5", "of another run", "a bit"])
@@ -354,7 +368,8 @@ def test_evaluation_personal_may_differ(first, tmp_path):
 
 MAY_DIFFER = {                                                     # settings, and what a run that goes on with another value is told
     "run.seed": (3, ""), "data.validation": (0.3, ""), "data.test": (0.0, ""), "data.partition": ("iid", ""), "federation.rounds": (5, ""),
-    "federation.dropout": (0.5, ""), "evaluation.every": (1, ""), "evaluation.flops": (True, ""), "checkpoint.every": (2, ""), "training.optimizer": ("adam", ""),
+    "federation.dropout": (0.5, ""), "evaluation.every": (1, ""), "evaluation.flops": (True, ""), "checkpoint.every": (2, ""),
+    "training.optimizer": ("adam", ""),
     "federation.clients": (4, "holds the states of 5 clients, this job has 4; federation.clients must not differ. Choose another --out"),
     "models.features": (16, "What the models are made of must not differ: choose another --out"),
     "data.size": (12, "What the models are made of must not differ: choose another --out"),
@@ -365,7 +380,9 @@ MAY_DIFFER = {                                                     # settings, a
 def test_whatever_may_differ_works_or_is_refused_with_the_reason(setting, stopped):
     folder, _ = stopped
     (section, key), (value, complaint) = setting.split("."), MAY_DIFFER[setting]
-    job = tiny("standalone", **{section: {**(ALL_CHECKPOINTS if section == "checkpoint" else {}), key: value}}, **({} if section == "checkpoint" else {"checkpoint": ALL_CHECKPOINTS}))
+    sections = {"checkpoint": dict(ALL_CHECKPOINTS)}
+    sections.setdefault(section, {})[key] = value
+    job = tiny("standalone", **sections)
     before = contents(folder)
     if complaint:
         with pytest.raises(CheckpointError) as refused:
@@ -374,7 +391,8 @@ def test_whatever_may_differ_works_or_is_refused_with_the_reason(setting, stoppe
     else:
         carry_out(job, folder, may_differ=[setting])
         found = report.summary(folder)
-        assert found["rounds"] == job.federation.rounds and all(0 <= value <= 100 for value in found["accuracy"]["validation"]["per_client"] if value is not None)
+        validated = [value for value in found["accuracy"]["validation"]["per_client"] if value is not None]
+        assert found["rounds"] == job.federation.rounds and all(0 <= value <= 100 for value in validated)
 
 
 def in_the_first_layout(folder: Path) -> None:

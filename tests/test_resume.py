@@ -367,12 +367,12 @@ def test_evaluation_personal_may_differ(first, tmp_path):
 
 
 MAY_DIFFER = {                                                     # settings, and what a run that goes on with another value is told
-    "run.seed": (3, ""), "data.validation": (0.3, ""), "data.test": (0.0, ""), "data.partition": ("iid", ""), "federation.rounds": (5, ""),
+    "run.seed": (3, ""), "data.validation_fraction": (0.3, ""), "data.test_fraction": (0.0, ""), "data.partition": ("iid", ""), "federation.rounds": (5, ""),
     "federation.dropout": (0.5, ""), "evaluation.every": (1, ""), "evaluation.flops": (True, ""), "checkpoint.every": (2, ""),
     "training.optimizer": ("adam", ""),
     "federation.clients": (4, "holds the states of 5 clients, this job has 4; federation.clients must not differ. Choose another --out"),
-    "models.features": (16, "What the models are made of must not differ: choose another --out"),
-    "data.size": (12, "What the models are made of must not differ: choose another --out"),
+    "models.feature_size": (16, "What the models are made of must not differ: choose another --out"),
+    "data.image_size": (12, "What the models are made of must not differ: choose another --out"),
     "models.names": (["cnn1", "mlp2"], "'body.conv1.bias' of client 0's model is missing, in this job its cnn1 has (16,)")}
 
 

@@ -110,7 +110,7 @@ class Simulation:
             return
         rows = {client: row for part, _ in counts for client, row in part.items()}
         tables = {name: np.stack([rows[client][name] for client in range(self.world.clients)]) for name in rows[0]}
-        self.record.evaluate(stage, tables, {name: sum(share[name] for _, share in counts) for name in global_share})
+        self.record.evaluate(stage, tables, {name: sum(share[name] for _, share in counts if name in share) for name in dict.fromkeys(name for _, share in counts for name in share)})
         fixed = self.record.fixed
         accuracy = 100 * tables["generalization_correct"].sum(1) / fixed["evaluation/generalization_count"].sum()
         self.lines |= {"accuracy": accuracy.mean(), "lowest": accuracy.min(), "highest": accuracy.max()}
@@ -124,21 +124,22 @@ class Simulation:
     def _global_right_answers(self, state: State, place: Place) -> dict[str, np.ndarray]:
         """Those of the models of the phase's last step that has any, over the batches of the official test set that fall to this rank.
 
-        What the step publishes for it is what the next round begins with, so that it moves once.
+        What moves for it, moves once: the next round begins with the same message.
 
         Raises: LayoutError for a model that is not of its architecture.
         """
         world, batch = self.world, self.world.job.evaluation.batch
         step = next((step for step in reversed(place.phase.steps) if step.overrides("global_models")), None)
-        models = step.global_models(self.exchange.publish(step, state).leaves) if step else {}
+        with self.ledger("publish"):
+            models = self.exchange.delivery.global_models(step, state) if step else {}
         found = {}
         with self.ledger("evaluate"):
-            for name, (architecture, model) in models.items():
+            for name, (architecture, model, first, every) in models.items():
                 module = world.problem.structure(architecture)
                 if odd := model.keys() ^ module.state_dict().keys():
                     raise LayoutError(f"global model '{name}': '{min(odd)}' is in only one of it and {architecture}; wanted the state_dict of {architecture}")
                 predict = bind(module, tree.to(model, world.problem.device))
-                found[name] = correct(predict, world.test, world.problem.classes, batch, self.comm.rank, self.comm.size).numpy()
+                found[name] = correct(predict, world.test, world.problem.classes, batch, first, every).numpy()
         return found
 
     def _right_answers(self, parked: Group | Parked) -> Answers:
@@ -179,11 +180,11 @@ class Simulation:
         step, drawn = place.phase.steps[-1], {}
         if not step.overrides("draw"):
             return
-        message = self.comm.from_server(step.publish, state.server)
+        message = self.exchange.publish(step, state, self.world.architectures(range(min(SAMPLED_CLIENTS, self.world.clients)), place.row))
         shown = [(parked, client) for parked in state.groups for client in parked.clients if client < SAMPLED_CLIENTS]
         for parked, client in shown:
             group = parked.fetch().select([client])
-            site, own = self.world.client_site(group, place.phase, place.round), step.receive(message, group.architecture)
+            site, own = self.world.client_site(group, place.phase, place.round), self.exchange.delivery.download(message, group.architecture)
             sample = step.draw(group, own, site, SAMPLES_PER_CLASS)
             if sample is not None:
                 real = torch.stack([step.seen(group, own, site, images) for images in _real(self.world)])

@@ -16,7 +16,7 @@ import hpcfl
 from hpcfl.comm import Communicator
 from hpcfl.errors import RankMissing
 
-CALLS = ("bcast", "gather", "allgather", "send", "receive", "barrier", "any", "bcast_lines", "gather_lines", "send_lines", "receive_lines", "reduce")
+CALLS = ("bcast", "gather", "allgather", "send", "receive", "barrier", "any", "among", "bcast_lines", "gather_lines", "send_lines", "receive_lines", "reduce")
 FOLDER = "watchdog"                                                # in the run folder: what the ranks say once one has raised the alarm
 PERIOD_S = (0.05, 10.0)                                            # bounds of the time between two looks, a twentieth of the limit
 GRACE_S = (2.0, 60.0)                                              # bounds of the time that all have to say where they are, a quarter of the limit

@@ -1,13 +1,15 @@
 """World: everything that follows from the job alone (data, partition, architectures, placement, plan), and this rank's share of it."""
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from decimal import ROUND_HALF_UP, Decimal
+from functools import cached_property, lru_cache, partial
 
 import numpy as np
 import torch
 from torch import nn
 
 from hpcfl.algorithms import PLANS
+from hpcfl.algorithms.verbs import check_plan
 from hpcfl.algorithms.base import ClientSite, Holdings, Phase, Problem, ServerSite
 from hpcfl.comm import Communicator
 from hpcfl.conditions import Answers, simulate
@@ -40,7 +42,9 @@ class World:
         self.split = partition.split(self.corpus.train_labels, self.clients, job.data, job.run.seed)
         self.problem = self._problem(device)
         self.plan = PLANS[job.algorithm_name].plan(job.algorithm, self.problem)
-        for step in self._steps():
+        check_plan(job.algorithm_name, self.plan)
+        self.steps = tuple(dict.fromkeys(step for phase in self.plan for step in phase.steps))           # each once, in order
+        for step in self.steps:
             step.accept(self.split.counts(self.corpus.train_labels, self.problem.classes))
         self._accept_single_images()
         self.home = self._home(past)
@@ -95,7 +99,7 @@ class World:
         """The networks of each architecture that this rank hosts, as structure."""
         def networks(architecture: str) -> dict[str, nn.Module]:
             built: dict[str, nn.Module] = {}
-            for step in self._steps():
+            for step in self.steps:
                 built |= {name: module.to(self.problem.device) for name, module in step.modules(architecture).items() if name not in built}
             return built
         fixed = self.job.models.size_schedule == "fixed"
@@ -115,8 +119,9 @@ class World:
                 for size in [self.job.clients.chunk or len(clients)] for start in range(0, len(clients), size)]
 
     def cohort(self, phase: Phase, row: int) -> tuple[int, ...]:
-        """The clients that are asked to take part in a round, a pure function of the seed and the round's row."""
-        size = self.clients if phase.everyone else max(1, round(self.job.federation.participation * self.clients))
+        """The clients that are asked to take part in a round, a pure function of the seed and the round's row; their share is rounded to the nearest number."""
+        share = Decimal(str(self.job.federation.participation)) * self.clients       # as it is written: 0.29 of 50 is 14.5
+        size = self.clients if phase.everyone else max(1, int(share.to_integral_value(ROUND_HALF_UP)))
         drawn = self.problem.stream("cohort", round_=row).numpy().permutation(self.clients)[:size]
         return tuple(sorted(int(client) for client in drawn))
 
@@ -139,7 +144,7 @@ class World:
     def found(self) -> Tree:
         """The server's state before the first round."""
         site, server = self.server_site(self.plan[0], 0, Ledger(self.problem.device)), {}
-        for step in self._steps():
+        for step in self.steps:
             server |= step.found(site)
         return server
 
@@ -150,12 +155,9 @@ class World:
     def begun(self, architecture: str, clients: Sequence[int]) -> Group:
         """Clients of an architecture as they begin."""
         group = Group(architecture, tuple(clients), {})
-        for step in self._steps():
+        for step in self.steps:
             group = step.join(group, self.client_site(group, self.plan[0], 0))
         return group.to(self.problem.device)
-
-    def _steps(self):
-        return [step for phase in self.plan for step in phase.steps]
 
     def _problem(self, device: torch.device) -> Problem:
         data = self.job.data

@@ -45,8 +45,8 @@ def _dry_run(job, comm) -> int:
         print(job.to_toml())
         for phase in world.plan:
             print(f"# phase {phase.name}: {phase.rounds} round(s) of {', '.join(type(step).__name__ for step in phase.steps)}")
-        for client, rank in enumerate(world.home):
-            print(f"# client {client}: {world.problem.architectures[client]} on rank {rank}, {len(world.split.train[client])} training images")
+        for client, (architecture, rank) in enumerate(zip(world.problem.architectures, world.home, strict=True)):
+            print(f"# client {client}: {architecture} on rank {rank}, {len(world.split.train[client])} training images")
     return 0
 
 

@@ -29,7 +29,8 @@ class Answers:
     @property
     def lost(self) -> tuple[int, ...]:
         """Those who were asked and did not answer."""
-        return tuple(client for client in self.cohort if client not in self.answered)
+        answered = frozenset(self.answered)
+        return tuple(client for client in self.cohort if client not in answered)
 
 
 def simulate(settings: Federation, stream: Callable[[str], Stream], cohort: Sequence[int]) -> Answers:

@@ -55,7 +55,7 @@ def _forward(wrapped: _Method, state: Tree, inputs: tuple[Tensor, ...]) -> Tenso
 
 def model_of(group: Group, modules: Mapping[str, nn.Module], client: int, name: str = "model", method: str = "forward") -> Callable[..., Tensor]:
     """A network of one client of the group, ready to be called."""
-    return bind(modules[name], tree.part(tree.row(group.state, group.clients.index(client)), name), method)
+    return bind(modules[name], tree.part(tree.row(group.state, group.rows[client]), name), method)
 
 
 def in_batches(function: Callable[[Tensor], Tensor], shard: Shard, batch: int = BATCH) -> Tensor:

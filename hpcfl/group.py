@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
@@ -45,6 +46,11 @@ class Group:
         for client in clients[1:]:
             _same_layout(architecture, clients[0], states[clients[0]], client, states[client])
         return Group(architecture, clients, tree.stack([states[client] for client in clients]) if clients else {})
+
+    @cached_property
+    def rows(self) -> Mapping[int, int]:
+        """The row of each client."""
+        return {client: row for row, client in enumerate(self.clients)}
 
     @property
     def device(self) -> torch.device:
@@ -105,7 +111,7 @@ class Group:
                 raise LayoutError(f"group {self.architecture}: '{path}' is in only one of the Groups of clients {self.clients} and {other.clients}")
         if other.clients == self.clients:
             return other
-        rows = torch.tensor([self.clients.index(client) for client in other.clients])
+        rows = torch.tensor([self.rows[client] for client in other.clients])
         state = dict(self.state)
         for path, leaf in other.state.items():
             old = state[path].to(leaf.device) if path in state else leaf.new_zeros(len(self.clients), *leaf.shape[1:])

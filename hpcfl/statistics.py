@@ -72,7 +72,7 @@ class Sums:
 
     contributions: tuple[Contribution, ...]
     partial: tuple[Total, ...] = ()                                # what has been added up before these
-    sent: Mapping[int, int] = field(default_factory=dict)          # client -> bytes of what is in `partial`
+    sent: tuple[Mapping[int, int], ...] = ()                       # client -> bytes of what is in `partial`; apart, for to merge them each time would be slow
     described: SumLayout = ()                                      # of `partial`, whose leaves do not tell what they were added from
 
     @classmethod
@@ -111,7 +111,7 @@ class Sums:
         if self.layout() != other.layout():
             path, got, want = difference(self.layout(), other.layout())
             raise LayoutError(f"cannot add Sums: '{path}' is {got} on one side, {want} on the other; clients of one sum must share paths, shapes and types")
-        return Sums(self.contributions + other.contributions, self.partial + other.partial, _added_bytes(self.sent, other.sent), self.described or other.described)
+        return Sums(self.contributions + other.contributions, self.partial + other.partial, self.sent + other.sent, self.described or other.described)
 
     def total(self) -> Total:
         """The sum, in float64 and in ascending client order: the same bits however the contributions were put together."""
@@ -121,7 +121,9 @@ class Sums:
 
     def reduced(self) -> "Sums":
         """The same sum in the room of one total: nothing of a contribution is kept, and what is added later is added after it."""
-        return Sums((), (self.total(),), self.simulated_bytes(), self.layout()) if self.contributions or len(self.partial) > 1 else self
+        if not self.contributions and len(self.partial) == 1:
+            return self
+        return Sums((), (self.total(),), (*self.sent, self._own_bytes()), self.layout())
 
     def spent(self) -> Total:
         """The total in the memory of a sum that is reduced: whoever adds to it uses that up."""
@@ -152,7 +154,14 @@ class Sums:
 
     def simulated_bytes(self) -> dict[int, int]:
         """What each client would send on a real network, bytes; by default its values in their own type, and its weights where they are sent."""
-        sent = dict(self.sent)
+        sent: dict[int, int] = {}
+        for each in (*self.sent, self._own_bytes()):
+            for client, count in each.items():
+                sent[client] = sent.get(client, 0) + count
+        return sent
+
+    def _own_bytes(self) -> dict[int, int]:
+        sent: dict[int, int] = {}
         for contribution in self.contributions:
             for client in contribution.clients:
                 sent[client] = sent.get(client, 0) + contribution.sent_bytes

@@ -48,6 +48,7 @@ class World:
             step.accept(self.split.counts(self.corpus.train_labels, self.problem.classes))
         self._accept_single_images()
         self.home = self._home(past)
+        self._models_of = lru_cache(maxsize=2)(lambda row: tuple(self.problem.architecture(client, row) for client in range(self.clients)))
         residence = RESIDENCIES[job.clients.residency](device, job.clients.folder)
         self.park: Callable[[Group], Group | Parked] = residence.park                    # a Group put away until its next turn at work
 
@@ -107,9 +108,9 @@ class World:
 
     def architectures(self, clients: Sequence[int], row: int = 0) -> Mapping[str, tuple[int, ...]]:
         """Clients by their architecture of a round, both in order."""
-        found: dict[str, list[int]] = {}
+        models, found = self._models_of(row), dict[str, list[int]]()
         for client in sorted(clients):
-            found.setdefault(self.problem.architecture(client, row), []).append(client)
+            found.setdefault(models[client], []).append(client)
         return {architecture: tuple(found[architecture]) for architecture in sorted(found)}
 
     def teams(self, row: int = 0) -> list[tuple[str, tuple[int, ...]]]:

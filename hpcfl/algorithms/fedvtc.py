@@ -155,7 +155,7 @@ class Generating(Describing):
 
     def generate(self, group: Group, known: Known, site: ClientSite, client: int) -> Draw:
         """x' = psi_k(v), v ~ N(c^y, Sigma) (3.2 generation), in the classifier's range."""
-        config, own = self.config, tree.row(group.part("generator"), group.clients.index(client))
+        config, own = self.config, tree.row(group.part("generator"), group.rows[client])
         psi = bind(site.modules["generator"], tree.to(own, self.problem.device))
 
         def draw(labels: Tensor, generator: torch.Generator) -> Tensor:

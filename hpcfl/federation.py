@@ -110,7 +110,7 @@ class Exchange:
         """The first half: prepare, publish, train, combine, aggregate."""
         answers = self.world.answers(place.phase, place.row)
         if step.overrides("prepare"):
-            state = self.serve(step.prepare, step, state, place)
+            state = self.serve(step, "prepare", state, place)
         if step.overrides("train"):
             message = self.publish(step, state, self.world.architectures(answers.cohort if step is place.phase.asks else answers.answered, place.row))
             if step is place.phase.asks:
@@ -121,7 +121,7 @@ class Exchange:
                 with self.ledger("combine"), blamed(step, "train"):
                     totals = self.world.comm.combine(statistics)
                 if step.overrides("aggregate"):
-                    state = self.serve(step.aggregate, step, state, place, totals)
+                    state = self.serve(step, "aggregate", state, place, totals)
         return state
 
     def refine(self, step: Algorithm, state: State, place: Place) -> State:
@@ -135,7 +135,7 @@ class Exchange:
             self.wait()
         return state
 
-    def serve(self, verb: Callable[..., Tree], step: Algorithm, state: State, place: Place, *what: Totals) -> State:
+    def serve(self, step: Algorithm, verb: str, state: State, place: Place, *what: Totals) -> State:
         """The server's next state under one verb; ranks that take no share of its work wait, and so does the server for those that do."""
         world, comm = self.world, self.world.comm
         site = world.server_site(place.phase, place.round, self.ledger, place.row)
@@ -148,10 +148,10 @@ class Exchange:
             self.ledger.helped(len(items), time.perf_counter() - start)
             return results
         def serving() -> tuple[Tree, set[str]]:
-            before, where = dict(state.server), named(step, verb.__name__)
+            before, where = dict(state.server), named(step, verb)
             marks = tree.marks(before)
-            with blamed(step, verb.__name__):
-                server = checked_tree(where, verb(state.server, *what, site))
+            with blamed(step, verb):
+                server = checked_tree(where, getattr(step, verb)(state.server, *what, site))
             check_kept(where, before, server)
             server = tree.transform(server, lambda leaf: leaf.clone() if leaf.is_inference() else leaf)      # whose writes torch would not count
             return server, {tree.root(path) for path in tree.changed(marks, server)}

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from hpcfl.algorithms import PLANS
-from hpcfl.algorithms.verbs import check_plan
 from hpcfl.algorithms.base import ClientSite, Holdings, Phase, Problem, ServerSite
+from hpcfl.algorithms.verbs import blamed, check_plan, checked_group, checked_modules, checked_tree, named, of_clients
 from hpcfl.comm import Communicator
 from hpcfl.conditions import Answers, simulate
 from hpcfl.data import corpora, partition
@@ -101,7 +101,9 @@ class World:
         def networks(architecture: str) -> dict[str, nn.Module]:
             built: dict[str, nn.Module] = {}
             for step in self.steps:
-                built |= {name: module.to(self.problem.device) for name, module in step.modules(architecture).items() if name not in built}
+                with blamed(step, "modules", f"for {architecture}"):
+                    found = checked_modules(named(step, "modules", f"for {architecture}"), step.modules(architecture))
+                built |= {name: module.to(self.problem.device) for name, module in found.items() if name not in built}
             return built
         fixed = self.job.models.size_schedule == "fixed"
         return {architecture: networks(architecture) for architecture in (self.architectures(self.mine) if fixed else self.problem.sizes.every)}
@@ -146,7 +148,8 @@ class World:
         """The server's state before the first round."""
         site, server = self.server_site(self.plan[0], 0, Ledger(self.problem.device)), {}
         for step in self.steps:
-            server |= step.found(site)
+            with blamed(step, "found"):
+                server |= checked_tree(named(step, "found"), step.found(site))
         return server
 
     def join(self) -> list[Group | Parked]:
@@ -157,7 +160,9 @@ class World:
         """Clients of an architecture as they begin."""
         group = Group(architecture, tuple(clients), {})
         for step in self.steps:
-            group = step.join(group, self.client_site(group, self.plan[0], 0))
+            whose = of_clients(clients)
+            with blamed(step, "join", whose):
+                group = checked_group(named(step, "join", whose), step.join(group, self.client_site(group, self.plan[0], 0)), group)
         return group.to(self.problem.device)
 
     def _problem(self, device: torch.device) -> Problem:

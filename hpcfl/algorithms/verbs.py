@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from hpcfl import tree
 from hpcfl.algorithms.base import Algorithm, Phase, Update
@@ -63,7 +63,9 @@ def blamed(step: Algorithm, verb: str, whose: str = "") -> Iterator[None]:
     try:
         yield
     except LayoutError as error:
-        raise error if str(error).startswith(where) else LayoutError(f"{where}: {error}") from error
+        if str(error).startswith(f"{type(step).__name__}."):       # it says where already
+            raise
+        raise LayoutError(f"{where}: {error}") from error
     except HpcflError:                                             # it says what the user is to do
         raise
     except Exception as error:
@@ -113,6 +115,13 @@ def checked_models(where: str, found: Any) -> Mapping[str, tuple[str, Tree]]:
         raise LayoutError(f"{where}: gave {_kind(found)}, wanted a dict from name to (architecture, Tree)")
     for name, (_, model) in found.items():
         checked_tree(f"{where}, '{name}'", model)
+    return found
+
+
+def checked_modules(where: str, found: Any) -> Mapping[str, nn.Module]:
+    """What `modules` gave. Raises LayoutError for anything else than name -> Module."""
+    if not isinstance(found, Mapping) or not all(isinstance(name, str) and isinstance(module, nn.Module) for name, module in found.items()):
+        raise LayoutError(f"{where}: gave {_kind(found)}, wanted a dict from name to torch.nn.Module")
     return found
 
 

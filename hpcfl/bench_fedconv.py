@@ -111,8 +111,8 @@ def measured(world: Noise) -> dict[str, Any]:
 def server_phase(exchange: Exchange, state: State, place: Place) -> State:
     """All that the server and its helpers do in a round, between which clients send back what they received."""
     step, = place.phase.steps
-    state = exchange.serve(step.prepare, step, state, place)
-    return exchange.serve(step.aggregate, step, state, place, returned(step, state) if exchange.world.comm.is_server else {})
+    state = exchange.serve(step, "prepare", state, place)
+    return exchange.serve(step, "aggregate", state, place, returned(step, state) if exchange.world.comm.is_server else {})
 
 
 def returned(step: FedConv, state: State) -> Totals:

@@ -72,8 +72,8 @@ def _dry_run(job, comm, refused: str) -> int:
             print(f"# {job.data.name}: {remark}")
         for phase in world.plan:
             print(f"# phase {phase.name}: {phase.rounds} round(s) of {', '.join(type(step).__name__ for step in phase.steps)}")
-        for client, rank in enumerate(world.home):
-            print(f"# client {client}: {world.problem.architectures[client]} on rank {rank}, {len(world.split.train[client])} training images")
+        for client, (architecture, rank) in enumerate(zip(world.problem.architectures, world.home, strict=True)):
+            print(f"# client {client}: {architecture} on rank {rank}, {len(world.split.train[client])} training images")
         if warning := averaging.warning(job.algorithm_name, world.averages(world.steps)):
             print(f"# warning: {warning}")
         if refused:

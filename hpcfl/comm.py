@@ -1,8 +1,7 @@
-"""Communicator, the ranks of a job seen from the algorithms' side: server work, broadcast, combination. The only file that imports mpi4py."""
+"""Communicator, the ranks of a job seen from the algorithms' side: server work, broadcast, combination."""
 import heapq
 import os
 import pickle
-import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,94 +14,15 @@ from torch import Tensor
 from hpcfl import packing, tree
 from hpcfl.errors import EnvironmentFault
 from hpcfl.launchers import ALONE, RELAUNCH, give_folders, launched
-from hpcfl.packing import LINE
-from hpcfl.statistics import Contribution, Header, Statistics, Sums, Total, Uploads, check_alike, floats, header
+from hpcfl.ranks import Alone, Audience, Ranks, of_this_job
+from hpcfl.statistics import Contribution, Header, Statistics, SumLayout, Sums, Total, Uploads, check_alike, header, payload
 from hpcfl.tree import Tree
 
-EXCHANGES = ("bcast", "reduce", "gatherv", "send")                 # kinds of `carried`
-REDUCE_FLOATS = 1 << 26                                            # per Reduce, 512 MiB: far below what MPI libraries count in 32 bits
+EXCHANGES = ("bcast", "reduce", "gatherv", "send", "bcast_by_client", "reduce_by_client")            # kinds of `carried`
+REDUCE_FLOATS = 1 << 22                                            # per Reduce: long enough for the wire, and the buffer takes 16 MiB however long a sum is
 
 Parts = Mapping[str, Sums | Uploads]
 HelpWith = Callable[[str, dict[int, Tree]], dict[int, Tree]]       # (verb, items) -> results under the same keys
-
-
-class Alone:
-    """The one rank of a process without MPI; has what Ranks has, less the buffers that nobody could receive."""
-
-    rank, size, local_rank, local_size = 0, 1, 0, 1
-    library = "no MPI library that mpi4py can load"
-    standard = ""
-
-    def abort(self, code: int) -> None:
-        """End the process at once."""
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-class Ranks:
-    """The ranks of an mpi4py communicator: headers by lower-case calls (pickled), tensors by upper-case ones (buffers)."""
-
-    def __init__(self, mpi: Any, ranks: Any) -> None:
-        """`mpi` is the module mpi4py.MPI, `ranks` one of its intracommunicators."""
-        self._mpi, self._ranks = mpi, ranks
-        self._line = mpi.BYTE.Create_contiguous(LINE).Commit()
-        self.rank, self.size = ranks.Get_rank(), ranks.Get_size()
-        self.library = mpi.Get_library_version().strip("\0\n ").split(",")[0]
-        self.standard = "MPI {}.{}".format(*mpi.Get_version())
-        node = ranks.Split_type(mpi.COMM_TYPE_SHARED)              # not the launcher's variables: ranks of a mpirun inside srun inherit srun's
-        self.local_rank, self.local_size = node.Get_rank(), node.Get_size()
-        node.Free()
-        self.bcast, self.gather, self.allgather = ranks.bcast, ranks.gather, ranks.allgather
-        self.send, self.barrier, self.abort = ranks.send, ranks.Barrier, ranks.Abort
-
-    def receive(self, source: int) -> Any:
-        """The object that `source` sent."""
-        return self._ranks.recv(source=source)
-
-    def any(self, flag: bool) -> bool:
-        """Whether any rank says so."""
-        return self._ranks.allreduce(flag, op=self._mpi.LOR)
-
-    def bcast_lines(self, buffer: Tensor) -> None:
-        """Rank 0's buffer to all."""
-        self._ranks.Bcast(self._lines(buffer), root=0)
-
-    def gather_lines(self, buffer: Tensor, lines: Sequence[int] = ()) -> Tensor | None:
-        """The buffers of all ranks one after the other at rank 0, which alone must know that rank r brings `lines[r]` lines."""
-        if self.rank > 0:
-            self._ranks.Gatherv(self._lines(buffer), None, root=0)
-            return None
-        whole = torch.empty(sum(lines) * LINE, dtype=torch.uint8)
-        starts = [sum(lines[:rank]) for rank in range(self.size)]
-        self._ranks.Gatherv(self._lines(buffer), [whole.numpy(), (lines, starts), self._line], root=0)
-        return whole
-
-    def send_lines(self, buffer: Tensor, rank: int) -> None:
-        """A buffer to one rank."""
-        self._ranks.Send(self._lines(buffer), dest=rank)
-
-    def receive_lines(self, buffer: Tensor, source: int) -> None:
-        """The buffer that `source` sent."""
-        self._ranks.Recv(self._lines(buffer), source=source)
-
-    def reduce(self, out: Tensor) -> None:
-        """out (n,) float64 of rank 0 becomes the sum over the ranks."""
-        for piece in out.split(REDUCE_FLOATS):
-            here = (self._mpi.IN_PLACE, piece.numpy()) if self.rank == 0 else (piece.numpy(), None)
-            self._ranks.Reduce(*here, op=self._mpi.SUM, root=0)
-
-    def collectives(self, size: int) -> dict[str, Callable[[], object]]:
-        """Those of a round, each of `size` bytes, a multiple of 8, of every rank, in memory of its own."""
-        own, of_all = torch.zeros(size // 8, dtype=torch.float64).numpy(), None
-        if self.rank == 0:
-            of_all = torch.zeros(size // 8 * self.size, dtype=torch.float64).numpy()
-        total = None if of_all is None else of_all[:size // 8]
-        return {"Bcast": lambda: self._ranks.Bcast(own, root=0), "Reduce": lambda: self._ranks.Reduce(own, total, op=self._mpi.SUM, root=0),
-                "Gatherv": lambda: self._ranks.Gatherv(own, of_all, root=0)}
-
-    def _lines(self, buffer: Tensor) -> list:
-        return [buffer.numpy(), len(buffer) // LINE, self._line]
 
 
 @dataclass(frozen=True)
@@ -118,8 +38,9 @@ class Communicator:
 
     Every method but `spread` is called by all ranks in the same order. `sent_bytes` is the payload that left this rank so far: a broadcast counts
     once per receiver at rank 0, a reduction or gathering once at every other rank; headers are not counted. `carried` has for each of EXCHANGES the
-    payload itself, the same for any number of ranks, one included: at rank 0 each message of a broadcast and each total of a reduction once, and what spread
-    work takes and gives; at every rank what its clients bring to a gathering.
+    payload itself, the same for any number of ranks, one included: at rank 0 each leaf of a broadcast and each total of a reduction once, and these again
+    times the clients that it is for or from, from which it follows how many ranks they reach; what spread work takes and gives; at every rank what its
+    clients bring to a gathering.
     """
 
     def __init__(self, engine: Alone | Ranks, deterministic: bool = False) -> None:
@@ -152,37 +73,49 @@ class Communicator:
             if self.is_server and self.size > 1:
                 self._engine.bcast(None)                           # the others go on even where the server failed
 
-    def from_server(self, function: Callable[..., Tree], *args: Any) -> Tree:
-        """The Tree function(*args) of rank 0 at every rank, by one header and one buffer; rank 0 keeps its own object.
+    def distribute(self, parcels: Mapping[Audience, Tree]) -> Tree:
+        """What rank 0 has for this rank: the leaves of every Tree of {ranks: Tree} whose ranks it is of; rank 0, which gives them, keeps its own objects.
 
-        The others receive host tensors. An error in `function` is the server's: the others wait until it ends the job.
+        Paths of Trees that share a rank differ. By one header for all ranks, and one buffer and one broadcast for each Tree among its own ranks alone. The
+        others receive host tensors, and what they give themselves does not count.
         """
-        if not self.is_server:
-            layout = self._engine.bcast(None)
-            buffer = packing.empty([layout])
-            self._engine.bcast_lines(buffer)
-            return tree.unpack(buffer, layout)
-        message = function(*args)
-        self.carried["bcast"] += tree.nbytes(message)
-        if self.size > 1:
-            self._engine.bcast(tree.layout(message))
-            self._engine.bcast_lines(packing.pack([message]))
-            self.sent_bytes += tree.nbytes(message) * (self.size - 1)
-        return message
+        if self.size == 1:
+            return {path: leaf for parcel in parcels.values() for path, leaf in parcel.items()}
+        layouts = self._engine.bcast({audience: tree.layout(parcels[audience]) for audience in sorted(parcels)})
+        mine: Tree = {}
+        for audience, layout in layouts.items():
+            ranks = self._engine.among(audience)
+            if self.is_server:
+                parcel = parcels[audience]
+                self._engine.bcast_lines(packing.pack([parcel]), ranks)
+                self.sent_bytes += tree.nbytes(parcel) * (len(audience) - 1)
+                mine |= parcel
+            elif ranks is not None:
+                buffer = packing.empty([layout])
+                self._engine.bcast_lines(buffer, ranks)
+                mine |= tree.unpack(buffer, layout)
+        return mine
+
+    def carry(self, kind: str, count: int, clients: int = 0) -> None:
+        """Book the payload of an exchange, for a broadcast or a reduction with the number of clients that it is for or from."""
+        self.carried[kind] += count
+        if clients:
+            self.carried[f"{kind}_by_client"] += count * clients
 
     def spread(self, verb: str, items: Mapping[int, Tree], costs: Mapping[int, float] | None = None) -> dict[int, Tree]:
         """{key: result} for {key: item}, carried out by all ranks, each by its `help_with(verb, share)`; for rank 0 inside `at_server`.
 
-        `costs`: expected work of each item in any one unit; without it larger items count as more work. Other ranks get host tensors and give host tensors back.
+        `costs`: expected work of each item in any one unit; without it larger items count as more work. Other ranks get host tensors; results are
+        host tensors wherever they were made.
         Raises: what a rank raised, with its traceback as a note; RuntimeError outside of an `at_server` that says how to help.
         """
         if self._help_with is None:
             raise RuntimeError(f"rank {self.rank}: spread('{verb}') was called where the other ranks do not attend; call it at rank 0, inside at_server(..., help_with=...)")
-        if len(items) < 2:
-            return self._share(verb, dict(items))
-        results = self._helped(verb, items, costs) if self.size > 1 else self._share(verb, dict(items))
-        self.carried["send"] += sum(tree.nbytes(each) for moved in (items, results) for each in moved.values())
-        return results
+        alone = self.size == 1 or len(items) < 2
+        results = self._share(verb, dict(items)) if alone else self._helped(verb, items, costs)
+        if len(items) > 1:
+            self.carry("send", sum(tree.nbytes(each) for moved in (items, results) for each in moved.values()))
+        return {key: tree.to(result, "cpu") for key, result in results.items()}
 
     def _helped(self, verb: str, items: Mapping[int, Tree], costs: Mapping[int, float] | None) -> dict[int, Tree]:
         shares = _shares(costs or {key: tree.nbytes(item) for key, item in items.items()}, self.size)
@@ -201,8 +134,12 @@ class Communicator:
     def combine(self, statistics: Statistics | None) -> dict[str, Total | Uploads] | None:
         """The statistics of all ranks, in host memory at rank 0: a Total per name of Sums, Uploads in ascending client order; None elsewhere.
 
-        A rank without clients takes part with None. Sums travel in one float64 buffer by one Reduce (deterministic: unsummed, by one Gatherv,
-        then added in ascending client order), Uploads in one buffer by one Gatherv.
+        A rank without clients takes part with None. Sums travel by Reduce among the ranks that bring some of them, each leaf in its own type and counts in
+        float64; deterministic: unsummed, by one Gatherv, then added in ascending client order. Uploads travel in one buffer by one Gatherv.
+        Each rank adds up its own in float64. Of float32 leaves every other rank's sum is rounded once to float32 for the wire, MPI adds these up in float32,
+        and rank 0 adds its own, which was never rounded: on R ranks the total is off by at most about (R - 1) 2^-24 sum_r |sum of rank r|, on two ranks
+        by 2^-24 of the other's sum. Sums beyond 3.4e38 do not fit.
+        What is reduced already is used up: the total is made in its memory.
         Raises: LayoutError on every rank where ranks disagree on a name, or where a client uploads twice.
         """
         parts = {} if statistics is None else statistics.parts
@@ -211,7 +148,7 @@ class Communicator:
         headers = self._engine.allgather({name: header(part) for name, part in parts.items()})
         check_alike(headers, lambda name: self._engine.allgather(parts[name].layout() if name in parts else None))
         kinds = {name: kind for each in headers for name, (kind, _, _) in each.items()}
-        reduced = [] if self.deterministic else sorted(name for name, kind in kinds.items() if kind == "Sums")
+        reduced = {} if self.deterministic else _audiences(headers)
         sums = self._reduce(reduced, headers, parts) if reduced else {}
         whole = {name: kind for name, kind in sorted(kinds.items()) if name not in reduced}
         gathered = self._gather(whole, parts) if whole else {}
@@ -298,34 +235,56 @@ class Communicator:
 
     def _alone(self, name: str, part: Sums | Uploads) -> Total | Uploads:
         """What one rank has instead of a combination."""
-        if isinstance(part, Sums) and not self.deterministic:
-            self.carried["reduce"] += 8 * floats(part.layout())
-        else:
-            self.carried["gatherv"] += sum(tree.nbytes(each) for _, _, each in _labelled(name, part))
-        return part.total() if isinstance(part, Sums) else _ordered([part])
+        if isinstance(part, Uploads):
+            self.carry("gatherv", sum(map(tree.nbytes, part.trees.values())))
+            return _ordered([part])
+        if self.deterministic:
+            self.carry("gatherv", sum(tree.nbytes(each) for _, _, each in _labelled(name, part)))
+            return part.total()
+        self.carry("reduce", payload(part.layout()), header(part)[2])
+        return part.spent()
 
-    def _reduce(self, names: Sequence[str], headers: Sequence[dict[str, Header]], parts: Parts) -> dict[str, Total]:
-        sizes = {name: size for each in headers for name, (_, _, size) in each.items()}
-        layouts = {name: parts[name].layout() for name in names if name in parts}
-        if any(name not in headers[0] for name in names):          # rank 0 hosts no such client: it learns from the others what the sum looks like
+    def _reduce(self, audiences: Mapping[str, Audience], headers: Sequence[dict[str, Header]], parts: Parts) -> dict[str, Total]:
+        """The Total of each name at rank 0, by reductions among its ranks."""
+        layouts = {name: parts[name].layout() for name in audiences if name in parts}
+        if any(name not in headers[0] for name in audiences):      # rank 0 hosts no such client: it learns from the others what the sum looks like
             told = self._engine.gather({name: layout for name, layout in layouts.items() if name not in headers[0]})
             layouts = {name: layout for each in [*(told or []), layouts] for name, layout in each.items()}
-        buffer = torch.zeros(sum(sizes[name] for name in names), dtype=torch.float64)
-        pieces = dict(zip(names, buffer.split([sizes[name] for name in names]), strict=True))
-        totals = {name: Total.over(pieces[name], layout) for name, layout in layouts.items()}
-        for name in parts.keys() & set(names):
-            parts[name].add_to(totals[name])
-        self._engine.reduce(buffer)
-        if self.is_server:
-            self.carried["reduce"] += buffer.nbytes
-        else:
-            self.sent_bytes += buffer.nbytes
+        totals = {name: parts[name].spent() if name in parts else Total.zero(layout) for name, layout in layouts.items()}
+        for audience in sorted(set(audiences.values())):
+            ranks, names = self._engine.among(audience), [name for name in sorted(audiences) if audiences[name] == audience]
+            if ranks is not None:
+                self._add_up([(totals[name], layouts[name]) for name in names], ranks)
+        for name, layout in layouts.items():
+            if self.is_server:
+                self.carry("reduce", payload(layout), sum(each[name][2] for each in headers if name in each))
+            else:
+                self.sent_bytes += payload(layout)
         return totals
+
+    def _add_up(self, sums: Sequence[tuple[Total, SumLayout]], ranks: Any) -> None:
+        """Add what the other ranks of a communicator have to the Totals of rank 0; each has them all, of the same layouts."""
+        leaves: dict[torch.dtype, list[Tensor]] = {}
+        for total, layout in sums:
+            for path, _, _, dtype in layout:
+                leaves.setdefault(dtype, []).append(total.values[path].view(-1))
+                leaves.setdefault(torch.float64, []).append(total.counts[path].view(-1))
+        for dtype in sorted(leaves, key=str):
+            for views in _blocks(leaves[dtype], REDUCE_FLOATS):
+                buffer = torch.zeros(sum(map(len, views)), dtype=dtype)
+                slots = buffer.split([len(view) for view in views])
+                if not self.is_server:                             # rank 0 brings zeros: its own sum is not to be rounded
+                    for slot, view in zip(slots, views, strict=True):
+                        slot.copy_(view)
+                self._engine.reduce(buffer, ranks)
+                if self.is_server:
+                    for slot, view in zip(slots, views, strict=True):
+                        view.add_(slot)
 
     def _gather(self, kinds: Mapping[str, str], parts: Parts) -> dict[str, Total | Uploads]:
         labelled = [labelled for name in kinds if name in parts for labelled in _labelled(name, parts[name])]
         trees = [each for _, _, each in labelled]
-        self.carried["gatherv"] += sum(map(tree.nbytes, trees))
+        self.carry("gatherv", sum(map(tree.nbytes, trees)))
         told = self._engine.gather([(name, label, tree.layout(each)) for name, label, each in labelled])
         if not self.is_server:
             self._engine.gather_lines(packing.pack(trees))
@@ -348,31 +307,34 @@ def connect(deterministic: bool = False, checked: bool = True, alone: bool = Fal
     if alone:
         return Communicator(Alone(), deterministic)
     give_folders()
-    try:
-        from mpi4py import MPI                                     # here, not above: importing it starts MPI
-    except (ImportError, RuntimeError):                            # not installed; installed, but without a library to load
-        communicator = Communicator(Alone(), deterministic)
-    else:
-        communicator = Communicator(Ranks(MPI, MPI.COMM_WORLD), deterministic)
+    communicator = Communicator(of_this_job(), deterministic)
     if checked:
         communicator.check_launch()
     return communicator
 
 
-def carry(device: str) -> None:
-    """Let MPI move tensors in the memory of a device from this process to itself; where it cannot, it raises or takes the process down with it.
+def _audiences(headers: Sequence[Mapping[str, Header]]) -> dict[str, Audience]:
+    """Who takes part in the reduction of each name of Sums: the ranks that bring it, and rank 0."""
+    ranks: dict[str, list[int]] = {}
+    for rank, brought in enumerate(headers):
+        for name, (kind, _, _) in brought.items():
+            if kind == "Sums":
+                ranks.setdefault(name, [0]).append(rank)
+    return {name: tuple(sorted(set(found))) for name, found in ranks.items()}
 
-    Raises: EnvironmentFault where something else arrives than what was sent.
-    """
-    from mpi4py import MPI
-    sent = torch.arange(1024, dtype=torch.float64, device=device)
-    received, total = torch.zeros_like(sent), torch.zeros_like(sent)
-    if sent.is_cuda:
-        torch.cuda.synchronize(device)                             # MPI does not wait for the stream
-    MPI.COMM_SELF.Sendrecv(sent, 0, recvbuf=received, source=0)
-    MPI.COMM_SELF.Reduce(sent, total, op=MPI.SUM, root=0)
-    if not (received.equal(sent) and total.equal(sent)):
-        raise EnvironmentFault(f"what MPI moved between buffers on {device} did not arrive as it was sent")
+
+def _blocks(leaves: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:
+    """Flat leaves in order, in blocks of at most so many elements."""
+    block, room = [], size
+    for leaf in leaves:
+        while len(leaf):
+            block.append(leaf[:room])
+            leaf, room = leaf[len(block[-1]):], room - len(block[-1])
+            if not room:
+                yield block
+                block, room = [], size
+    if block:
+        yield block
 
 
 def _labelled(name: str, part: Sums | Uploads) -> list[tuple[str, Any, Tree]]:

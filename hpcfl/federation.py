@@ -1,12 +1,14 @@
 """THE loop: phases of rounds of steps; arrows only downward, no rank in sight."""
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 
-from torch import Tensor
+from torch import Tensor, contiguous_format
 
-from hpcfl.algorithms.base import Algorithm, Phase, Totals, Update
+from hpcfl import tree
+from hpcfl.algorithms.base import Algorithm, ClientSite, Phase, Totals, Update
+from hpcfl.algorithms.verbs import blamed, check_kept, check_unwritten, checked_shares, checked_tree, checked_update, named
+from hpcfl.delivery import Delivery, Message, Versions
 from hpcfl.errors import at
 from hpcfl.finite import refuse_broken
 from hpcfl.flops import counting
@@ -18,17 +20,14 @@ from hpcfl.tree import Tree
 from hpcfl.wording import spoken
 from hpcfl.world import World
 
-Versions = dict[str, int]                                          # part -> version
-DERIVED = "*"                                                      # the part of leaves that are in no message as they are: as new as the newest
-
 
 @dataclass(frozen=True)
 class State:
     """All that a run is between two rounds: what a checkpoint holds.
 
     `version` counts the changes of the server's state, `versions` has for each of its parts the one with which it came; `received` says of which versions
-    each of this rank's clients downloaded the parts, so that what a device already has is not counted as traffic again. A part is what comes before
-    the first slash of a path.
+    each of this rank's clients downloaded the parts, so that what a device already has is not counted as traffic again. A part is the root of a path; what a
+    step derives of the server's state for its message is one more part.
     """
 
     server: Tree | None                                            # on the server's rank only
@@ -67,7 +66,7 @@ def rounds(exchange: "Exchange", state: State | None = None) -> Iterator[tuple[S
         exchange.wait()                                            # nobody leaves a barrier before all have come: the round begins at one time everywhere
         exchange.ledger.open()
         state = regrouped(exchange.world, state, place.row)
-        exchange.forget(place.phase)
+        exchange.delivery.forget(place.phase.steps)
         for step in place.phase.steps:
             for half in (exchange.collect, exchange.refine):       # the state before each is let go with it: of a client there are two at most
                 state = half(step, state, place)
@@ -93,76 +92,53 @@ def regrouped(world: World, state: State, row: int) -> State:
     return replace(state, groups=groups, received=state.received | {client: {} for client in begun})
 
 
-@dataclass(frozen=True)
-class Message:
-    """What a step published: its leaves, and the version of each of its parts."""
-
-    leaves: Tree
-    versions: Versions
-    version: int                                                   # of the server's state from which it was made
-
-    def downloaded(self, leaves: Iterable[Tensor]) -> dict[str, int]:
-        """Bytes of some of the leaves, as a client receives them, by part."""
-        owner, sizes = {id(leaf): part(path) for path, leaf in self.leaves.items()}, dict[str, int]()
-        for leaf in leaves:
-            name = owner.get(id(leaf), DERIVED)
-            sizes[name] = sizes.get(name, 0) + leaf.nbytes
-        return sizes
-
-
-def part(path: str) -> str:
-    """The part of a Tree that a path belongs to."""
-    return path.partition("/")[0]
-
-
-def changed(one: Tree, other: Tree) -> set[str]:
-    """The parts in which two Trees do not hold the very same tensors."""
-    return {part(path) for path in one.keys() | other.keys() if one.get(path) is not other.get(path)}
-
-
 @dataclass
 class Exchange:
     """One step of one round: prepare, publish, train, combine, aggregate, publish, refine.
 
     Clients of the cohort that do not answer in a round take part in none of its steps: they cost the download of what they were asked to work on, and
     keep the state that they had.
-    `before_refine` is called with the state between aggregation and the local work on the fresh message, so that its effect can be evaluated.
+    `before_refine` is called with the state between aggregation and the first local work on a fresh message, so that its effect can be evaluated.
     """
 
     world: World
     ledger: Ledger
     before_refine: Callable[[State, Place], None]
-    published: dict[Algorithm, Message] = field(default_factory=dict, init=False)
+    delivery: Delivery = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.delivery = Delivery(self.world.comm, self.world.home)
 
     def collect(self, step: Algorithm, state: State, place: Place) -> State:
         """The first half: prepare, publish, train, combine, aggregate."""
         answers = self.world.answers(place.phase, place.row)
         if step.overrides("prepare"):
-            state = self.serve(step.prepare, step, state, place)
+            state = self.serve(step, "prepare", state, place)
         if step.overrides("train"):
-            message = self.publish(step, state)
+            message = self.publish(step, state, self.world.architectures(answers.cohort if step is place.phase.asks else answers.answered, place.row))
             if step is place.phase.asks:
-                self.ask_in_vain(step, message, state, answers.lost)
-            state, statistics = self.work(step.train, step, message, state, place, answers.answered, "train")
+                self.ask_in_vain(message, state, frozenset(answers.lost))
+            state, statistics = self.work(step, "train", message, state, place, frozenset(answers.answered))
             self.wait()
             if answers.answered:                                   # else there is nothing to aggregate: the server keeps its state
-                with self.ledger("combine"):
+                with self.ledger("combine"), blamed(step, "train"):
                     totals = self.world.comm.combine(statistics)
                 if step.overrides("aggregate"):
-                    state = self.serve(step.aggregate, step, state, place, totals)
+                    state = self.serve(step, "aggregate", state, place, totals)
         return state
 
     def refine(self, step: Algorithm, state: State, place: Place) -> State:
         """The second half: publish, refine."""
         if step.overrides("refine"):
-            message = self.publish(step, state)
-            self.before_refine(state, place)
             answers = self.world.answers(place.phase, place.row)
-            state, _ = self.work(step.refine, step, message, state, place, answers.answered, "refine")
+            message = self.publish(step, state, self.world.architectures(answers.answered, place.row))
+            if step is place.phase.refines:
+                self.before_refine(state, place)
+            state, _ = self.work(step, "refine", message, state, place, frozenset(answers.answered))
             self.wait()
         return state
 
-    def serve(self, verb: Callable[..., Tree], step: Algorithm, state: State, place: Place, *what: Totals) -> State:
+    def serve(self, step: Algorithm, verb: str, state: State, place: Place, *what: Totals) -> State:
         """The server's next state under one verb; ranks that take no share of its work wait, and so does the server for those that do."""
         world, comm = self.world, self.world.comm
         site = world.server_site(place.phase, place.round, self.ledger, place.row)
@@ -170,16 +146,26 @@ class Exchange:
         def help_with(shared: str, items: dict[int, Tree]) -> dict[int, Tree]:
             start = time.perf_counter()
             with self.ledger("spread"):
-                results = getattr(step, shared)(items, site)
+                with blamed(step, shared):
+                    results = checked_shares(named(step, shared), getattr(step, shared)(items, site), items)
             self.ledger.helped(len(items), time.perf_counter() - start)
             return results
-        draws, where = f"server/{place.phase.name}/{verb.__name__}", f"server, phase {place.phase.name}, round {place.round}, {verb.__qualname__}"
-        with self.ledger("aggregate" if comm.is_server else "idle"), world.problem.stream(draws, round_=place.round).seeding():
-            server = comm.at_server(verb, state.server, *what, site, help_with=help_with, waiting=lambda: self.ledger("idle"))
-        if comm.is_server:
-            refuse_broken(server, state.server, where, f"lower {world.problem.rates()}", *what)
-        news = comm.share(changed(state.server, server) if comm.is_server else None)
-        if not news:                                               # a step that gives back what it got has nothing new to say
+
+        def serving() -> tuple[Tree, set[str]]:
+            before, where = dict(state.server), named(step, verb)
+            marks = tree.marks(before)
+            with blamed(step, verb), step.problem.stream(f"server/{place.phase.name}/{verb}", round_=place.round).seeding():
+                server = checked_tree(where, getattr(step, verb)(state.server, *what, site))
+            check_kept(where, before, server)
+            server = tree.transform(server, lambda leaf: leaf.clone() if leaf.is_inference() else leaf)      # whose writes torch would not count
+            news = tree.changed(marks, server)
+            kept = {path: leaf for path, leaf in before.items() if path not in news or leaf is not server.get(path)}         # less what was written in place
+            refuse_broken(server, kept, f"server, phase {place.phase.name}, round {place.round}, {where}", f"lower {step.problem.rates()}", *what)
+            return server, {tree.root(path) for path in news}
+        with self.ledger("aggregate" if comm.is_server else "idle"):
+            server, news = comm.at_server(serving, help_with=help_with, waiting=lambda: self.ledger("idle")) or (None, None)
+        news = comm.share(news)
+        if not news:                                               # a step that gives back what it got, and as it was, has nothing new to say
             return state
         return replace(state, server=server, version=state.version + 1, versions=state.versions | dict.fromkeys(news, state.version + 1))
 
@@ -188,80 +174,74 @@ class Exchange:
         with self.ledger("idle"):
             self.world.comm.barrier()
 
-    def publish(self, step: Algorithm, state: State) -> Message:
-        """What every client may read now; of what a step published before, only the parts are moved that have changed since."""
-        before = self.published.get(step)
-        if before is None or before.version != state.version:
-            with self.ledger("publish"), self.world.problem.stream("publish", round_=state.version).seeding():
-                self.published[step] = self.moved(step, state, before or Message({}, {}, -1))
-        return self.published[step]
+    def publish(self, step: Algorithm, state: State, readers: Mapping[str, Sequence[int]]) -> Message:
+        """What clients, by architecture, may read now."""
+        with self.ledger("publish"):
+            return self.delivery.publish(step, state, readers)
 
-    def forget(self, phase: Phase) -> None:
-        """Let go of what the steps of earlier phases published."""
-        self.published = {step: message for step, message in self.published.items() if step in phase.steps}
-
-    def moved(self, step: Algorithm, state: State, before: Message) -> Message:
-        """The message of a step at every rank."""
-        comm = self.world.comm
-        whole = step.publish(state.server) if comm.is_server else {}
-        if comm.is_server:
-            looked_at = set(map(id, state.server.values()))
-            derived = {path: leaf for path, leaf in whole.items() if id(leaf) not in looked_at}
-            refuse_broken(derived, before.leaves, f"server, {type(step).__name__}.publish", f"lower {self.world.problem.rates()}")
-        own = dict.fromkeys(map(part, state.server), 0) | state.versions if comm.is_server else {}
-        versions = comm.share({part(path): own.get(part(path), state.version) for path in whole})        # a part that is not the server's own is derived
-        news = {name for name, version in versions.items() if before.versions.get(name) != version}
-        moved = comm.from_server(lambda: {path: leaf for path, leaf in whole.items() if part(path) in news})
-        kept = {path: leaf for path, leaf in before.leaves.items() if part(path) in versions.keys() - news}
-        return Message(whole or kept | moved, versions, state.version)
-
-    def hand_out(self, step: Algorithm, message: Message, architecture: str, clients: Sequence[int], received_out: dict[int, Versions]) -> Tree:
-        """What clients of an architecture download of a message; what they do not have yet is booked, and noted as what they have."""
-        download = step.receive(message.leaves, architecture)
-        sizes = message.downloaded(download.values())
-        versions = {name: message.versions.get(name, message.version) for name in sizes}
+    def hand_out(self, message: Message, architecture: str, clients: Sequence[int], received_out: dict[int, Versions]) -> None:
+        """Book what clients of an architecture download of a message and do not have yet, and note it as what they have."""
+        parts = message.downloads[architecture].parts
+        versions = {name: version for name, (version, _) in parts.items()}
         for client in clients:
             known = received_out[client]
-            self.ledger.downloaded(client, sum(sizes[name] for name in sizes if known.get(name) != versions[name]))
+            self.ledger.downloaded(client, sum(count for name, (version, count) in parts.items() if known.get(name) != version))
             received_out[client] = known | versions
-        return download
 
-    def ask_in_vain(self, step: Algorithm, message: Message, state: State, lost: Sequence[int]) -> None:
+    def ask_in_vain(self, message: Message, state: State, lost: frozenset[int]) -> None:
         """Book the download of clients that will not answer; they are as they were before, so that they download it again when they are asked again."""
         for group in state.groups:
             clients = [client for client in group.clients if client in lost]
             if clients:
-                self.hand_out(step, message, group.architecture, clients, dict(state.received))
+                self.hand_out(message, group.architecture, clients, dict(state.received))
 
-    def work(self, verb: Callable[..., Update], step: Algorithm, message: Message, state: State, place: Place, cohort: tuple[int, ...],
-             name: str) -> tuple[State, Statistics]:
+    def work(self, step: Algorithm, verb: str, message: Message, state: State, place: Place, cohort: frozenset[int]) -> tuple[State, Statistics]:
         """This rank's share of those who take part under one verb, group by group; what goes down and up is counted per client."""
         groups, received, total = list(state.groups), dict(state.received), Statistics()
         for position, group in enumerate(groups):
             present = [client for client in group.clients if client in cohort]
             if present:
-                download = partial(self.hand_out, step, message, group.architecture, present, received)
-                groups[position], statistics = self.at_work(verb, group, present, download, place, name)
-                with self.ledger("combine"):                       # sums in the room of one, unless they are to be added in client order
-                    total = total + statistics if self.world.comm.deterministic else (total + statistics).reduced()
+                self.hand_out(message, group.architecture, present, received)
+                with blamed(step, verb, spoken(present, "client")):
+                    groups[position], statistics = self.at_work(step, verb, group, present, message, place)
+                    with self.ledger("combine"):                   # sums in the room of one, unless they are to be added in client order
+                        total = total + statistics if self.world.comm.deterministic else (total + statistics).reduced()
         self.ledger.uploaded(total.simulated_bytes())
         return replace(state, groups=tuple(groups), received=received), total
 
-    def at_work(self, verb: Callable[..., Update], parked: Group | Parked, present: Sequence[int], download: Callable[[], Tree],
-                place: Place, name: str) -> tuple[Group | Parked, Statistics]:
+    def at_work(self, step: Algorithm, verb: str, parked: Group | Parked, present: Sequence[int], message: Message, place: Place
+                ) -> tuple[Group | Parked, Statistics]:
         """A group after the work of those of its clients who take part, put away again, and what they send up."""
         world, start = self.world, time.perf_counter()
-        with self.ledger(name), world.problem.stream(f"{place.phase.name}/{name}", present[0], place.round).seeding():
-            message = download()
+        with self.ledger(verb), world.problem.stream(f"{place.phase.name}/{verb}", present[0], place.round).seeding():
+            download = self.delivery.download(message, parked.architecture)
             with counting(world.job.evaluation.flops and place.round == 0) as counter:
                 whole = parked.fetch()
                 group = whole.select(present)
                 site = world.client_site(group, place.phase, place.round)
                 with at(lambda: spoken(group.clients, "client")):
-                    update = verb(group, message, site)
+                    update = called(step, verb, group, download, site)
                 parked = world.park(whole.updated(update.group))
         costs = {"seconds": time.perf_counter() - start} | ({"flops": counter.flops} if counter else {})
         share = site.sizes(group) / site.sizes(group).sum()        # a client's part of its group's, by images
-        self.ledger.measured(name, group.clients, update.metrics)
-        self.ledger.spent(name, group.clients, {cost: spent * share for cost, spent in costs.items()})
+        self.ledger.measured(verb, group.clients, update.metrics)
+        self.ledger.spent(verb, group.clients, {cost: spent * share for cost, spent in costs.items()})
         return parked, update.statistics
+
+
+def called(step: Algorithm, verb: str, group: Group, message: Tree, site: ClientSite) -> Update:
+    """What a client's verb gives, checked.
+
+    Leaves that it wrote in place are others from then on, so that whoever knew them takes note; what it keeps of the message gets memory of its own, for
+    the message is the server's.
+    """
+    own, read, where = tree.marks(group.state), tree.marks(message), named(step, verb, spoken(group.clients, "client"))
+    update = checked_update(where, getattr(step, verb)(group, message, site), group, heard=verb == "train" and step.overrides("aggregate"))
+    check_unwritten(where, read, message, "the message")
+    written, lent = tree.changed(own, group.state), {leaf.untyped_storage().data_ptr() for leaf in message.values() if leaf.numel()}
+
+    def settled(path: str, leaf: Tensor) -> Tensor:
+        if leaf.untyped_storage().data_ptr() in lent:
+            return leaf.clone(memory_format=contiguous_format)
+        return leaf.detach() if path in written and leaf is group.state.get(path) else leaf
+    return replace(update, group=replace(update.group, state={path: settled(path, leaf) for path, leaf in update.group.state.items()}))

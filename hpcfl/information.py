@@ -153,7 +153,7 @@ def opened(world: World, state: State) -> State:
     place = places[state.rows] if state.rows < len(places) else replace(places[-1], round=places[-1].round + 1, row=state.rows)
     exchange = Exchange(world, Ledger(world.problem.device), lambda *_: None)
     step = place.phase.steps[0]
-    return exchange.serve(step.prepare, step, state, place)
+    return exchange.serve(step, "prepare", state, place)
 
 
 def analyse(run: str | Path, images: int = 2000, output: str = "logits") -> dict[str, Any]:

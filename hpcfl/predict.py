@@ -24,11 +24,13 @@ from hpcfl.wording import counted, duration, size
 GOOD = 0.8                                                         # of the seconds of all ranks spent as one rank would spend them
 TRIES, MOST_CLIENTS = 8, 200_000                                   # numbers of clients per rank that are tried, each a fourth larger; and of all ranks
 SMALL_BYTES = 8
-NEEDED = ("clients/forward_flops", "partition/train", "bytes/simulated_up", "seconds/spread", "wire/item_s", *(f"wire/{kind}" for kind in EXCHANGES))
+NEEDED = ("clients/forward_flops", "partition/train", "bytes/simulated_up", "seconds/spread", "wire/item_s",
+          *(f"wire/{kind}" for kind in EXCHANGES if not kind.endswith("_by_client")))       # an earlier hpcfl did not tell whom messages are for
 ASSUMPTIONS = (
     "every rank has the device, the cores and the memory bandwidth that a rank of the run had: ranks that share them take longer",
     "a client takes as long as in the run, wherever it is; clients are placed by expected cost, as a run begins",
     "collectives overlap with nothing, and no two messages compete for a link; headers and barriers are {small} collectives of {bytes} bytes",
+    "a message reaches, and a sum takes, as many ranks as it has clients in the mean, and the server's; what later cohorts fetch on other ranks is not counted",
     "the server works alone but for what it spreads; its seconds grow with the clients where each client's own upload reaches it, and not where sums do",
     "a checkpoint takes as long as in the run; start-up, compilation, and what the server does in Python for each rank are not counted")
 
@@ -97,8 +99,9 @@ class Round:
         """The seconds of a round that do not depend on who hosts whom, by cause."""
         more = clients / self.clients if self.carried["gatherv"] else 1.0
         spread = max(self.spread_s * more / ranks, self.item_s)
-        exchanges = [*moved(self.carried, ranks, more).items(), ("Gatherv", more * self.carried["send"] / ranks), *[("Bcast", SMALL_BYTES)] * SMALL_CALLS]
-        wire_s = sum(wire.seconds(name, count, ranks) for name, count in exchanges)
+        exchanges = [*moved(self.carried, ranks, clients / self.clients), ("Gatherv", more * self.carried["send"] / ranks, ranks),
+                     *[("Bcast", SMALL_BYTES, ranks)] * SMALL_CALLS]
+        wire_s = sum(wire.seconds(*exchange) for exchange in exchanges)
         return {"server": self.server_s * more + spread, "wire": wire_s, "checkpoint": self.checkpoint_s}
 
 
@@ -172,8 +175,8 @@ def round_of(recording: Recording, wire: Wire, phase: str | None = None) -> Roun
         raise JobError(f"{recording.folder}: has no phase '{chosen}', wanted one of {', '.join(took)}")
     rows, ranks, flops = phases == chosen, recording.ranks, arrays["clients/forward_flops"]
     by_rank = {kind: array[rows] for kind, array in recording.part("seconds").items()}                  # (R, ranks) each
-    carried = {kind: typical(arrays[f"wire/{kind}"][rows]) for kind in EXCHANGES}
-    wall, wire_s = arrays["rounds/wall_s"][rows], {name: wire.seconds(name, count, ranks) for name, count in moved(carried, ranks).items()}
+    carried = {kind: typical(arrays.get(f"wire/{kind}", np.zeros(len(phases)))[rows]) for kind in EXCHANGES}
+    wall, wire_s = arrays["rounds/wall_s"][rows], {exchange[0]: wire.seconds(*exchange) for exchange in moved(carried, ranks)}
     loop = np.maximum(0, wall - sum(seconds[:, 0] for kind, seconds in by_rank.items() if kind != "checkpoint"))
     publishing = np.maximum(0, by_rank["publish"][:, 0] - wire_s["Bcast"])
     combining = np.maximum(0, by_rank["combine"] - wire_s["Reduce"] - wire_s["Gatherv"])                # adding and copying
@@ -192,9 +195,12 @@ def round_of(recording: Recording, wire: Wire, phase: str | None = None) -> Roun
         item_s=typical(arrays["wire/item_s"][rows]), checkpoint_s=checkpoint_s, carried=carried)
 
 
-def moved(carried: dict[str, float], ranks: int, more: float = 1.0) -> dict[str, float]:
-    """The bytes of each rank in a round's collectives, with so many times the clients."""
-    return {"Bcast": carried["bcast"], "Reduce": carried["reduce"], "Gatherv": more * carried["gatherv"] / ranks}
+def moved(carried: dict[str, float], ranks: int, more: float = 1.0) -> list[tuple[str, float, int]]:
+    """A round's collectives with so many times the clients, each with the bytes of a rank and how many ranks take part."""
+    def reached(kind: str) -> int:
+        clients = more * carried[f"{kind}_by_client"] / max(carried[kind], 1)              # of a byte, in the mean; placed by cost they spread over the ranks
+        return min(ranks, math.ceil(clients) + 1) if clients else ranks
+    return [("Bcast", carried["bcast"], reached("bcast")), ("Reduce", carried["reduce"], reached("reduce")), ("Gatherv", more * carried["gatherv"] / ranks, ranks)]
 
 
 def shared(seconds: np.ndarray, weights: np.ndarray) -> np.ndarray:

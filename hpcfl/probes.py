@@ -37,7 +37,7 @@ SOURCES = {"cpu": ("g++", "CXX", ".cpp", ["-fopenmp"], "#include <Python.h>\n#in
 SIZES = (8, 4096, 262_144, 4_194_304)                              # bytes of every rank
 MOST_BYTES = 1 << 28                                               # that may arrive at rank 0 at once
 WARMING, FEWEST_LAPS, MOST_LAPS, LAPS_S = 2, 3, 50, 0.15           # of one collective and size
-CARRY = "import resource; resource.setrlimit(resource.RLIMIT_CORE, (0, 0)); from hpcfl import comm; comm.carry({device!r})"
+CARRY = "import resource; resource.setrlimit(resource.RLIMIT_CORE, (0, 0)); from hpcfl import ranks; ranks.carry({device!r})"
 OF_THE_JOB = ("OMPI_COMM_WORLD", "PMIX_", "PMI_", "PRTE_LAUNCHED", "SLURM_")          # variables that make a process believe that it is a rank
 
 

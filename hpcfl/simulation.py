@@ -145,11 +145,12 @@ class Simulation:
     def _global_right_answers(self, state: State, place: Place) -> dict[str, np.ndarray]:
         """Those of the models of the phase's last step that has any.
 
-        What the step publishes for it is what the next round begins with, so that it moves once.
+        What moves for it, moves once: the next round begins with the same message.
         """
         step = next((step for step in reversed(place.phase.steps) if step.overrides("global_models")), None)
-        models = step.global_models(self.exchange.publish(step, state).leaves) if step else {}
-        return self.examination.of_federation({name: (*described, self.comm.rank, self.comm.size) for name, described in models.items()})
+        with self.ledger("publish"):
+            models = self.exchange.delivery.global_models(step, state) if step else {}
+        return self.examination.of_federation(models)
 
     def _finish_round(self, place: Place) -> None:
         sent, self.sent_bytes = self.sent_bytes, self.comm.sent_bytes
@@ -174,11 +175,11 @@ class Simulation:
         step, drawn = place.phase.steps[-1], {}
         if not step.overrides("draw"):
             return
-        message = self.comm.from_server(step.publish, state.server)
+        message = self.exchange.publish(step, state, self.world.architectures(range(min(SAMPLED_CLIENTS, self.world.clients)), place.row))
         shown = [(parked, client) for parked in state.groups for client in parked.clients if client < SAMPLED_CLIENTS]
         for parked, client in shown:
             group = parked.fetch().select([client])
-            site, own = self.world.client_site(group, place.phase, place.round), step.receive(message, group.architecture)
+            site, own = self.world.client_site(group, place.phase, place.round), self.exchange.delivery.download(message, group.architecture)
             with self.world.problem.stream("sample", client).seeding():
                 sample = step.draw(group, own, site, SAMPLES_PER_CLASS)
             if sample is not None:

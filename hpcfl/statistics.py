@@ -9,8 +9,8 @@ from hpcfl.errors import LayoutError
 from hpcfl.tree import Tree, digest, floating, join, nbytes, part, transform
 
 Shape = tuple[int, ...]
-SumLayout = tuple[tuple[str, Shape, Shape], ...]                   # (path, shape of the sum, shape of the count), by path
-Header = tuple[str, str | tuple[int, ...], int]                    # (kind, digest of the layout or clients, floats of the total)
+SumLayout = tuple[tuple[str, Shape, Shape, torch.dtype], ...]      # (path, shape of the sum, shape of the count, type in which the sum travels), by path
+Header = tuple[str, str | tuple[int, ...], int]                    # (kind, digest of the layout or clients, how many clients)
 BLOCK = {"cpu": 1 << 14, "cuda": 1 << 24}                          # elements added at a time: of each client a cache's worth, or of all a kernel's
 
 
@@ -24,14 +24,15 @@ class Total:
     @classmethod
     def over(cls, buffer: Tensor, layout: SumLayout) -> "Total":
         """The Total whose leaves are views of `buffer`, float64 (floats(layout),): all values, then all counts."""
-        shapes = [shape for _, shape, _ in layout] + [shape for _, _, shape in layout]
+        shapes = [shape for _, shape, _, _ in layout] + [shape for _, _, shape, _ in layout]
         leaves = [leaf.view(shape) for leaf, shape in zip(buffer.split([_numel(shape) for shape in shapes]), shapes, strict=True)]
-        paths = [path for path, _, _ in layout]
+        paths = [path for path, *_ in layout]
         return cls(dict(zip(paths, leaves[:len(paths)], strict=True)), dict(zip(paths, leaves[len(paths):], strict=True)))
 
-    def layout(self) -> SumLayout:
-        """What `over` made it of."""
-        return tuple((path, tuple(self.values[path].shape), tuple(self.counts[path].shape)) for path in sorted(self.values))
+    @classmethod
+    def zero(cls, layout: SumLayout) -> "Total":
+        """The Total of nobody."""
+        return cls.over(torch.zeros(floats(layout), dtype=torch.float64), layout)
 
     def mean(self) -> Tree:
         """sum / count in float64, 0 where the count is 0: nobody had a say there, which `has` tells apart from a mean of 0."""
@@ -71,7 +72,8 @@ class Sums:
 
     contributions: tuple[Contribution, ...]
     partial: tuple[Total, ...] = ()                                # what has been added up before these
-    sent: Mapping[int, int] = field(default_factory=dict)          # client -> bytes of what is in `partial`
+    sent: tuple[Mapping[int, int], ...] = ()                       # client -> bytes of what is in `partial`; apart, for to merge them each time would be slow
+    described: SumLayout = ()                                      # of `partial`, whose leaves do not tell what they were added from
 
     @classmethod
     def weighted(cls, clients: Sequence[int], values: Tree, weights: Tensor | Tree, weights_sent: bool = True, sent_bytes: int | None = None) -> "Sums":
@@ -99,27 +101,33 @@ class Sums:
     def layout(self) -> SumLayout:
         """What the total will look like."""
         if self.partial:
-            return self.partial[0].layout()
+            return self.described
         first = self.contributions[0]
-        return tuple((path, tuple(first.values[path].shape[1:]), tuple(first.weights[path].shape[1:])) for path in sorted(first.values))
+        return tuple((path, tuple(first.values[path].shape[1:]), tuple(first.weights[path].shape[1:]), travelling(first.values[path].dtype))
+                     for path in sorted(first.values))
 
     def __add__(self, other: "Sums") -> "Sums":
-        """Both, still unsummed. Raises LayoutError where paths or shapes differ."""
+        """Both, still unsummed. Raises LayoutError where paths, shapes or types differ."""
         if self.layout() != other.layout():
             path, got, want = difference(self.layout(), other.layout())
-            raise LayoutError(f"cannot add Sums: '{path}' is {got} on one side, {want} on the other; clients of one sum must share paths and shapes")
-        return Sums(self.contributions + other.contributions, self.partial + other.partial, _added_bytes(self.sent, other.sent))
+            raise LayoutError(f"cannot add Sums: '{path}' is {got} on one side, {want} on the other; clients of one sum must share paths, shapes and types")
+        return Sums(self.contributions + other.contributions, self.partial + other.partial, self.sent + other.sent, self.described or other.described)
 
     def total(self) -> Total:
         """The sum, in float64 and in ascending client order: the same bits however the contributions were put together."""
-        layout = self.layout()
-        total = Total.over(torch.zeros(floats(layout), dtype=torch.float64), layout)
+        total = Total.zero(self.layout())
         self.add_to(total)
         return total
 
     def reduced(self) -> "Sums":
         """The same sum in the room of one total: nothing of a contribution is kept, and what is added later is added after it."""
-        return Sums((), (self.total(),), self.simulated_bytes()) if self.contributions or len(self.partial) > 1 else self
+        if not self.contributions and len(self.partial) == 1:
+            return self
+        return Sums((), (self.total(),), (*self.sent, self._own_bytes()), self.layout())
+
+    def spent(self) -> Total:
+        """The total in the memory of a sum that is reduced: whoever adds to it uses that up."""
+        return self.reduced().partial[0]
 
     def apart(self) -> tuple[Contribution, ...]:
         """The contributions. Raises LayoutError where some are reduced already."""
@@ -146,10 +154,18 @@ class Sums:
 
     def simulated_bytes(self) -> dict[int, int]:
         """What each client would send on a real network, bytes; by default its values in their own type, and its weights where they are sent."""
-        sent = self.sent
+        sent: dict[int, int] = {}
+        for each in (*self.sent, self._own_bytes()):
+            for client, count in each.items():
+                sent[client] = sent.get(client, 0) + count
+        return sent
+
+    def _own_bytes(self) -> dict[int, int]:
+        sent: dict[int, int] = {}
         for contribution in self.contributions:
-            sent = _added_bytes(sent, dict.fromkeys(contribution.clients, contribution.sent_bytes))
-        return dict(sent)
+            for client in contribution.clients:
+                sent[client] = sent.get(client, 0) + contribution.sent_bytes
+        return sent
 
 
 @dataclass(frozen=True)
@@ -194,29 +210,37 @@ class Statistics:
 
 def floats(layout: SumLayout) -> int:
     """How many float64 numbers a Total of this layout has."""
-    return sum(_numel(value) + _numel(count) for _, value, count in layout)
+    return sum(_numel(value) + _numel(count) for _, value, count, _ in layout)
+
+
+def travelling(dtype: torch.dtype) -> torch.dtype:
+    """The type in which the sum of leaves of a type travels: their own, but never half precision."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def payload(layout: SumLayout) -> int:
+    """Bytes of a Total as it travels: the sums in their own types, the counts in float64."""
+    return sum(_numel(value) * dtype.itemsize + 8 * _numel(count) for _, value, count, dtype in layout)
 
 
 def difference(one: SumLayout, other: SumLayout) -> tuple[str, str, str]:
-    """The first path in which two layouts differ, with what it is in either: shapes, or 'absent'."""
-    here, there = ({path: shapes for path, *shapes in layout} for layout in (one, other))
+    """The first path in which two layouts differ, with what it is in either: as far as that tells them apart shapes, those of counts, types; or 'absent'."""
+    here, there = ({path: described for path, *described in layout} for layout in (one, other))
     path = next(path for path in sorted(here.keys() | there.keys()) if here.get(path) != there.get(path))
-    got, want = here.get(path), there.get(path)
-    counted = bool(got and want) and got[0] == want[0]             # only then do the shapes of the counts tell them apart
-    return path, *(_words(shapes, counted) for shapes in (got, want))
+    return path, *(_words(one, other) for one, other in ((here.get(path), there.get(path)), (there.get(path), here.get(path))))
 
 
 def header(piece: Sums | Uploads) -> Header:
     """What other ranks must know of it before it travels."""
     if isinstance(piece, Uploads):
-        return "Uploads", tuple(piece.trees), 0
-    return "Sums", digest(piece.layout()), floats(piece.layout())
+        return "Uploads", tuple(piece.trees), len(piece.trees)
+    return "Sums", digest(piece.layout()), len(piece.simulated_bytes())
 
 
 def check_alike(headers: Sequence[Mapping[str, Header]], layouts: Callable[[str], Sequence[SumLayout | None]]) -> None:
     """Whether what the ranks bring under each name can be combined; `layouts(name)` is asked, for every rank's, only where digests differ.
 
-    Raises: LayoutError naming both ranks, the first differing path and both shapes; or the client that uploads from two ranks.
+    Raises: LayoutError naming both ranks, the first differing path and both shapes or types; or the client that uploads from two ranks.
     """
     for name in sorted(set().union(*headers)):
         brought = {rank: brought[name] for rank, brought in enumerate(headers) if name in brought}
@@ -228,7 +252,7 @@ def check_alike(headers: Sequence[Mapping[str, Header]], layouts: Callable[[str]
                 found = layouts(name)
                 path, got, want = difference(found[rank], found[first])
                 raise LayoutError(f"rank {rank}: '{path}' of '{name}' is {got}, rank {first} has {want}; "
-                                  "clients of one sum must share paths and shapes")
+                                  "clients of one sum must share paths, shapes and types")
         if kind == "Uploads":
             _check_owners(name, {rank: clients for rank, (_, clients, _) in brought.items()})
 
@@ -241,10 +265,13 @@ def _check_owners(name: str, clients: Mapping[int, Sequence[int]]) -> None:
                 raise LayoutError(f"rank {rank}: client {client} uploads '{name}' here and on rank {owners[client]}; a client lives on one rank")
 
 
-def _words(shapes: Sequence[Shape] | None, counted: bool) -> str:
-    if shapes is None:
+def _words(described: Sequence | None, other: Sequence | None) -> str:
+    if described is None:
         return "absent"
-    return f"{shapes[0]} with counts {shapes[1]}" if counted else str(shapes[0])
+    value, count, dtype = described
+    if other is None or other[0] != value:
+        return str(value)
+    return f"{value} with counts {count}" if other[1] != count else f"{value} in {dtype}"
 
 
 def _added_bytes(one: Mapping[int, int], other: Mapping[int, int]) -> dict[int, int]:

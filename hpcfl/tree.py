@@ -7,6 +7,7 @@ from torch import Tensor
 
 Tree = dict[str, Tensor]
 Layout = tuple[tuple[str, tuple[int, ...], torch.dtype], ...]      # (path, shape, dtype) in packing order
+Marks = dict[str, tuple[Tensor, int]]                              # path -> (leaf, how often it was written in place)
 
 
 def nbytes(tree: Tree) -> int:
@@ -23,6 +24,11 @@ def part(tree: Tree, name: str) -> Tree:
     """The sub-Tree below `name/`, its paths without that prefix; empty where nothing is there."""
     prefix = f"{name}/"
     return {path[len(prefix):]: leaf for path, leaf in tree.items() if path.startswith(prefix)}
+
+
+def root(path: str) -> str:
+    """The part of a Tree that a path belongs to: what comes before its first slash."""
+    return path.partition("/")[0]
 
 
 def transform(tree: Tree, function: Callable[[Tensor], Tensor]) -> Tree:
@@ -95,6 +101,38 @@ def unpack(buffer: Tensor, described: Layout) -> Tree:
         tree[path] = buffer[start:stop].view(dtype).view(shape)
         start = stop
     return tree
+
+
+def marks(tree: Tree) -> Marks:
+    """Every leaf and how often it was written in place so far, to tell later by `changed` what was done to the Tree."""
+    return {path: (leaf, _writes(leaf)) for path, leaf in tree.items()}
+
+
+def changed(before: Marks, tree: Tree) -> set[str]:
+    """The paths under which a Tree has not the very tensors that it had, or where these were written since.
+
+    torch counts the writes of its own operations, through views too; what NumPy or `.data` writes cannot be seen.
+    """
+    return {path for path in before.keys() | tree.keys()
+            if path not in tree or path not in before or tree[path] is not before[path][0] or _writes(tree[path]) != before[path][1]}
+
+
+def fingerprint(tree: Tree) -> int:
+    """A number for the paths, types, shapes and bits of a Tree: equal Trees, and in practice only these, share it."""
+    described = layout(tree)
+    return number(described, *(tree[path].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy() for path, *_ in described))
+
+
+def number(described: Sequence, *buffers: bytes) -> int:
+    """A number for what `repr` tells of something, and for bytes; it fits into int64, in which checkpoints keep it."""
+    hashed = hashlib.blake2b(repr(described).encode(), digest_size=8)
+    for buffer in buffers:
+        hashed.update(buffer)
+    return int.from_bytes(hashed.digest(), "big") >> 1
+
+
+def _writes(leaf: Tensor) -> int:
+    return 0 if leaf.is_inference() else leaf._version             # torch does not count those of tensors that were made in inference mode
 
 
 def equal(one: Tree, other: Tree) -> bool:

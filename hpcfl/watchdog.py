@@ -18,7 +18,7 @@ from hpcfl.comm import Communicator
 from hpcfl.errors import RankMissing
 from hpcfl.wording import spoken
 
-TOGETHER = ("bcast", "gather", "allgather", "barrier", "any", "gather_lines")            # calls that all ranks make, in the same order
+TOGETHER = ("bcast", "gather", "allgather", "barrier", "any", "among", "gather_lines")   # calls that all ranks make, in the same order
 APART = ("send", "receive", "bcast_lines", "send_lines", "receive_lines", "reduce")      # those in which some may have no part
 RECENT = 32                                                        # of the calls that all ranks make, the last by which ranks are compared
 FOLDER = "watchdog"                                                # in the run folder: what the ranks say once one has raised the alarm
@@ -214,7 +214,7 @@ def _place() -> str:
     frame, ours = sys._current_frames().get(threading.main_thread().ident), Path(hpcfl.__file__).parent
     while frame:
         path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(ours) and path.name not in ("comm.py", "watchdog.py"):
+        if path.is_relative_to(ours) and path.name not in ("comm.py", "ranks.py", "watchdog.py"):
             return f"{path.relative_to(ours.parent)}:{frame.f_lineno} {frame.f_code.co_name}"
         frame = frame.f_back
     return "no place in hpcfl"

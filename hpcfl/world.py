@@ -2,7 +2,8 @@
 import copy
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property, partial
+from decimal import ROUND_HALF_UP, Decimal
+from functools import cached_property, lru_cache, partial
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 from hpcfl.algorithms import PLANS
 from hpcfl.algorithms.base import Algorithm, ClientSite, Holdings, Phase, Problem, ServerSite
+from hpcfl.algorithms.verbs import blamed, check_plan, checked_group, checked_modules, checked_tree, named
 from hpcfl.comm import Communicator
 from hpcfl.conditions import Answers, simulate
 from hpcfl.data import corpora, partition
@@ -24,6 +26,7 @@ from hpcfl.optimizers import STEP, Optimizer
 from hpcfl.placement import Past, place, resettle
 from hpcfl.residency import RESIDENCIES, Parked
 from hpcfl.tree import Tree
+from hpcfl.wording import spoken
 
 
 class World:
@@ -41,10 +44,13 @@ class World:
         self.split = partition.split(self.corpus.train_labels, self.clients, job.data, job.run.seed)
         self.problem = self._problem(device)
         self.plan = PLANS[job.algorithm_name].plan(job.algorithm, self.problem)
+        check_plan(job.algorithm_name, self.plan)
+        self.steps = tuple(dict.fromkeys(step for phase in self.plan for step in phase.steps))           # each once, in order
         for step in self.steps:
             step.accept(self.split.counts(self.corpus.train_labels, self.problem.classes))
         self._accept_single_images()
         self.home = self._home(past)
+        self._models_of = lru_cache(maxsize=2)(lambda row: tuple(self.problem.architecture(client, row) for client in range(self.clients)))
         residence = RESIDENCIES[job.residency.location](device, job.residency.folder)
         self.park: Callable[[Group], Group | Parked] = residence.park                    # a Group put away until its next turn at work
         self._trainings: tuple[object, Counter[int]] = (None, Counter())                 # a round, and how often each client was trained in it
@@ -98,18 +104,18 @@ class World:
         def networks(architecture: str) -> dict[str, nn.Module]:
             built: dict[str, nn.Module] = {}
             for step in self.steps:
-                with self.problem.stream("modules").seeding():
-                    networks = step.modules(architecture)
-                built |= {name: module.to(self.problem.device) for name, module in networks.items() if name not in built}
+                with blamed(step, "modules", f"for {architecture}"), self.problem.stream("modules").seeding():
+                    found = checked_modules(named(step, "modules", f"for {architecture}"), step.modules(architecture))
+                built |= {name: module.to(self.problem.device) for name, module in found.items() if name not in built}
             return built
         fixed = self.job.models.size_schedule == "fixed"
         return {architecture: networks(architecture) for architecture in (self.architectures(self.mine) if fixed else self.problem.sizes.every)}
 
     def architectures(self, clients: Sequence[int], row: int = 0) -> Mapping[str, tuple[int, ...]]:
         """Clients by their architecture of a round, both in order."""
-        found: dict[str, list[int]] = {}
+        models, found = self._models_of(row), dict[str, list[int]]()
         for client in sorted(clients):
-            found.setdefault(self.problem.architecture(client, row), []).append(client)
+            found.setdefault(models[client], []).append(client)
         return {architecture: tuple(found[architecture]) for architecture in sorted(found)}
 
     def teams(self, row: int = 0) -> list[tuple[str, tuple[int, ...]]]:
@@ -119,8 +125,9 @@ class World:
                 for size in [self.job.residency.chunk or len(clients)] for start in range(0, len(clients), size)]
 
     def cohort(self, phase: Phase, row: int) -> tuple[int, ...]:
-        """The clients that are asked to take part in a round, a pure function of the seed and the round's row."""
-        size = self.clients if phase.everyone else max(1, round(self.job.federation.participation * self.clients))
+        """The clients that are asked to take part in a round, a pure function of the seed and the round's row; their share is rounded to the nearest number."""
+        share = Decimal(str(self.job.federation.participation)) * self.clients       # as it is written: 0.29 of 50 is 14.5
+        size = self.clients if phase.everyone else max(1, int(share.to_integral_value(ROUND_HALF_UP)))
         drawn = self.problem.stream("cohort", round_=row).numpy().permutation(self.clients)[:size]
         return tuple(sorted(int(client) for client in drawn))
 
@@ -146,8 +153,8 @@ class World:
         """The server's state before the first round."""
         site, server = self.server_site(self.plan[0], 0, Ledger(self.problem.device)), {}
         for step in self.steps:
-            with self.problem.stream("found").seeding():
-                server |= step.found(site)
+            with blamed(step, "found"), self.problem.stream("found").seeding():
+                server |= checked_tree(named(step, "found"), step.found(site))
         return server
 
     def join(self) -> list[Group | Parked]:
@@ -158,8 +165,9 @@ class World:
         """Clients of an architecture as they begin."""
         group = Group(architecture, tuple(clients), {})
         for step in self.steps:
-            with self.problem.stream("join", group.clients[0]).seeding():
-                group = step.join(group, self.client_site(group, self.plan[0], 0))
+            whose = spoken(clients, "client")
+            with blamed(step, "join", whose), self.problem.stream("join", group.clients[0]).seeding():
+                group = checked_group(named(step, "join", whose), step.join(group, self.client_site(group, self.plan[0], 0)), group)
         return group.to(self.problem.device)
 
     def averages(self, steps: Sequence[Algorithm]) -> dict[str, int]:
@@ -177,11 +185,6 @@ class World:
     def has_global_models(self) -> bool:
         """Whether any step has models that belong to nobody but the federation."""
         return any(step.overrides("global_models") for step in self.steps)
-
-    @property
-    def steps(self) -> list[Algorithm]:
-        """Those of all phases."""
-        return [step for phase in self.plan for step in phase.steps]
 
     def _problem(self, device: torch.device) -> Problem:
         data = self.job.data

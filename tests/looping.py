@@ -1,11 +1,13 @@
 """The loop in memory, without files around it: a federation small enough to follow, all its states, and what was booked in each round."""
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 
+import pytest
 import torch
 
-from hpcfl.algorithms import CONFIGS
-from hpcfl.algorithms.base import Algorithm
+from hpcfl.algorithms import CONFIGS, PLANS
+from hpcfl.algorithms.base import Algorithm, Phase
 from hpcfl.comm import Alone, Communicator
 from hpcfl.federation import Exchange, Place, State, begin, rounds
 from hpcfl.job import Job, resolve
@@ -32,9 +34,16 @@ def job(name: str, settings: Mapping[str, object] | None = None, **sections: Map
     return resolve(tables | {"algorithm": {"name": name, **(settings or {})}}, CONFIGS)
 
 
-def world(described: Job) -> World:
-    """The job's world on one rank."""
-    return World(described, Communicator(Alone()), torch.device(described.run.device))
+def world(described: Job, comm: Communicator | None = None) -> World:
+    """The job's world on the ranks it belongs to; on one unless `comm` says otherwise."""
+    return World(described, comm or Communicator(Alone()), torch.device(described.run.device))
+
+
+def of_steps(monkeypatch: pytest.MonkeyPatch, *kinds: type[Algorithm], comm: Communicator | None = None, **sections: Mapping[str, object]) -> World:
+    """The world of a method of one's own, whose one phase has these steps; the small job's in all else."""
+    monkeypatch.setitem(PLANS, "standalone", SimpleNamespace(
+        plan=lambda config, problem: (Phase("rounds", problem.job.federation.rounds, tuple(kind(config, problem) for kind in kinds)),)))
+    return world(job("standalone", **sections), comm)
 
 
 @dataclass(frozen=True)

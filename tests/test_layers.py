@@ -11,11 +11,11 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 FILES = sorted((REPOSITORY / "hpcfl").rglob("*.py"))
 LAYERS = (                                                         # a file imports only from its own layer and from those above it here
     {"errors", "tree", "streams", "kinds", "annotations", "synonyms", "places", "wording", "job", "flops"},
-    {"comm", "packing", "launchers", "statistics", "hdf5", "draft", "storage", "moments", "gaussian", "known"},
+    {"comm", "ranks", "packing", "launchers", "statistics", "hdf5", "draft", "storage", "moments", "gaussian", "known"},
     {"data", "models", "generators", "maps", "resize"},
     {"losses", "matching", "group", "optimizers", "meter", "engines", "fit", "synthesise", "evaluate", "membership", "likeness", "latent"},
     {"algorithms"},
-    {"placement", "conditions", "residency", "world", "finite", "federation", "simulation", "examination", "pace", "averaging", "lock", "outlets", "starter", "checkpoint", "ledger", "metrics", "record", "recording", "trace", "console",
+    {"placement", "conditions", "residency", "world", "finite", "delivery", "federation", "simulation", "examination", "pace", "averaging", "lock", "outlets", "starter", "checkpoint", "ledger", "metrics", "record", "recording", "trace", "console",
      "measures", "labels", "tables", "figures", "mosaics", "pictures", "page", "report", "inspect", "information", "audit", "audit_generator", "audit_images", "references", "watchdog", "lead",
      "signals", "launch", "slurm", "bench", "bench_clients", "bench_fedconv", "bench_gefl", "allotment", "probes", "shared_folder", "estimate",
      "finding", "verdicts", "verdicts_run", "doctor", "predict", "arguments", "cli", "__main__"},
@@ -80,7 +80,7 @@ def test_the_ground_layer_needs_python_numpy_and_torch_only(name):
 
 
 def test_exactly_one_file_imports_mpi4py():
-    assert [path.name for path in FILES if any(name.split(".")[0] == "mpi4py" for name in imported(path))] == ["comm.py"]
+    assert [path.name for path in FILES if any(name.split(".")[0] == "mpi4py" for name in imported(path))] == ["ranks.py"]
 
 
 def test_every_import_is_declared_in_setup_py():

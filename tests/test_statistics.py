@@ -147,7 +147,9 @@ def test_ranks_that_disagree_are_named_with_path_and_shapes():
 
 
 def test_the_first_differing_path_is_the_first_by_name():
-    assert difference((("a", (1,), ()), ("b", (2,), ())), (("a", (3,), ()), ("b", (4,), ()))) == ("a", "(1,)", "(3,)")
+    def layout(*shapes: tuple[int, ...]):
+        return tuple((path, shape, (), torch.float32) for path, shape in zip("ab", shapes, strict=True))
+    assert difference(layout((1,), (2,)), layout((3,), (4,))) == ("a", "(1,)", "(3,)")
 
 
 def test_a_reduced_sum_goes_on_as_the_whole_one_would_and_keeps_no_contribution():

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from launching import apart, carry_out, deterministic, outcome, started, tiny, write_job
 
-from hpcfl.comm import Alone, Communicator, Ranks
+from hpcfl.comm import Alone, Communicator
+from hpcfl.ranks import Ranks
 from hpcfl.console import Console
 from hpcfl.errors import RankMissing
 from hpcfl.watchdog import APART, RECENT, TOGETHER, Watchdog, Watched, _listed, watching

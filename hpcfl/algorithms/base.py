@@ -294,7 +294,7 @@ class Algorithm(ABC):
         return ()
 
     def receive(self, message: Tree, architecture: str) -> Tree:
-        """The part of the message that a client of this architecture downloads; by default all of it."""
+        """The part of the message that a client of this architecture downloads; by default all of it. Worked out at the server, for all clients alike."""
         return message
 
     def train(self, group: Group, message: Tree, site: ClientSite) -> Update:
@@ -302,7 +302,7 @@ class Algorithm(ABC):
         return Update(group)
 
     def aggregate(self, server: Tree, totals: Totals, site: ServerSite) -> Tree:
-        """The next server state."""
+        """The next server state. Leaves may be written in place by torch; what NumPy or `.data` writes is not noticed, and does not reach the clients."""
         return server
 
     def refine(self, group: Group, message: Tree, site: ClientSite) -> Update:
@@ -340,6 +340,11 @@ class Phase:
     def asks(self) -> Algorithm | None:
         """The first of the steps whose message clients are to answer; None where they only refine."""
         return next((step for step in self.steps if step.overrides("train")), None)
+
+    @property
+    def refines(self) -> Algorithm | None:
+        """The first of the steps with local work on the fresh message, before which clients are evaluated."""
+        return next((step for step in self.steps if step.overrides("refine")), None)
 
 
 Plan = tuple[Phase, ...]

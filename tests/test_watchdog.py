@@ -120,7 +120,7 @@ class Waiting(Alone):
     def bcast(self, value):
         return value
 
-    allgather = send = receive = any = bcast_lines = gather_lines = send_lines = receive_lines = reduce = lambda self, *_: None
+    allgather = send = receive = any = among = bcast_lines = gather_lines = send_lines = receive_lines = reduce = lambda self, *_: None
 
 
 @pytest.fixture

@@ -125,7 +125,7 @@ def checked_group(where: str, found: Any, before: Group) -> Group:
     if not isinstance(found, Group):
         raise LayoutError(f"{where}: gave {_kind(found)}, wanted a Group")
     if (found.architecture, found.clients) != (before.architecture, before.clients):
-        raise LayoutError(f"{where}: gave a Group of {found.architecture}, {spoken(found.clients, "client")}, wanted {before.architecture}, {spoken(before.clients, "client")}")
+        raise LayoutError(f"{where}: gave a Group of {found.architecture}, {spoken(found.clients, 'client')}, wanted {before.architecture}, {spoken(before.clients, 'client')}")
     checked_tree(where, found.state)
     check_kept(where, before.state, found.state, f"{OPTIMIZER}/")
     return found

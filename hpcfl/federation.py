@@ -2,6 +2,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+
 import torch
 from torch import Tensor
 

@@ -110,7 +110,8 @@ class Simulation:
             return
         rows = {client: row for part, _ in counts for client, row in part.items()}
         tables = {name: np.stack([rows[client][name] for client in range(self.world.clients)]) for name in rows[0]}
-        self.record.evaluate(stage, tables, {name: sum(share[name] for _, share in counts if name in share) for name in dict.fromkeys(name for _, share in counts for name in share)})
+        models = dict.fromkeys(name for _, share in counts for name in share)            # a rank has a share of some of them
+        self.record.evaluate(stage, tables, {name: sum(share[name] for _, share in counts if name in share) for name in models})
         fixed = self.record.fixed
         accuracy = 100 * tables["generalization_correct"].sum(1) / fixed["evaluation/generalization_count"].sum()
         self.lines |= {"accuracy": accuracy.mean(), "lowest": accuracy.min(), "highest": accuracy.max()}

@@ -58,14 +58,19 @@ CLIENTS_VERBS = {
     "nothing": (lambda self, group, message, site: None, "gave None, wanted an Update"),
     "no group": (lambda self, group, message, site: Update(group.state), "gave a dict, wanted a Group"),
     "other clients": (lambda self, group, message, site: Update(group.select([0])), "gave a Group of mlp2, client 0, wanted mlp2, clients 0, 1"),
-    "a dtype": (wrong_state(lambda state: state | {"model/head.bias": state["model/head.bias"].double()}), r"gave 'model/head.bias' as (2, 10) float64, wanted (2, 10) float32"),
-    "a shape": (wrong_state(lambda state: state | {"model/head.bias": state["model/head.bias"][:, :9]}), "gave 'model/head.bias' as (2, 9) float32, wanted (2, 10) float32"),
-    "a missing leaf": (wrong_state(lambda state: {path: leaf for path, leaf in state.items() if path != "model/head.bias"}), "'model/head.bias' is in only one"),
+    "a dtype": (wrong_state(lambda state: state | {"model/head.bias": state["model/head.bias"].double()}),
+                "gave 'model/head.bias' as (2, 10) float64, wanted (2, 10) float32"),
+    "a shape": (wrong_state(lambda state: state | {"model/head.bias": state["model/head.bias"][:, :9]}),
+                "gave 'model/head.bias' as (2, 9) float32, wanted (2, 10) float32"),
+    "a missing leaf": (wrong_state(lambda state: {path: leaf for path, leaf in state.items() if path != "model/head.bias"}),
+                       "'model/head.bias' is in only one"),
     "no tensor": (wrong_state(lambda state: state | {"model/head.bias": [1.0, 2.0]}), None),
-    "few metrics": (lambda self, group, message, site: Update(group, metrics={"loss": torch.zeros(1)}), "gave metric 'loss' as shape (1,), wanted a Tensor (2,)"),
+    "few metrics": (lambda self, group, message, site: Update(group, metrics={"loss": torch.zeros(1)}),
+                    "gave metric 'loss' as shape (1,), wanted a Tensor (2,)"),
     "a number": (lambda self, group, message, site: Update(group, metrics={"loss": 0.5}), "gave metric 'loss' as a float, wanted a Tensor (2,)"),
-    "statistics of others": (lambda self, group, message, site: Update(group, Statistics({"w": Uploads({7: {}})})), "sends up for client 7, wanted its own clients alone"),
-    "statistics that do not fit": (lambda self, group, message, site: Update(group, Statistics({"w": Sums.weighted([0, 1], {"x": torch.ones(3)}, torch.ones(2))})),
+    "statistics of others": (lambda self, group, message, site: Update(group, Statistics({"w": Uploads({7: {}})})),
+                             "sends up for client 7, wanted its own clients alone"),
+    "statistics that do not fit": (lambda self, group, message, site: Sums.weighted([0, 1], {"x": torch.ones(3)}, torch.ones(2)),
                                    "'x': value is (3,), weight (2,), wanted a client axis of length 2"),
     "what it writes in place": (lambda self, group, message, site: (message["w"].add_(1), Idle.train(self, group, message, site))[1],
                                 "changed 'w' of the message in place")}
@@ -88,7 +93,8 @@ SERVERS_VERBS = {
     "aggregate gives a number": ("aggregate", lambda self, server, totals, site: {"w": 1.0}, "Own.aggregate: gave 'w': a float in its Tree"),
     "aggregate changes a type": ("aggregate", lambda self, server, totals, site: totals["w"].mean(),
                                  "Own.aggregate: gave 'w' as (2,) float64, wanted (2,) float32 as before; cast it"),
-    "prepare changes a shape": ("prepare", lambda self, server, site: {"w": torch.zeros(3)}, "Own.prepare: gave 'w' as (3,) float32, wanted (2,) float32 as before"),
+    "prepare changes a shape": ("prepare", lambda self, server, site: {"w": torch.zeros(3)},
+                                "Own.prepare: gave 'w' as (3,) float32, wanted (2,) float32 as before"),
     "publish gives a list": ("publish", lambda self, server: [server], "Own.publish: gave a list, wanted a Tree"),
     "publish changes a type": ("publish", lambda self, server: {"v": server["w"].double() if server["w"].any() else server["w"] + 0},
                                "Own.publish: gave 'v' as (2,) float64, wanted (2,) float32 as before"),
@@ -193,7 +199,8 @@ def test_a_step_is_checked_when_the_plan_is_made(names, wanted, monkeypatch):
 
 
 def test_words_like_a_verb_that_are_meant_so_are_let_be(monkeypatch):
-    of_steps(monkeypatch, type("Own", (Idle,), {name: lambda self: None for name in ("trained", "receiver", "publisher", "learn", "drawer", "turn", "merge")}), **TWO)
+    names = ("trained", "receiver", "publisher", "learn", "drawer", "turn", "merge")
+    of_steps(monkeypatch, type("Own", (Idle,), {name: lambda self: None for name in names}), **TWO)
 
 
 def test_a_plan_is_checked(monkeypatch):

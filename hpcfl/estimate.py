@@ -19,6 +19,7 @@ from hpcfl.job import Job
 from hpcfl.losses import cross_entropy
 from hpcfl.optimizers import Optimizer
 from hpcfl.probes import attempt
+from hpcfl.statistics import travelling
 from hpcfl.tree import Tree
 from hpcfl.world import World
 
@@ -50,9 +51,9 @@ class Estimate:
 
     clients: int
     loads: tuple[Load, ...]                                        # by rank
-    down_bytes: int                                                # one model of each architecture, from the server to every rank
+    down_bytes: int                                                # one model of each architecture, from the server to a rank that hosts them all
     up_bytes: int                                                  # from each rank
-    up_by: str                                                     # the collective: "Reduce" of sums in float64, "Gatherv" of whole models
+    up_by: str                                                     # the collective: "Reduce" of sums, "Gatherv" of whole models
     down_s: float
     up_s: float
     small_s: float
@@ -161,6 +162,6 @@ def model_bytes(world: World, architecture: str) -> int:
 
 
 def summed_bytes(world: World, architecture: str) -> int:
-    """Of the sum of a model's floating leaves as it travels: float64, and a count for each leaf."""
+    """Of the sum of a model's floating leaves as it travels: in their own types, and a count in float64 for each."""
     leaves = tree.floating(world.problem.structure(architecture).state_dict()).values()
-    return 8 * sum(leaf.numel() + 1 for leaf in leaves)
+    return sum(leaf.numel() * travelling(leaf.dtype).itemsize + 8 for leaf in leaves)

@@ -200,7 +200,8 @@ def moved(carried: dict[str, float], ranks: int, more: float = 1.0) -> list[tupl
     def reached(kind: str) -> int:
         clients = more * carried[f"{kind}_by_client"] / max(carried[kind], 1)              # of a byte, in the mean; placed by cost they spread over the ranks
         return min(ranks, math.ceil(clients) + 1) if clients else ranks
-    return [("Bcast", carried["bcast"], reached("bcast")), ("Reduce", carried["reduce"], reached("reduce")), ("Gatherv", more * carried["gatherv"] / ranks, ranks)]
+    return [("Bcast", carried["bcast"], reached("bcast")), ("Reduce", carried["reduce"], reached("reduce")),
+            ("Gatherv", more * carried["gatherv"] / ranks, ranks)]
 
 
 def shared(seconds: np.ndarray, weights: np.ndarray) -> np.ndarray:

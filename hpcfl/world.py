@@ -45,7 +45,6 @@ class World:
         self.problem = self._problem(device)
         self.plan = PLANS[job.algorithm_name].plan(job.algorithm, self.problem)
         check_plan(job.algorithm_name, self.plan)
-        self.steps = tuple(dict.fromkeys(step for phase in self.plan for step in phase.steps))           # each once, in order
         for step in self.steps:
             step.accept(self.split.counts(self.corpus.train_labels, self.problem.classes))
         self._accept_single_images()
@@ -180,6 +179,11 @@ class World:
                 counts.update(dict.fromkeys(step.averages(architecture), clients))
             found |= {name: max(found.get(name, 0), count) for name, count in counts.items()}
         return dict(sorted(found.items()))
+
+    @property
+    def steps(self) -> tuple[Algorithm, ...]:
+        """Those of all phases, each once, in order."""
+        return tuple(dict.fromkeys(step for phase in self.plan for step in phase.steps))
 
     @property
     def has_global_models(self) -> bool:

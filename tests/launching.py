@@ -14,9 +14,10 @@ from pathlib import Path
 import h5py
 import numpy as np
 import psutil
+import pytest
 import torch
 
-from hpcfl import launch, storage
+from hpcfl import launch, statistics, storage
 from hpcfl.algorithms import CONFIGS, PLANS
 from hpcfl.comm import Alone, Communicator
 from hpcfl.delivery import DERIVED
@@ -63,6 +64,7 @@ VARIANTS: dict[str, tuple[str, Tables]] = {                        # other ways 
     "fedvtc, common latent": ("fedvtc", {"algorithm": {"latent": "common", "vtc_sync": "none"}}),
     "fedvtc, sums": ("fedvtc", {"algorithm": {"statistics": "sums", "sigma_source": "learnable", "finetune": "every_round", "vtc_sync_every": 2}})}
 CASES: dict[str, tuple[str, Tables]] = {name: (name, {}) for name in PLANS} | VARIANTS
+AMPLIFYING = ("feddf", "fedvtc", "gefl", "gefl_f")                  # Adam turns the last bits of an average at once into steps of its rate
 OF_THE_MOMENT = ("seconds/", "trace/", "rounds/wall_s", "bytes/transported", "clients/rank", "train/seconds",
                  "train/refine_seconds", "wire/")                  # metrics that differ between equal runs
 
@@ -182,6 +184,12 @@ def _distance(here: torch.Tensor, there: torch.Tensor) -> str:
     if here.shape != there.shape or here.dtype != there.dtype:
         return f"is {tuple(here.shape)} {here.dtype} and {tuple(there.shape)} {there.dtype}"
     return f"is up to {(here.double() - there.double()).abs().max():.2e} apart"
+
+
+def of_one_precision(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    """Let sums travel unrounded where a method amplifies roundings, so that all else about them can be compared."""
+    if CASES[case][0] in AMPLIFYING:
+        monkeypatch.setattr(statistics, "travelling", lambda dtype: torch.float64)
 
 
 def left_half_written(folder: Path) -> list[str]:

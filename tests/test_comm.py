@@ -260,7 +260,8 @@ def test_sums_of_float64_leaves_travel_in_float64_and_others_are_rounded_once():
     own = of(0, torch.float32).total().values["x"]
     good = not comm.is_server or bool(
         torch.allclose(totals["exact"].values["x"], wanted["exact"], rtol=1e-15, atol=0)
-        and all(((totals[name].values["x"] - wanted[name]).abs() <= (comm.size - 1) * 2 ** -24 * (wanted[name] - own).abs()).all() for name in ("short", "half"))
+        and all(((totals[name].values["x"] - wanted[name]).abs() <= (comm.size - 1) * 2 ** -24 * (wanted[name] - own).abs()).all()
+                for name in ("short", "half"))
         and not torch.equal(totals["short"].values["x"], wanted["short"]))               # a comparison that nothing could fail would compare nothing
     mpi_assert(comm, good, f"{totals} {wanted}")
 

@@ -1,4 +1,4 @@
-"""What clients read is what the server has now, on whatever rank they are; what a rank's clients do not read does not travel to it, and nothing travels twice."""
+"""What clients read is what the server has now, on whatever rank they are; what they do not read does not travel there, and nothing travels twice."""
 from collections.abc import Callable
 
 import pytest
@@ -176,7 +176,8 @@ def delivering(server: Tree, version: int = 0, versions: dict[str, int] | None =
 
 def test_what_a_rank_has_does_not_travel_to_it_again(monkeypatch):
     step = of_steps(monkeypatch, Reading, Scaled, **FOUR).steps[1]
-    step.publish, step.receive = (lambda server: server), (lambda message, architecture: {path: leaf for path, leaf in message.items() if path in ("all", architecture)})
+    step.publish = lambda server: server
+    step.receive = lambda message, architecture: {path: message[path] for path in ("all", architecture)}
     comm, server = Serving(), {"all": torch.ones(2), "one": torch.ones(3), "two": torch.ones(4)}
     delivery = Delivery(comm, (0, 1, 2, 1))
     delivery.publish(step, delivering(server), {"one": [1], "two": [0]})

@@ -112,6 +112,21 @@ def test_a_wire_of_bandwidth_alone_carries_large_messages_twice_at_most(tmp_path
     assert found["wire_s"] == pytest.approx(3 * times, rel=1e-4) and found["limit"] == "wire"
 
 
+@pytest.mark.parametrize(("readers", "times"), [(1, 1), (3, 1.5), (0, 1.96875), (100, 1.96875)])
+def test_a_message_reaches_as_many_ranks_as_it_has_clients(tmp_path, readers, times):
+    """0: a run of an earlier hpcfl, which does not say so; then as all ranks."""
+    found = predicted(record(tmp_path / "run", [1.0], wire={"bcast": 1e9, "bcast_by_client": readers * 1e9}), 64, wire(byte_s=1e-9))
+    assert found["wire_s"] == pytest.approx(times, rel=1e-4)
+    found = predicted(record(tmp_path / "twice", [1.0], wire={"reduce": 1e9, "reduce_by_client": readers * 1e9}), 64, wire(byte_s=1e-9), clients=100)
+    assert found["wire_s"] == pytest.approx(1.96875, rel=1e-4), "with a hundred times the clients it reaches all"
+
+
+def test_a_run_that_does_not_say_whom_its_messages_are_for_is_predicted(tmp_path):
+    def forget(file):
+        del file["wire/bcast_by_client"], file["wire/reduce_by_client"]
+    assert predicted(record(tmp_path / "run", [1.0] * 8, change=forget), 8)["round_s"] == pytest.approx(1.0)
+
+
 def test_what_is_gathered_arrives_at_the_server_one_after_the_other_and_grows_with_the_clients(tmp_path):
     folder = record(tmp_path / "run", [1.0] * 4, wire={"gatherv": 4e9}, aggregate=0.5)
     found = predicted(folder, 4, wire(byte_s=1e-9))

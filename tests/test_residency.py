@@ -11,7 +11,7 @@ from dataclasses import replace
 import looping
 import pytest
 import torch
-from launching import CASES, apart, carry_out, checkpoint_of, deterministic, outcome, started, tiny, write_job
+from launching import CASES, apart, carry_out, checkpoint_of, deterministic, of_one_precision, outcome, started, tiny, write_job
 from test_runs import agree, alone
 
 from hpcfl import checkpoint, examination
@@ -84,7 +84,8 @@ def test_a_run_is_resumed_with_another_residency_and_chunk(case, first, then, wh
 
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("case", FOLLOWED)
-def test_ranks_with_states_on_disk_agree_with_one_that_has_them_on_the_device(case, tmp_path):
+def test_ranks_with_states_on_disk_agree_with_one_that_has_them_on_the_device(case, tmp_path, monkeypatch):
+    of_one_precision(monkeypatch, case)
     comm, exact = connect(), connect(deterministic=True)
     job = tiny(case, checkpoint={"every": 2, "keep": 100})
     alone(comm, deterministic(job), tmp_path / "alone")

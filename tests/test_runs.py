@@ -6,24 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launching import CASES, apart, carry_out, checkpoint_of, deterministic, outcome, started, tiny, write_job
+from launching import CASES, apart, carry_out, checkpoint_of, deterministic, of_one_precision, outcome, started, tiny, write_job
 from verdict import mpi_assert
 
-from hpcfl import statistics
 from hpcfl.algorithms import PLANS
 from hpcfl.comm import Alone, Communicator, connect
 from hpcfl.data import store
 from hpcfl.data.embedded import digits
 from hpcfl.world import World
-
-AMPLIFYING = ("feddf", "fedvtc", "gefl", "gefl_f")                  # Adam turns the last bits of an average at once into steps of its rate
-
-
-def of_one_precision(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
-    """Let sums travel unrounded where a method amplifies roundings, so that all else about them can be compared."""
-    if CASES[case][0] in AMPLIFYING:
-        monkeypatch.setattr(statistics, "travelling", lambda dtype: torch.float64)
-
 
 def agree(comm, one: Path, other: Path, tolerance=None):
     """Fails on every rank where rank 0 finds the two run folders apart."""

@@ -57,15 +57,20 @@ CLIENTS_VERBS = {
     "a tuple": (lambda self, group, message, site: (group, Statistics()), "gave a tuple of Group, Statistics, wanted an Update"),
     "nothing": (lambda self, group, message, site: None, "gave None, wanted an Update"),
     "no group": (lambda self, group, message, site: Update(group.state), "gave a dict, wanted a Group"),
-    "other clients": (lambda self, group, message, site: Update(group.select([0])), "gave a Group of mlp2, client 0, wanted mlp2, clients 0, 1"),
-    "a dtype": (wrong_state(lambda state: state | {"model/head.bias": state["model/head.bias"].double()}), r"gave 'model/head.bias' as (2, 10) float64, wanted (2, 10) float32"),
-    "a shape": (wrong_state(lambda state: state | {"model/head.bias": state["model/head.bias"][:, :9]}), "gave 'model/head.bias' as (2, 9) float32, wanted (2, 10) float32"),
-    "a missing leaf": (wrong_state(lambda state: {path: leaf for path, leaf in state.items() if path != "model/head.bias"}), "'model/head.bias' is in only one"),
+    "other clients": (lambda self, group, message, site: Update(group.select([0])), "gave a Group of mlp2, client 0, wanted mlp2, clients 0-1"),
+    "a dtype": (wrong_state(lambda state: state | {"model/head.bias": state["model/head.bias"].double()}),
+                "gave 'model/head.bias' as (2, 10) float64, wanted (2, 10) float32"),
+    "a shape": (wrong_state(lambda state: state | {"model/head.bias": state["model/head.bias"][:, :9]}),
+                "gave 'model/head.bias' as (2, 9) float32, wanted (2, 10) float32"),
+    "a missing leaf": (wrong_state(lambda state: {path: leaf for path, leaf in state.items() if path != "model/head.bias"}),
+                       "'model/head.bias' is in only one"),
     "no tensor": (wrong_state(lambda state: state | {"model/head.bias": [1.0, 2.0]}), None),
-    "few metrics": (lambda self, group, message, site: Update(group, metrics={"loss": torch.zeros(1)}), "gave metric 'loss' as shape (1,), wanted a Tensor (2,)"),
+    "few metrics": (lambda self, group, message, site: Update(group, metrics={"loss": torch.zeros(1)}),
+                    "gave metric 'loss' as shape (1,), wanted a Tensor (2,)"),
     "a number": (lambda self, group, message, site: Update(group, metrics={"loss": 0.5}), "gave metric 'loss' as a float, wanted a Tensor (2,)"),
-    "statistics of others": (lambda self, group, message, site: Update(group, Statistics({"w": Uploads({7: {}})})), "sends up for client 7, wanted its own clients alone"),
-    "statistics that do not fit": (lambda self, group, message, site: Update(group, Statistics({"w": Sums.weighted([0, 1], {"x": torch.ones(3)}, torch.ones(2))})),
+    "statistics of others": (lambda self, group, message, site: Update(group, Statistics({"w": Uploads({7: {}})})),
+                             "sends up for client 7, wanted its own clients alone"),
+    "statistics that do not fit": (lambda self, group, message, site: Sums.weighted([0, 1], {"x": torch.ones(3)}, torch.ones(2)),
                                    "'x': value is (3,), weight (2,), wanted a client axis of length 2"),
     "what it writes in place": (lambda self, group, message, site: (message["w"].add_(1), Idle.train(self, group, message, site))[1],
                                 "changed 'w' of the message in place")}
@@ -77,10 +82,10 @@ def test_what_a_clients_verb_gives_is_checked(case, monkeypatch):
     if wanted is None:                                             # the Group itself refuses it, before we see it
         with pytest.raises(AttributeError) as raised:
             run(of_steps(monkeypatch, having("train", train), **TWO))
-        assert raised.value.__notes__ == ["raised in Own.train, clients 0, 1"]
+        assert raised.value.__notes__ == ["raised in Own.train, clients 0-1"]
         return
     text = said(monkeypatch, having("train", train))
-    assert text.startswith("Own.train, clients 0, 1: ") and wanted in text and text.count("Own.train") == 1, text
+    assert text.startswith("Own.train, clients 0-1: ") and wanted in text and text.count("Own.train") == 1, text
 
 
 SERVERS_VERBS = {
@@ -88,13 +93,14 @@ SERVERS_VERBS = {
     "aggregate gives a number": ("aggregate", lambda self, server, totals, site: {"w": 1.0}, "Own.aggregate: gave 'w': a float in its Tree"),
     "aggregate changes a type": ("aggregate", lambda self, server, totals, site: totals["w"].mean(),
                                  "Own.aggregate: gave 'w' as (2,) float64, wanted (2,) float32 as before; cast it"),
-    "prepare changes a shape": ("prepare", lambda self, server, site: {"w": torch.zeros(3)}, "Own.prepare: gave 'w' as (3,) float32, wanted (2,) float32 as before"),
+    "prepare changes a shape": ("prepare", lambda self, server, site: {"w": torch.zeros(3)},
+                                "Own.prepare: gave 'w' as (3,) float32, wanted (2,) float32 as before"),
     "publish gives a list": ("publish", lambda self, server: [server], "Own.publish: gave a list, wanted a Tree"),
     "publish changes a type": ("publish", lambda self, server: {"v": server["w"].double() if server["w"].any() else server["w"] + 0},
                                "Own.publish: gave 'v' as (2,) float64, wanted (2,) float32 as before"),
     "publish writes": ("publish", lambda self, server: {"w": server["w"].add_(1)}, "Own.publish: changed 'w' of the server's state in place"),
     "found gives nothing": ("found", lambda self, site: None, "Own.found: gave None, wanted a Tree"),
-    "join gives a state": ("join", lambda self, group, site: group.state, "Own.join, clients 0, 1: gave a dict, wanted a Group"),
+    "join gives a state": ("join", lambda self, group, site: group.state, "Own.join, clients 0-1: gave a dict, wanted a Group"),
     "modules gives a model": ("modules", lambda self, architecture: self.problem.model(architecture), "Own.modules, for mlp2: gave a Model, wanted a dict"),
     "global_models gives models": ("global_models", lambda self, message: {"w": message}, None),
     "receive gives nothing": ("receive", lambda self, message, architecture: None, "Own.receive, for mlp2: gave None, wanted a Tree")}
@@ -114,7 +120,7 @@ def test_what_the_servers_verbs_give_is_checked(case, monkeypatch):
 def test_an_error_in_a_method_says_in_which_verb_of_which_clients(monkeypatch):
     with pytest.raises(KeyError) as raised:
         run(of_steps(monkeypatch, having("train", lambda self, group, message, site: message["none"]), **TWO))
-    assert raised.value.__notes__ == ["raised in Own.train, clients 0, 1"]
+    assert raised.value.__notes__ == ["raised in Own.train, clients 0-1"]
 
 
 @pytest.mark.parametrize("results", [{}, {0: {"x": torch.ones(1)}}, None, {0: {}, 1: 3}])
@@ -126,12 +132,12 @@ def test_results_of_spread_work_are_checked(results, monkeypatch):
 
 def test_what_refine_sends_up_is_refused_and_so_is_what_nobody_aggregates(monkeypatch):
     text = said(monkeypatch, having("refine", lambda self, group, message, site: Idle.train(self, group, message, site)))
-    assert text.startswith("Own.refine, clients 0, 1: sends up 'w', but nobody takes it")
+    assert text.startswith("Own.refine, clients 0-1: sends up 'w', but nobody takes it")
 
     class Unheard(Algorithm):
         def train(self, group: Group, message: Tree, site: ClientSite) -> Update:
             return Update(group, Statistics({"w": Uploads({client: {} for client in group.clients})}))
-    assert "Unheard.train, clients 0, 1: sends up 'w', but nobody takes it" in said(monkeypatch, Unheard)
+    assert "Unheard.train, clients 0-1: sends up 'w', but nobody takes it" in said(monkeypatch, Unheard)
 
 
 def test_what_a_clients_verb_writes_in_place_counts_wherever_states_lie(monkeypatch, tmp_path):
@@ -193,7 +199,8 @@ def test_a_step_is_checked_when_the_plan_is_made(names, wanted, monkeypatch):
 
 
 def test_words_like_a_verb_that_are_meant_so_are_let_be(monkeypatch):
-    of_steps(monkeypatch, type("Own", (Idle,), {name: lambda self: None for name in ("trained", "receiver", "publisher", "learn", "drawer", "turn", "merge")}), **TWO)
+    names = ("trained", "receiver", "publisher", "learn", "drawer", "turn", "merge")
+    of_steps(monkeypatch, type("Own", (Idle,), {name: lambda self: None for name in names}), **TWO)
 
 
 def test_a_plan_is_checked(monkeypatch):

@@ -41,20 +41,22 @@ def check_plan(method: str, plan: Any) -> None:
             if not any(kind.overrides(verb) for verb in WORKING):
                 raise JobError(f"{where} would do nothing: it has none of {', '.join(WORKING)}; wanted one at least")
             if "aggregate" in vars(kind) and not kind.overrides("train"):                # of its own: what it inherits may be meant for others
-                raise JobError(f"{where} has aggregate and no train, so nothing would ever be sent to it; wanted both, or prepare for what the server does alone")
+                raise JobError(f"{where} has aggregate and no train, so nothing would ever be sent to it; wanted both, or prepare for what the server does "
+                               "alone")
 
 
 def _check_verbs(where: str, kind: type[Algorithm]) -> None:
-    for name in sorted({name for base in kind.__mro__ if issubclass(base, Algorithm) and base is not Algorithm for name in vars(base)} - vars(Algorithm).keys()):
+    own = {name for base in kind.__mro__ if issubclass(base, Algorithm) for name in vars(base)} - vars(Algorithm).keys()
+    for name in sorted(own):
         close = difflib.get_close_matches(name, VERBS, n=1, cutoff=CLOSE)
         if close and callable(getattr(kind, name)) and not name.startswith(close[0]):
             raise JobError(f"{where} has '{name}', which nobody calls; did you mean '{close[0]}'? If it is meant as it is, give it a name less like a verb's")
     for verb in VERBS:
-        own, wanted = (inspect.signature(getattr(each, verb)) for each in (kind, Algorithm))
+        given, wanted = (inspect.signature(getattr(each, verb)) for each in (kind, Algorithm))
         try:
-            own.bind(*wanted.parameters)
+            given.bind(*wanted.parameters)
         except TypeError:
-            raise JobError(f"{where}: {verb}{own} cannot be called with ({', '.join(wanted.parameters)}); wanted {verb}{wanted}") from None
+            raise JobError(f"{where}: {verb}{given} cannot be called with ({', '.join(wanted.parameters)}); wanted {verb}{wanted}") from None
 
 
 @contextmanager
@@ -125,7 +127,8 @@ def checked_group(where: str, found: Any, before: Group) -> Group:
     if not isinstance(found, Group):
         raise LayoutError(f"{where}: gave {_kind(found)}, wanted a Group")
     if (found.architecture, found.clients) != (before.architecture, before.clients):
-        raise LayoutError(f"{where}: gave a Group of {found.architecture}, {spoken(found.clients, 'client')}, wanted {before.architecture}, {spoken(before.clients, 'client')}")
+        got, wanted = (f"{group.architecture}, {spoken(group.clients, 'client')}" for group in (found, before))
+        raise LayoutError(f"{where}: gave a Group of {got}, wanted {wanted}")
     checked_tree(where, found.state)
     check_kept(where, before.state, found.state, f"{OPTIMIZER}/")
     return found
@@ -142,8 +145,9 @@ def checked_update(where: str, found: Any, before: Group, heard: bool) -> Update
     if not isinstance(found.statistics, Statistics):
         raise LayoutError(f"{where}: sends up {_kind(found.statistics)}, wanted Statistics")
     if found.statistics.parts and not heard:
-        raise LayoutError(f"{where}: sends up {', '.join(map(repr, sorted(found.statistics.parts)))}, but nobody takes it: only what train sends is aggregated, "
-                          "by a step that has aggregate. Send it from train, give the step an aggregate, or send nothing")
+        names = ", ".join(map(repr, sorted(found.statistics.parts)))
+        raise LayoutError(f"{where}: sends up {names}, but nobody takes it: only what train sends is aggregated, by a step that has "
+                          "aggregate. Send it from train, give the step an aggregate, or send nothing")
     if foreign := found.statistics.simulated_bytes().keys() - set(before.clients):
         raise LayoutError(f"{where}: sends up for client {min(foreign)}, wanted its own clients alone")
     for name, values in found.metrics.items():

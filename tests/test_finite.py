@@ -50,7 +50,7 @@ def test_what_a_server_made_of_too_high_a_rate_is_blamed_on_it_by_the_client_tha
 
 
 def test_a_run_that_a_high_server_rate_ended_goes_on_from_its_last_round_with_a_lower_one(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(comm, "connect", lambda deterministic=False: Communicator(Alone(), deterministic))
+    monkeypatch.setattr(comm, "connect", lambda deterministic=False, **how: Communicator(Alone(), deterministic))
     settings = {"algorithm": {"server_lr": 0.01}, "checkpoint": {"every": 1}, "evaluation": {"every": 1}}
     described, out = tiny("fedgh", **settings), tmp_path / "run"
     carry_out(replace(described, federation=replace(described.federation, rounds=1)), out)

@@ -112,7 +112,7 @@ class Waiting(Alone):
         self.aborted.append(code)
         self.released.set()
 
-    bcast = gather = allgather = send = receive = any = bcast_lines = gather_lines = send_lines = receive_lines = reduce = lambda self, *_: None
+    bcast = gather = allgather = send = receive = any = among = bcast_lines = gather_lines = send_lines = receive_lines = reduce = lambda self, *_: None
 
 
 @pytest.fixture

@@ -108,7 +108,7 @@ def of_a_round(examined: Examined) -> Finding | None:
            f"{busiest}, which has most of it ({work}). Not in it: what a method sends instead of models or trains beside classifiers, the server's work, " \
            "evaluation, checkpoints; hpcfl report shows what a run measured"
     # Ranks that were started on one core wait for each other in a run too; that is told of the cores, and the estimate is right.
-    others = {facts.rank: load.crowding * min(1.0, examined.cores(facts)) for facts, load in zip(examined.facts, estimate.loads, strict=True)}
+    others = {facts.rank: load.crowding * min(1.0, facts.cores) for facts, load in zip(examined.facts, estimate.loads, strict=True)}
     rank, times = max(others.items(), key=lambda each: each[1])
     if times > CROWDED:
         return Finding("round", WARNING, f"{text}. Others kept the cores busy meanwhile: for want of a core the batches of rank {rank} took {times:.2g} times as "

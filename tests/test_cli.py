@@ -242,14 +242,14 @@ def test_models_of_the_federation_are_evaluated_on_the_whole_test_set_at_the_end
 
 def test_a_round_says_first_what_the_federations_own_models_are_worth(tmp_path, capsys):
     metrics = outcome(carry_out(tiny("heterofl", evaluation={"every": 1}, federation={"rounds": 1}), tmp_path / "sliced")).metrics
-    _, legend, line = capsys.readouterr().out.splitlines()
+    _, legend, line, _ = capsys.readouterr().out.splitlines()
     images = metrics["evaluation/generalization_count"].sum()
     worth = 100 * metrics["evaluation/global_correct"][-1, 0].sum() / images
     clients = 100 * metrics["evaluation/generalization_correct"][-1].sum(1) / images
     assert f"  global {worth:5.1f}  clients {clients.mean():5.1f} [{clients.min():5.1f} ..{clients.max():5.1f}]  own " in line
     assert f"on the {images} test images. global: the federation's own models; clients: the models that clients hold" in legend
     carry_out(tiny("standalone", evaluation={"every": 1, "personal": False}, federation={"rounds": 1}), tmp_path / "alone")
-    _, legend, line = capsys.readouterr().out.splitlines()
+    _, legend, line, _ = capsys.readouterr().out.splitlines()
     assert "global" not in legend + line and "  own " not in line and " clients " in line
 
 

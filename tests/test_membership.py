@@ -1,5 +1,6 @@
 """Membership attacks: known answers of their scores, of AUC, interval and rate at few false alarms, and small networks with and without something to hide."""
 import math
+from dataclasses import fields
 from functools import cache
 from statistics import NormalDist
 
@@ -277,7 +278,8 @@ class Watched(Problem):
 
 
 def test_every_reference_model_has_its_own_draw_from_the_pool_each_image_once_an_epoch():
-    watched = Watched(**vars(problem()))
+    given = problem()
+    watched = Watched(**{field.name: getattr(given, field.name) for field in fields(given)})
     reference_models(watched, ARCHITECTURE, marked(50), 33, 2, 3)
     drawn = []
     for batches in watched.seen.values():

@@ -49,5 +49,5 @@ def test_clients_are_found_without_going_through_the_others(work):
 def test_a_dry_run_asks_a_few_times_what_each_client_trains(monkeypatch, capsys):
     asked, architecture = [], Sizes.architecture
     monkeypatch.setattr(Sizes, "architecture", lambda self, client, row: asked.append(client) or architecture(self, client, row))
-    cli._dry_run(looping.job("fedavg", data={"partition": "iid", "fraction": 1.0}, federation={"clients": MANY}), Communicator(Alone()))
+    cli._dry_run(looping.job("fedavg", data={"partition": "iid", "fraction": 1.0}, federation={"clients": MANY}), Communicator(Alone()), "")
     assert len(asked) < 8 * MANY and capsys.readouterr().out.count(" training images\n") == MANY

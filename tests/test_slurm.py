@@ -12,7 +12,7 @@ import pytest
 from cluster import Cluster, started as cluster_started
 from launching import apart, carry_out, outcome, started, tiny, undisturbed, write_job
 
-from hpcfl import cli, report, slurm
+from hpcfl import cli, report, slurm, tables
 from hpcfl.errors import EnvironmentFault, JobError
 from hpcfl.lead import VARIABLE, Lead
 from hpcfl.slurm import Request, Sweep
@@ -504,9 +504,9 @@ def test_a_sweep_of_three_seeds_is_one_array_and_one_table(cluster, tmp_path):
     cluster.signal(f"{job.number}_2")
     restarts = [cluster.reaches(f"{job.number}_{task}", "COMPLETED")["Restarts"] for task in range(3)]
     assert restarts == ["0", "0", "1"], "the others go on untouched"
-    headings, *rows = [line.split() for line in report.table(sorted((tmp_path / "run").glob("seed-*"))).splitlines()]
-    assert [row[headings.index("seed")] for row in rows] == ["0", "1", "2"] and {row[2] for row in rows} == {"done"}
     found = [report.summary(tmp_path / "run" / f"seed-{seed}") for seed in range(3)]
+    headings, *rows = [line.split() for line in tables.text({"fedavg": found}).split("\n\n")[0].splitlines()]
+    assert [row[headings.index("seed")] for row in rows] == ["0", "1", "2"] and {row[headings.index("status")] for row in rows} == {"done"}
     assert all(each["rounds"] == 13 and each["ranks"] == 2 for each in found)
     assert len({json.dumps(each["accuracy"]["generalization"]) for each in found}) == 3
 

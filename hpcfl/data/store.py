@@ -25,7 +25,7 @@ from hpcfl.data.sources import PUBLISHED, Labelled
 from hpcfl.errors import DataError
 from hpcfl.places import place
 from hpcfl.storage import replacing
-from hpcfl.wording import cause, printable
+from hpcfl.wording import printable
 
 OWN_TERMS = "as the source says"                                   # of data that somebody imported
 ROWS = 20                                                          # classes that are shown one by one
@@ -203,8 +203,8 @@ def _install(target: Path, data: Labelled, source: str, licence: str) -> None:
         archive.verify(draft.path)
 
 
-def _unwritable(error: Exception) -> DataError:
-    return DataError(f"the cache {folder()} cannot be written ({cause(error)}); free space there, or name another folder: export HPCFL_DATA=FOLDER")
+def _unwritable(error: OSError) -> DataError:
+    return DataError(f"the cache {folder()} cannot be written ({error.strerror or error}); free space there, or name another folder: export HPCFL_DATA=FOLDER")
 
 
 def _stamp(target: Path) -> str:

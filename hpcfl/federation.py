@@ -132,7 +132,7 @@ class Exchange:
         if step.overrides("refine"):
             answers = self.world.answers(place.phase, place.row)
             message = self.publish(step, state, self.world.architectures(answers.answered, place.row))
-            if step is place.phase.refines:
+            if step is place.phase.refiner:
                 self.before_refine(state, place)
             state, _ = self.work(step, "refine", message, state, place, frozenset(answers.answered))
             self.wait()

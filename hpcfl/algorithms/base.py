@@ -342,7 +342,7 @@ class Phase:
         return next((step for step in self.steps if step.overrides("train")), None)
 
     @property
-    def refines(self) -> Algorithm | None:
+    def refiner(self) -> Algorithm | None:
         """The first of the steps with local work on the fresh message, before which clients are evaluated."""
         return next((step for step in self.steps if step.overrides("refine")), None)
 

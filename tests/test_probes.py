@@ -2,6 +2,7 @@
 import itertools
 import shutil
 import threading
+import time
 from types import SimpleNamespace
 
 import psutil
@@ -185,6 +186,7 @@ def test_a_reader_notices_a_file_that_is_not_replaced_at_once(atomic, tmp_path, 
             for _ in range(shared_folder.REPEATED):
                 handle.write("00000001")
                 handle.flush()
+                time.sleep(1e-5)                                   # lets go of the interpreter, so that the reader meets what is half written
 
     def keep_writing():
         while not over.is_set():

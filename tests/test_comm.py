@@ -10,6 +10,7 @@ import torch
 from verdict import mpi_assert
 
 from hpcfl import comm as wire
+from hpcfl import ranks
 from hpcfl import launchers
 from hpcfl.comm import Alone, Communicator, connect
 from hpcfl.errors import EnvironmentFault, LayoutError, NonFiniteError
@@ -304,7 +305,7 @@ def test_every_rank_gets_the_same_bits_of_what_is_for_it_and_nothing_else():
 
 @pytest.mark.mpi(min_size=3)
 def test_there_may_be_more_parts_of_the_ranks_than_communicators_are_kept(monkeypatch):
-    monkeypatch.setattr(wire, "AUDIENCES", 1)
+    monkeypatch.setattr(ranks, "AUDIENCES", 1)
     comm = connect()
     for turn in range(6):
         other = 1 + turn % (comm.size - 1)

@@ -139,7 +139,7 @@ def test_ctrl_c_stops_the_ranks_that_hpcfl_has_started_itself_behind_their_round
 
 
 def test_ctrl_c_under_mpirun_kills_the_ranks_and_leaves_the_last_checkpoint(whole, tmp_path):
-    """Open MPI gives its ranks half a second, and they cannot prevent it; with MPICH and srun they end behind the round."""
+    """Open MPI gives its ranks half a second, and they cannot prevent it."""
     with started(tmp_path, "run", write_job(tmp_path, whole[0]), "--out", tmp_path / "run", ranks=2, fault=WHILE_RANK_1_TRAINS) as job:
         job.reaches("waiting-1")
         ranks = [job.rank(0), job.rank(1)]

@@ -141,7 +141,7 @@ class Delivery:
 
     def _described(self, read: Tree, state: State) -> Download:
         owners = {id(leaf): path for path, leaf in state.server.items()}
-        keys = {path: owners[id(leaf)] if id(leaf) in owners else f"{DERIVED}{tree.fingerprint({'': leaf}):x}" for path, leaf in read.items()}
+        keys = {path: owners[id(leaf)] if id(leaf) in owners else f"{DERIVED}{tree.fingerprint({'': leaf})}" for path, leaf in read.items()}
         derived = sorted((path, key) for path, key in keys.items() if key.startswith(DERIVED))
         own = f"{DERIVED}{tree.number([path for path, _ in derived]):x}"
         sizes: dict[str, int] = {}

@@ -44,7 +44,7 @@ class Examination:
                 module = self.world.problem.structure(architecture)
                 if odd := model.keys() ^ module.state_dict().keys():
                     raise LayoutError(f"global model '{name}': '{min(odd)}' is in only one of it and {architecture}; wanted the state_dict of {architecture}")
-                identities[name] = architecture, *tree.fingerprints(tree.stack([model]))
+                identities[name] = architecture, tree.fingerprint(model)
                 shares[name] = self._right(bind(module, tree.to(model, self.world.problem.device)), self.world.test, first, every)
         with self.ledger("idle"):
             found = self.world.comm.share(_summed(self.world.comm.gather(shares) or ()))

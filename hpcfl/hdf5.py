@@ -9,6 +9,7 @@ import h5py
 import numpy as np
 
 from hpcfl.errors import HpcflError
+from hpcfl.wording import cause
 
 FORMAT = ("v110", "v110")                                          # HDF5 1.10 checksums its own metadata; older formats do not
 Member = h5py.Group | h5py.Dataset | h5py.Datatype
@@ -130,7 +131,7 @@ def foreign(parent: h5py.Group, name: str) -> str | None:
 def reason(error: BaseException) -> str:
     """Why a call failed, in one line: HDF5 buries the system's reason in an account of its own."""
     told = re.search(r"error message = '([^']+)'", str(error))
-    return told[1] if told else getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
+    return told[1] if told else getattr(error, "strerror", None) or cause(error)
 
 
 @contextmanager

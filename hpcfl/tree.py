@@ -93,6 +93,11 @@ def fingerprints(stacked: Tree) -> list[str]:
     return [row.hexdigest() for row in hashes]
 
 
+def fingerprint(tree: Tree) -> str:
+    """The short name of one Tree that `fingerprints` gives a row."""
+    return fingerprints(transform(tree, lambda leaf: leaf.unsqueeze(0)))[0]
+
+
 def unpack(buffer: Tensor, described: Layout) -> Tree:
     """The Tree whose leaves are views of `buffer` (uint8, contiguous) in the given layout."""
     tree, start = {}, 0
@@ -117,18 +122,9 @@ def changed(before: Marks, tree: Tree) -> set[str]:
             if path not in tree or path not in before or tree[path] is not before[path][0] or _writes(tree[path]) != before[path][1]}
 
 
-def fingerprint(tree: Tree) -> int:
-    """A number for the paths, types, shapes and bits of a Tree: equal Trees, and in practice only these, share it."""
-    described = layout(tree)
-    return number(described, *(tree[path].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy() for path, *_ in described))
-
-
-def number(described: Sequence, *buffers: bytes) -> int:
-    """A number for what `repr` tells of something, and for bytes; it fits into int64, in which checkpoints keep it."""
-    hashed = hashlib.blake2b(repr(described).encode(), digest_size=8)
-    for buffer in buffers:
-        hashed.update(buffer)
-    return int.from_bytes(hashed.digest(), "big") >> 1
+def number(described: Sequence) -> int:
+    """A number for what `repr` tells of something; it fits into int64, in which checkpoints keep it."""
+    return int.from_bytes(hashlib.blake2b(repr(described).encode(), digest_size=8).digest(), "big") >> 1
 
 
 def _writes(leaf: Tensor) -> int:

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hpcfl.places import place
+from hpcfl.files.places import place
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -17,7 +17,7 @@ def numbers(text: str) -> tuple[int, ...]:
 
 def residencies(text: str) -> tuple[str, ...]:
     """Names of residencies, set apart by commas. Raises ValueError for any other name."""
-    from hpcfl.residency import RESIDENCIES
+    from hpcfl.federation.residency import RESIDENCIES
     if not RESIDENCIES.keys() >= set(text.split(",")):
         raise ValueError
     return tuple(text.split(","))

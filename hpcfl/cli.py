@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import hpcfl
-from hpcfl import outlets, signals
 from hpcfl.arguments import Parser, at_home, numbers, residencies
 from hpcfl.errors import EnvironmentFault, HpcflError, Interrupted
-from hpcfl.places import place
+from hpcfl.files.places import place
+from hpcfl.runs import outlets, signals
 
 DATA_COLUMNS = ("name", "status", "train", "test", "classes", "image", "MB", "")
 
@@ -33,13 +33,13 @@ def main(argv: list[str] | None = None) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.ranks:
-        from hpcfl import starter
+        from hpcfl.runs import starter
         return starter.start(arguments.ranks, arguments.words)
     stop_requested = bool if arguments.dry_run else signals.listen()                     # before the imports below, which take seconds
-    from hpcfl import launch
     from hpcfl.algorithms import CONFIGS
-    from hpcfl.comm import connect
-    from hpcfl.job import load
+    from hpcfl.runs import launch
+    from hpcfl.settings.job import load
+    from hpcfl.wire.communicator import connect
 
     def body() -> int:
         job = load(arguments.job, CONFIGS, arguments.set)
@@ -56,15 +56,16 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _one_of_many(comm) -> bool:
     """Whether this is one of ranks that do not see each other, and not the one that speaks for all."""
-    from hpcfl.launchers import launched
+    from hpcfl.wire.launchers import launched
     told = launched()
     return comm.size == 1 and told is not None and told.rank > 0
 
 
 def _dry_run(job, comm, refused: str) -> int:
     """Check everything that can be checked without training, and say what would run, and why it would be `refused`."""
-    from hpcfl import averaging, launch
-    from hpcfl.world import World
+    from hpcfl.federation.world import World
+    from hpcfl.report import averaging
+    from hpcfl.runs import launch
     world = World(job, comm, launch.device_of(job, comm))
     if comm.is_server:
         print(job.to_toml())
@@ -82,7 +83,7 @@ def _dry_run(job, comm, refused: str) -> int:
 
 
 def _slurm(arguments: argparse.Namespace) -> int:
-    from hpcfl import slurm
+    from hpcfl.runs import slurm
     gpus, gpu_type = slurm.gpus_of(arguments.gpus_per_node, arguments.nodes) if arguments.gpus_per_node else (arguments.gpus, "")
     request = slurm.Request(arguments.nodes, arguments.ranks, gpus, arguments.cpus, arguments.time, arguments.lead, arguments.partition, arguments.srun,
                             arguments.account, arguments.qos, arguments.mem, gpu_type, tuple(arguments.behind))
@@ -95,18 +96,18 @@ def _slurm(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from hpcfl import labels, recording, report, tables
+    from hpcfl.report import labels, recording, summary, tables
     runs, skipped = recording.runs_in(arguments.runs)
     for line in skipped:
         print(f"hpcfl: skipped {line}", file=sys.stderr)
     out = arguments.out or (arguments.runs[0] if len(arguments.runs) == 1 else runs[0])
     if arguments.trace is not None:
-        from hpcfl import trace
-        path = trace.write(runs, place(arguments.trace) if arguments.trace else out / "trace.json")
+        from hpcfl.report import timeline
+        path = timeline.write(runs, place(arguments.trace) if arguments.trace else out / "trace.json")
         print(f"trace: {path} (open it in ui.perfetto.dev or chrome://tracing)")
         return 0
     groups = labels.labelled([recording.read(run) for run in runs])
-    found = {label: [report.summary(each) for each in group] for label, group in groups.items()}
+    found = {label: [summary.summary(each) for each in group] for label, group in groups.items()}
     if arguments.json:
         several = {"runs": [{"label": label, **run} for label, group in found.items() for run in group],
                    "over_seeds": [tables.over_seeds(label, group) for label, group in found.items()]}
@@ -115,36 +116,36 @@ def _report(arguments: argparse.Namespace) -> int:
     if arguments.format:
         print(tables.FORMATS[arguments.format](found))
         return 0
-    page = report.write(runs, out)
+    page = summary.write(runs, out)
     print(tables.text(found))
     print(f"\nreport: {page}")
     return 0
 
 
 def _predict(arguments: argparse.Namespace) -> int:
-    from hpcfl import predict
-    wire = predict.wire_of(arguments.doctor, arguments.latency, arguments.bandwidth)
-    found = predict.table(arguments.run, wire, arguments.ranks, arguments.clients, arguments.phase)
-    print(json.dumps(found, indent=1) if arguments.json else predict.render(found))
+    from hpcfl.analysis import scaling
+    wire = scaling.wire_of(arguments.doctor, arguments.latency, arguments.bandwidth)
+    found = scaling.table(arguments.run, wire, arguments.ranks, arguments.clients, arguments.phase)
+    print(json.dumps(found, indent=1) if arguments.json else scaling.render(found))
     return 0
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from hpcfl import inspect
-    described = inspect.describe(arguments.file)
-    print(json.dumps(described, indent=1) if arguments.json else inspect.render(described))
+    from hpcfl.report import hdf5_view
+    described = hdf5_view.describe(arguments.file)
+    print(json.dumps(described, indent=1) if arguments.json else hdf5_view.render(described))
     return 0
 
 
 def _information(arguments: argparse.Namespace) -> int:
-    from hpcfl import information
-    found = information.analyse(arguments.run, arguments.images, arguments.output)
-    print(json.dumps(found, indent=1) if arguments.json else information.render(found))
+    from hpcfl.analysis import mutual_information
+    found = mutual_information.analyse(arguments.run, arguments.images, arguments.output)
+    print(json.dumps(found, indent=1) if arguments.json else mutual_information.render(found))
     return 0
 
 
 def _audit(arguments: argparse.Namespace) -> int:
-    from hpcfl import audit
+    from hpcfl.analysis import audit
     found = audit.analyse(arguments.run, arguments.client, arguments.samples, arguments.out)
     print(json.dumps(found, indent=1) if arguments.json else audit.render(found))
     return 0
@@ -152,7 +153,7 @@ def _audit(arguments: argparse.Namespace) -> int:
 
 def _data_list(arguments: argparse.Namespace) -> int:
     from hpcfl.data import store
-    from hpcfl.report import aligned
+    from hpcfl.report.summary import aligned
     rows = store.listing()
     print(json.dumps(rows, indent=1) if arguments.json else aligned([DATA_COLUMNS, *map(_data_row, rows)], words=2))
     return 0
@@ -187,29 +188,31 @@ def _data_import(arguments: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    from hpcfl import bench, launch
-    from hpcfl.comm import connect
+    from hpcfl.bench import w1_vtc
+    from hpcfl.runs import launch
+    from hpcfl.wire.communicator import connect
 
     def body() -> int:
-        figures = bench.BENCHES[arguments.name](comm, arguments)
+        figures = w1_vtc.BENCHES[arguments.name](comm, arguments)
         if comm.is_server:
-            print(json.dumps(figures, indent=1) if arguments.json else bench.render(figures))
+            print(json.dumps(figures, indent=1) if arguments.json else w1_vtc.render(figures))
         return 0
     comm = connect()
     return launch.guarded(body, comm)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from hpcfl import doctor, launch
-    from hpcfl.comm import connect
-    from hpcfl.launchers import launched
+    from hpcfl.doctor import examine
+    from hpcfl.runs import launch
+    from hpcfl.wire.communicator import connect
+    from hpcfl.wire.launchers import launched
 
     def body() -> int:
-        examined, code = doctor.examine(comm, told, arguments.job, arguments.set, arguments.out), 0
+        examined, code = examine.examine(comm, told, arguments.job, arguments.set, arguments.out), 0
         if examined is not None:
-            found = doctor.findings(examined)
-            print(json.dumps(doctor.described(examined, found), indent=1) if arguments.json else doctor.render(examined, found), flush=True)
-            code = doctor.exit_code(found)
+            found = examine.findings(examined)
+            print(json.dumps(examine.described(examined, found), indent=1) if arguments.json else examine.render(examined, found), flush=True)
+            code = examine.exit_code(found)
         return comm.share(code)                                    # after the printing, which a rank that ends with another code than 0 would cut short
     comm, told = connect(checked=False), launched()
     if _one_of_many(comm):

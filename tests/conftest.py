@@ -6,9 +6,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import cluster
 import pytest
 import torch
+
+from tests.support import slurm_cluster
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -30,7 +31,7 @@ def data_folder() -> Path:
 @pytest.fixture
 def compile_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Has torch.compile use a backend, "inductor" where there is a C++ compiler for it, with nothing compiled yet."""
-    from hpcfl import engines
+    from hpcfl.training import engines
 
     def choose(backend: str) -> None:
         if backend == "inductor" and shutil.which("g++") is None:
@@ -85,5 +86,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("torch sees no CUDA device")
-    if item.get_closest_marker("slurm") and (reason := cluster.missing()):
+    if item.get_closest_marker("slurm") and (reason := slurm_cluster.missing()):
         pytest.skip(reason)

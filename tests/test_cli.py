@@ -11,16 +11,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launching import carry_out, checkpoint_of, outcome, tiny, undisturbed, write_job
 
-from hpcfl import bench, cli, launch, report, simulation, tree
+from hpcfl import cli, tree
 from hpcfl.algorithms import PLANS
 from hpcfl.algorithms.fedavg import FedAvg
-from hpcfl.comm import Alone, Communicator, connect
+from hpcfl.bench import w1_vtc
 from hpcfl.errors import CheckpointError, JobError, LayoutError
-from hpcfl.examination import Examination
-from hpcfl.measures import REFINING
-from hpcfl.world import World
+from hpcfl.federation.world import World
+from hpcfl.report import summary
+from hpcfl.report.measures import REFINING
+from hpcfl.runs import launch, simulation
+from hpcfl.runs.examination import Examination
+from hpcfl.wire.communicator import Alone, Communicator, connect
+from tests.support.tiny_runs import carry_out, checkpoint_of, outcome, tiny, undisturbed, write_job
 
 
 class Node:
@@ -260,7 +263,7 @@ def test_clients_that_average_with_nobody_are_named_before_and_in_the_run(client
     assert [alone in line for line in capsys.readouterr().out.splitlines() if line.startswith("# warning: ")] == [True] * bool(alone)
     folder = carry_out(job, tmp_path / "run")
     assert [alone in line for line in (folder / "log" / "rank-0000.log").read_text().splitlines() if " WARNING fedavg averages" in line] == [True] * bool(alone)
-    assert [alone in warning for warning in report.summary(folder)["warnings"]] == [True] * bool(alone)
+    assert [alone in warning for warning in summary.summary(folder)["warnings"]] == [True] * bool(alone)
 
 
 @pytest.mark.parametrize("case", ["fedavg", "fedvtc", "ccvr", "gaussian", "fedproto", "fml", "gefl_f", "heterofl", "fedgh"])
@@ -289,8 +292,8 @@ def test_a_global_model_that_is_not_of_its_architecture_is_refused(tmp_path, mon
 
 
 def test_the_steps_of_generator_and_classifier_are_timed_in_every_way(monkeypatch):
-    monkeypatch.setattr(bench, "WORKS", {"classifier": bench.classifying})
-    figures = bench.vtc(Communicator(Alone()), Namespace(device="cpu", threads=1, steps=0, compile=False))
+    monkeypatch.setattr(w1_vtc, "WORKS", {"classifier": w1_vtc.classifying})
+    figures = w1_vtc.vtc(Communicator(Alone()), Namespace(device="cpu", threads=1, steps=0, compile=False))
     assert [(row["work"], row["engine"], row["compile"]) for row in figures["rows"]] == [("classifier", "sequential", "off"), ("classifier", "vmap", "off")]
     assert all(row["step_s"] > 0 and row["resident_memory_bytes"] > 0 for row in figures["rows"])
-    assert bench.render(figures).splitlines()[-3].split() == ["work", "engine", "compile", "first_s", "step_s", "steps_per_s", "resident_memory_bytes"]
+    assert w1_vtc.render(figures).splitlines()[-3].split() == ["work", "engine", "compile", "first_s", "step_s", "steps_per_s", "resident_memory_bytes"]

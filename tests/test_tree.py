@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from hpcfl import tree
-from hpcfl.packing import LINE, pack
+from hpcfl.wire.packing import LINE, pack
 
 TYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool]
 

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hpcfl import tree
-from hpcfl.algorithms.base import ClientSite, Phase, Plan, Problem, ServerSite, Totals
 from hpcfl.algorithms.fedavg import FedAvg
+from hpcfl.contract.step import ClientSite, Phase, Plan, Problem, ServerSite, Totals
 from hpcfl.data.shards import Shard
-from hpcfl.evaluate import bind, in_batches
-from hpcfl.fit import Turn
-from hpcfl.group import Group
-from hpcfl.kinds import choice
+from hpcfl.settings.fields import choice
+from hpcfl.training.evaluate import bind, in_batches
+from hpcfl.training.fit import Turn
+from hpcfl.training.group import Group
 from hpcfl.tree import Tree
 
 TRAINED = "trained"                                                # beside the architectures in the server's state: which of them have been trained

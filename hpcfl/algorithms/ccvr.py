@@ -11,18 +11,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hpcfl import gaussian, moments, tree
+from hpcfl import tree
 from hpcfl.algorithms import lg_fedavg
-from hpcfl.algorithms.base import Algorithm, ClientSite, Phase, Plan, Problem, ServerSite, Totals, Update
 from hpcfl.algorithms.fedavg import FedAvg
 from hpcfl.algorithms.lg_fedavg import COMMON, LgFedAvg
 from hpcfl.algorithms.shared_head import HEAD, SharedHead, head_of, train_head
-from hpcfl.group import Group
-from hpcfl.kinds import choice, integer, real
-from hpcfl.moments import GlobalMoments
-from hpcfl.statistics import Statistics, Uploads
-from hpcfl.synthesise import synthetic_epochs
+from hpcfl.contract.step import Algorithm, ClientSite, Phase, Plan, Problem, ServerSite, Totals, Update
+from hpcfl.latents import gaussians, moments
+from hpcfl.latents.moments import GlobalMoments
+from hpcfl.settings.fields import choice, integer, real
+from hpcfl.training.group import Group
+from hpcfl.training.synthetic import synthetic_epochs
 from hpcfl.tree import Tree
+from hpcfl.wire.uplink import Statistics, Uploads
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Calibrate(Algorithm):
 
         def draw(labels: Tensor, generator: torch.Generator) -> Tensor:
             eps = torch.randn(len(labels), mean.shape[1], generator=generator, device=device)
-            return gaussian.draw(mean, factor, labels, eps)
+            return gaussians.draw(mean, factor, labels, eps)
         stream = site.stream(f"virtual/{where}")
         virtual = synthetic_epochs(draw, classes, config.per_class, config.batch, config.epochs, stream, resample=False)
         return train_head(head, virtual, self.rule("sgd", "lr"), site, f"calibration of {where}")
@@ -110,7 +111,7 @@ def factors(known: GlobalMoments, config: Config) -> Tensor:
     unbiased = (known.count / (known.count - 1).clamp(min=1)).view(-1, *[1] * (known.spread.dim() - 1)) * known.spread
     if known.spread.dim() == 2:
         return (unbiased + config.floor).sqrt()
-    return gaussian.cholesky(gaussian.floor(unbiased, config.floor))
+    return gaussians.cholesky(gaussians.floor(unbiased, config.floor))
 
 
 def plan(config: Config, problem: Problem) -> Plan:

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hpcfl import tree
-from hpcfl.algorithms.base import Algorithm, ClientSite, Phase, Plan, Problem, ServerSite, Totals, Update
-from hpcfl.group import Group
-from hpcfl.losses import cross_entropy
-from hpcfl.statistics import Statistics, Sums
+from hpcfl.contract.step import Algorithm, ClientSite, Phase, Plan, Problem, ServerSite, Totals, Update
+from hpcfl.training.group import Group
+from hpcfl.training.losses import cross_entropy
 from hpcfl.tree import Tree
+from hpcfl.wire.uplink import Statistics, Sums
 
 
 @dataclass(frozen=True)

@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 
 from hpcfl import tree
-from hpcfl.algorithms.base import ClientSite, Phase, Plan, Problem, ServerSite, Totals, Update
 from hpcfl.algorithms.fedavg import FedAvg
+from hpcfl.contract.step import ClientSite, Phase, Plan, Problem, ServerSite, Totals, Update
 from hpcfl.data.shards import epochs
 from hpcfl.errors import JobError
-from hpcfl.evaluate import bind, in_batches
-from hpcfl.fit import Turn
-from hpcfl.group import Group
-from hpcfl.kinds import choice, integer, real
-from hpcfl.losses import divergence
-from hpcfl.statistics import Statistics, Sums, Uploads
+from hpcfl.settings.fields import choice, integer, real
+from hpcfl.training.evaluate import bind, in_batches
+from hpcfl.training.fit import Turn
+from hpcfl.training.group import Group
+from hpcfl.training.losses import divergence
 from hpcfl.tree import Tree
+from hpcfl.wire.uplink import Statistics, Sums, Uploads
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpcfl import tree
-from hpcfl.algorithms.base import ClientSite, Phase, Plan, Problem, ServerSite, Totals, Update
 from hpcfl.algorithms.shared_head import HEAD, SharedHead, head_of
-from hpcfl.evaluate import bind
-from hpcfl.fit import Turn
-from hpcfl.group import OPTIMIZER, Group
-from hpcfl.kinds import choice, integer, real
-from hpcfl.losses import cross_entropy
-from hpcfl.statistics import Statistics, Uploads
+from hpcfl.contract.step import ClientSite, Phase, Plan, Problem, ServerSite, Totals, Update
+from hpcfl.settings.fields import choice, integer, real
+from hpcfl.training.evaluate import bind
+from hpcfl.training.fit import Turn
+from hpcfl.training.group import OPTIMIZER, Group
+from hpcfl.training.losses import cross_entropy
 from hpcfl.tree import Tree
+from hpcfl.wire.uplink import Statistics, Uploads
 
 
 @dataclass(frozen=True)

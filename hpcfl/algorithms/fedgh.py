@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import torch
 
-from hpcfl.algorithms.base import ClientSite, Phase, Plan, Problem, ServerSite, Totals, Update
 from hpcfl.algorithms.prototypes import describe, gathered
 from hpcfl.algorithms.shared_head import SharedHead, train_head
-from hpcfl.group import Group
-from hpcfl.kinds import integer, real
-from hpcfl.losses import cross_entropy
+from hpcfl.contract.step import ClientSite, Phase, Plan, Problem, ServerSite, Totals, Update
+from hpcfl.settings.fields import integer, real
+from hpcfl.training.group import Group
+from hpcfl.training.losses import cross_entropy
 from hpcfl.tree import Tree
 
 

@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hpcfl import tree
-from hpcfl.algorithms.base import ClientSite, Phase, Plan, Problem
 from hpcfl.algorithms.fedavg import FedAvg
-from hpcfl.group import Group
-from hpcfl.kinds import choice, real
+from hpcfl.contract.step import ClientSite, Phase, Plan, Problem
+from hpcfl.settings.fields import choice, real
+from hpcfl.training.group import Group
 from hpcfl.tree import Tree
 
 

@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpcfl import tree
-from hpcfl.algorithms.base import Algorithm, ClientSite, Phase, Plan, Problem, ServerSite, Totals, Update
 from hpcfl.algorithms.fedproto import loss
 from hpcfl.algorithms.prototypes import describe, gathered
-from hpcfl.evaluate import bind
-from hpcfl.fit import Turn
-from hpcfl.group import Group
-from hpcfl.kinds import choice, integer, real
-from hpcfl.optimizers import Optimizer
+from hpcfl.contract.step import Algorithm, ClientSite, Phase, Plan, Problem, ServerSite, Totals, Update
+from hpcfl.settings.fields import choice, integer, real
+from hpcfl.training.evaluate import bind
+from hpcfl.training.fit import Turn
+from hpcfl.training.group import Group
+from hpcfl.training.optimizers import Optimizer
 from hpcfl.tree import Tree
 
 TINY = 1e-12                                                       # added to squared distances: the root has no slope at 0

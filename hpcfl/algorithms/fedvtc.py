@@ -14,24 +14,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hpcfl import moments, tree
-from hpcfl.algorithms.base import ClientSite, Phase, Plan, Problem, ServerSite, Totals, Update
-from hpcfl.algorithms.describing import Describing, Latents, Local, ShareStatistics, known_to
+from hpcfl import tree
+from hpcfl.algorithms.latent_statistics import Describing, Latents, Local, ShareStatistics, known_to
+from hpcfl.contract.step import ClientSite, Phase, Plan, Problem, ServerSite, Totals, Update
 from hpcfl.data.shards import epochs
 from hpcfl.errors import JobError
-from hpcfl.evaluate import bind
-from hpcfl.fit import Turn
-from hpcfl.gaussian import kl
 from hpcfl.generators.vtc import VTC
-from hpcfl.group import Group
-from hpcfl.kinds import choice, flag, integer, real
-from hpcfl.known import Known
-from hpcfl.losses import cross_entropy, prototype_distance
-from hpcfl.matching import MATCHINGS
-from hpcfl.moments import Moments
-from hpcfl.statistics import Statistics, Sums
-from hpcfl.synthesise import Draw, synthetic_epochs
+from hpcfl.latents import moments
+from hpcfl.latents.announced import Known
+from hpcfl.latents.gaussians import kl
+from hpcfl.latents.matching import MATCHINGS
+from hpcfl.latents.moments import Moments
+from hpcfl.settings.fields import choice, flag, integer, real
+from hpcfl.training.evaluate import bind
+from hpcfl.training.fit import Turn
+from hpcfl.training.group import Group
+from hpcfl.training.losses import cross_entropy, prototype_distance
+from hpcfl.training.synthetic import Draw, synthetic_epochs
 from hpcfl.tree import Tree
+from hpcfl.wire.uplink import Statistics, Sums
 
 BETAS = (0.5, 0.999)                                               # Adam's for psi and sigma_k, as unofficial implementations have them
 

@@ -9,16 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpcfl import tree
-from hpcfl.algorithms.base import Algorithm, ClientSite, Phase, Plan, Problem, ServerSite
 from hpcfl.algorithms.fedavg import FedAvg
+from hpcfl.contract.step import Algorithm, ClientSite, Phase, Plan, Problem, ServerSite
 from hpcfl.errors import JobError
-from hpcfl.fit import Turn
-from hpcfl.group import Group
-from hpcfl.kinds import real, text
-from hpcfl.losses import divergence
 from hpcfl.models import zoo
-from hpcfl.statistics import Statistics, Sums
+from hpcfl.settings.fields import real, text
+from hpcfl.training.fit import Turn
+from hpcfl.training.group import Group
+from hpcfl.training.losses import divergence
 from hpcfl.tree import Tree
+from hpcfl.wire.uplink import Statistics, Sums
 
 MEME = "meme"
 

@@ -5,11 +5,11 @@ import torch
 from torch import Tensor, nn
 
 from hpcfl import tree
-from hpcfl.algorithms import describing
-from hpcfl.algorithms.base import ClientSite, Phase, Plan, Problem, Update
-from hpcfl.algorithms.describing import Describing
-from hpcfl.group import Group
-from hpcfl.kinds import choice, flag, integer, real
+from hpcfl.algorithms import latent_statistics
+from hpcfl.algorithms.latent_statistics import Describing
+from hpcfl.contract.step import ClientSite, Phase, Plan, Problem, Update
+from hpcfl.settings.fields import choice, flag, integer, real
+from hpcfl.training.group import Group
 from hpcfl.tree import Tree
 
 
@@ -51,7 +51,7 @@ class Discriminating(Describing):
         return group if group.part("model") else group.sharing("model", self.modules(group.architecture)["model"].state_dict())
 
 
-class ShareStatistics(Discriminating, describing.ShareStatistics):
+class ShareStatistics(Discriminating, latent_statistics.ShareStatistics):
     """Counts, means and covariances of phi(x), once."""
 
 

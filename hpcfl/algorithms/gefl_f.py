@@ -12,18 +12,18 @@ from torch import Tensor
 
 from hpcfl import tree
 from hpcfl.algorithms import gefl
-from hpcfl.algorithms.base import Algorithm, ClientSite, Phase, Plan, Problem
 from hpcfl.algorithms.gefl import Teaching, TrainGenerator, generative, staged
 from hpcfl.algorithms.lg_fedavg import COMMON, LgFedAvg
+from hpcfl.contract.step import Algorithm, ClientSite, Phase, Plan, Problem
 from hpcfl.data.augment import Augmentation
 from hpcfl.data.shards import Shard, epochs
-from hpcfl.evaluate import bind, in_batches
-from hpcfl.fit import Turn
-from hpcfl.group import Group
-from hpcfl.kinds import integer
-from hpcfl.statistics import Statistics, Sums
+from hpcfl.settings.fields import integer
 from hpcfl.streams import Stream
+from hpcfl.training.evaluate import bind, in_batches
+from hpcfl.training.fit import Turn
+from hpcfl.training.group import Group
 from hpcfl.tree import Tree
+from hpcfl.wire.uplink import Statistics, Sums
 
 EXTRACTOR = "extractor."
 

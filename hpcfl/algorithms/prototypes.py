@@ -2,10 +2,10 @@
 import torch
 from torch import Tensor
 
-from hpcfl.algorithms.base import ClientSite, Totals
-from hpcfl.group import Group
-from hpcfl.moments import measure
-from hpcfl.statistics import Statistics, Uploads
+from hpcfl.contract.step import ClientSite, Totals
+from hpcfl.latents.moments import measure
+from hpcfl.training.group import Group
+from hpcfl.wire.uplink import Statistics, Uploads
 
 
 def describe(group: Group, site: ClientSite) -> Statistics:

@@ -4,11 +4,11 @@ from collections.abc import Iterable
 from torch import nn
 
 from hpcfl import tree
-from hpcfl.algorithms.base import Algorithm, ClientSite, ServerSite, Update
-from hpcfl.fit import Turn
-from hpcfl.group import Group
-from hpcfl.losses import cross_entropy
-from hpcfl.optimizers import Optimizer
+from hpcfl.contract.step import Algorithm, ClientSite, ServerSite, Update
+from hpcfl.training.fit import Turn
+from hpcfl.training.group import Group
+from hpcfl.training.losses import cross_entropy
+from hpcfl.training.optimizers import Optimizer
 from hpcfl.tree import Tree
 
 HEAD = ("head.weight", "head.bias")                                # (C, p) and (C,), by their paths in a model

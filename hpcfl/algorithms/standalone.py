@@ -1,9 +1,9 @@
 """Standalone: every client trains on its own images and nothing is exchanged; the floor of every comparison."""
 from dataclasses import dataclass
 
-from hpcfl.algorithms.base import Algorithm, ClientSite, Phase, Plan, Problem, Update
-from hpcfl.group import Group
-from hpcfl.losses import cross_entropy
+from hpcfl.contract.step import Algorithm, ClientSite, Phase, Plan, Problem, Update
+from hpcfl.training.group import Group
+from hpcfl.training.losses import cross_entropy
 from hpcfl.tree import Tree
 
 

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpcfl import tree
-from hpcfl.algorithms.base import Algorithm, ClientSite, Problem, ServerSite, Totals, Update
-from hpcfl.group import Group
-from hpcfl.kinds import choice, flag
+from hpcfl.contract.step import Algorithm, ClientSite, Problem, ServerSite, Totals, Update
 from hpcfl.models import zoo
 from hpcfl.resize import slices
-from hpcfl.statistics import Statistics, Sums
+from hpcfl.settings.fields import choice, flag
+from hpcfl.training.group import Group
 from hpcfl.tree import Tree
+from hpcfl.wire.uplink import Statistics, Sums
 
 GLOBAL = "global"
 OF_CLASSES = ("head.weight", "head.bias")                          # leaves with a row for each class

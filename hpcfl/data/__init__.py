@@ -1,0 +1,1 @@
+"""Samples: corpora, their partition among clients, and batches."""

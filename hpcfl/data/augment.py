@@ -37,7 +37,7 @@ class Operation:
 
     def __call__(self, images: Tensor, level: int, negative: bool, interpolation: str) -> Tensor:
         """The images after the operation."""
-        from torchvision.transforms.v2 import functional           # imported here: two seconds of start-up that other runs do not need
+        from torchvision.transforms.v2 import functional  # imported here: two seconds of start-up that other runs do not need
         magnitude = float(torch.linspace(self.first, self.last, BINS)[level])
         return self.act(functional, images, -magnitude if negative else magnitude, interpolation)
 

@@ -23,8 +23,8 @@ from hpcfl.data.classes import called, remarks, spread
 from hpcfl.data.embedded import EMBEDDED
 from hpcfl.data.sources import PUBLISHED, Labelled
 from hpcfl.errors import DataError
-from hpcfl.places import place
-from hpcfl.storage import replacing
+from hpcfl.files.hdf5 import replacing
+from hpcfl.files.places import place
 from hpcfl.wording import printable
 
 OWN_TERMS = "as the source says"                                   # of data that somebody imported

@@ -7,11 +7,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from hpcfl import maps
 from hpcfl.errors import LayoutError
-from hpcfl.generators.protocol import Call, Loss, Rule, one_hot, require
+from hpcfl.generators.generative import Call, Loss, Rule, one_hot, require
 from hpcfl.generators.vtc import VTC
-from hpcfl.models.split import Shape
+from hpcfl.models import fixed_maps
+from hpcfl.models.classifier import Shape
 from hpcfl.tree import Tree
 
 UNIT = 32.0                  # of the classes' parameters: Adam's 1e-3 is then a step of 0.03, and means of up to 20 are reached in hundreds of steps
@@ -22,7 +22,7 @@ OUTPUT = {"symmetric": torch.tanh, "features": torch.relu}         # features: >
 
 @dataclass(frozen=True)
 class Vtc:
-    """z = phi(x), the coarsest `latent` cosine coefficients (hpcfl.maps), is decoded; each class has a diagonal Gaussian of z (FedVTC, arXiv 2508.01669).
+    """z = phi(x), the coarsest `latent` cosine coefficients (hpcfl.models.fixed_maps), is decoded; each class has a diagonal Gaussian of z (FedVTC, arXiv 2508.01669).
 
     The map is no network: it has nothing to learn and is the same at all clients, so their Gaussians and decoders mean the same and may be averaged.
     `blur` is the share of a class's deviation that training adds to z: 1 is FedVTC's, less decodes sharper and wider spread samples.
@@ -101,6 +101,6 @@ class ClassDecoder(nn.Module):
 
 
 @functools.cache
-def common_map(shape: Shape, size: int, device: torch.device, dtype: torch.dtype) -> maps.CommonMap:
+def common_map(shape: Shape, size: int, device: torch.device, dtype: torch.dtype) -> fixed_maps.CommonMap:
     """phi on a device, built once."""
-    return maps.build("dct", shape, size).to(device, dtype)
+    return fixed_maps.build("dct", shape, size).to(device, dtype)

@@ -7,8 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from hpcfl.generators.protocol import Call, Loss, Rule, one_hot, planes, power_of_two, require
-from hpcfl.models.split import Shape
+from hpcfl.generators.generative import Call, Loss, Rule, one_hot, planes, power_of_two, require
+from hpcfl.models.classifier import Shape
 from hpcfl.tree import Tree
 
 TANH_FROM = 64               # pixels: larger images end in tanh, as the published 64x64 variant does

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpcfl.errors import LayoutError
-from hpcfl.generators.protocol import Call, Loss, Rule, one_hot, planes, power_of_two, require
-from hpcfl.models.split import Shape
+from hpcfl.generators.generative import Call, Loss, Rule, one_hot, planes, power_of_two, require
+from hpcfl.models.classifier import Shape
 from hpcfl.tree import Tree
 
 SLOPE = 0.2                  # of the leaky ReLUs

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from hpcfl.errors import LayoutError
-from hpcfl.generators.protocol import Call, Loss, Rule, one_hot, planes, require
-from hpcfl.models.split import Shape
+from hpcfl.generators.generative import Call, Loss, Rule, one_hot, planes, require
+from hpcfl.models.classifier import Shape
 from hpcfl.tree import Tree
 
 FIRST, FINAL = 1e-4, 0.02    # beta at index 0 and at index T of the linear schedule

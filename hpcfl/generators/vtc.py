@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from hpcfl.errors import LayoutError
+from hpcfl.models.classifier import Shape
 from hpcfl.models.norms import group_norm
-from hpcfl.models.split import Shape
 
 SLOPE = 0.2                  # of the leaky ReLUs
 DEVIATION = 0.02             # of the initial transposed-conv weights

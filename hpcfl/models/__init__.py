@@ -1,0 +1,1 @@
+"""Classifiers, cut into features and head."""

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from hpcfl.models.classifier import Parts, Shape, scaled
 from hpcfl.models.norms import NORMS
-from hpcfl.models.split import Parts, Shape, scaled
 
 Layers = OrderedDict[str, nn.Module]
 

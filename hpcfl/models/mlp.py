@@ -5,7 +5,7 @@ from math import prod
 
 from torch import nn
 
-from hpcfl.models.split import Parts, Shape, scaled
+from hpcfl.models.classifier import Parts, Shape, scaled
 
 SHRINK = 4          # the common extractor goes from N values to N / 4: 784 -> 196 on 28x28 (GeFL, specification section 4)
 

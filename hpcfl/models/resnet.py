@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from hpcfl.models.classifier import Parts, Shape, scaled
 from hpcfl.models.norms import NORMS
-from hpcfl.models.split import Parts, Shape, scaled
 
 
 class BasicBlock(nn.Module):

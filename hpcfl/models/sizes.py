@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from hpcfl.errors import JobError
-from hpcfl.job import Models
 from hpcfl.models import zoo
+from hpcfl.settings.job import Models
 from hpcfl.streams import Stream
 
 CLASSES = 32                                                       # size classes that a memory budget is tried against: 0.75^32 is 0.0001

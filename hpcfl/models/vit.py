@@ -6,7 +6,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from hpcfl.models.split import Parts, Shape, scaled
+from hpcfl.models.classifier import Parts, Shape, scaled
 
 PATCHES = 8              # the most patches along one side: 64 tokens from 32x32 images on, so attention stays a small part of the work
 SMALLEST_PATCH = 2       # pixels: 8x8 digits are 4x4 tokens

@@ -9,13 +9,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hpcfl.errors import JobError
-from hpcfl.flops import Counter
+from hpcfl.models.classifier import Family, Model, Shape
 from hpcfl.models.cnn import Cnn
-from hpcfl.models.imported import GoogLeNet, MobileNetV2
+from hpcfl.models.flops import Counter
 from hpcfl.models.mlp import Mlp
 from hpcfl.models.norms import NORMS
 from hpcfl.models.resnet import ResNet
-from hpcfl.models.split import Family, Model, Shape
+from hpcfl.models.torchvision_nets import GoogLeNet, MobileNetV2
 from hpcfl.models.vit import Vit
 
 GEFL: dict[str, Cnn] = {                                       # GeFL, specification section 4

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from hpcfl import tree
 from hpcfl.errors import JobError, LayoutError
-from hpcfl.models.split import Model
+from hpcfl.models.classifier import Model
 from hpcfl.tree import Tree
 
 Axes = dict[str, tuple[Tensor, ...]]                               # path -> of each axis the kept indices of the full-size leaf, ascending

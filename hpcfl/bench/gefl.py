@@ -1,0 +1,192 @@
+"""The benchmark of GeFL-F: rounds of the real loop beside bare PyTorch on the same batches, and how fast each generative model draws."""
+import time
+from argparse import Namespace
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import cached_property
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hpcfl.algorithms import CONFIGS
+from hpcfl.algorithms.gefl import GENERATOR, generative
+from hpcfl.algorithms.gefl_f import EXTRACTOR, Config
+from hpcfl.contract.step import ClientSite, Holdings
+from hpcfl.data.shards import Shard, batch_sizes, epochs
+from hpcfl.federation.ledger import Ledger
+from hpcfl.federation.loop import Exchange, Place, State, begin, rounds
+from hpcfl.federation.world import World
+from hpcfl.generators.ddpm import Ddpm
+from hpcfl.runs import launch
+from hpcfl.settings.job import Job, resolve
+from hpcfl.training.evaluate import bind
+from hpcfl.training.fit import Modules
+from hpcfl.wire.communicator import Communicator
+
+CLIENTS, ARCHITECTURES = 10, 10                                    # of the paper's runs
+IMAGES, BATCH = 600, 64                                            # of a client, for MNIST
+EPOCHS = 1                                                         # T_g; the paper's 5 take five times as long
+REPETITIONS = 3
+KINDS_OF_WORK = ("train", "idle", "combine", "aggregate", "publish", "refine")
+DRAWN = {"cpu": 16, "cuda": 64}                                    # samples at a time; of 16 on a CPU each takes as long as of 64, to a few percent
+SAMPLED: dict[str, dict[str, Any]] = {"cvae": {}, "dcgan": {"generator": "dcgan"}, "ddpm": {"generator": "ddpm"},
+                                      "ddim10": {"generator": "ddpm", "ddim_steps": 10}}     # figure -> settings; the others are those of MNIST, T = 100
+
+
+def gefl(comm: Communicator, arguments: Namespace) -> dict[str, Any]:
+    """Rounds of GeFL-F with FedCVAE-F, and samples of all its generators on one rank; `--epochs` is T_g, the rest the paper's for MNIST, on noise.
+
+    `generator_round_s`: T_g epochs of all clients and what federates them; `header_round_s`: T_s = 1 and T_r = 5. `*_bare_s`: their batches by modules,
+    autograd and torch.optim, one network (a classifier for each client) that is neither sent, averaged nor checked; `fused`: by the optimiser kernel that
+    hpcfl takes. Medians over `--rounds` repetitions, rounds and bare loops in turn, `*_ratio` of the pairs; all eager, but on CUDA or where asked diffusion
+    is sampled compiled too. `rows`: where the server's rank spends a round.
+    """
+    device = launch.choose_device(arguments.device, comm.local_rank)
+    clients, repetitions, count = (arguments.clients or (CLIENTS,))[0], arguments.rounds or REPETITIONS, arguments.epochs or EPOCHS
+    job = resolve({"run": {"name": "gefl", "threads": arguments.threads, "compile": "off"},
+                   "data": {"image_size": 32, "normalization": "unit", "validation_fraction": 0.0, "test_fraction": 0.0},
+                   "models": {"names": [f"cnn{number}" for number in range(1, min(clients, ARCHITECTURES) + 1)], "assignment": "blocks", "feature_size": 0},
+                   "federation": {"clients": clients, "rounds": repetitions + 1}, "training": {"batch": BATCH, "epochs": 5, "lr": 0.1},
+                   "algorithm": {"name": "gefl_f", "generator_rounds": repetitions + 1, "generator_epochs": count}}, CONFIGS)
+    launch.set_threads(job, comm)
+    world = Noise(job, comm, device, BATCH * arguments.steps or IMAGES)
+    laps, bare, rows = measured(world)
+    steps = count * len(batch_sizes(world.images, BATCH)) * max(Counter(world.home).values())
+    figures = {"ranks": comm.size, "threads": torch.get_num_threads(), "device": str(device), "clients": clients, "images_per_client": world.images,
+               "generator_epochs": count, "repetitions": repetitions, "generator_round_s": seconds(laps["generator"]),
+               "generator_step_ms": round(1000 * median(laps["generator"]) / steps, 3), "header_round_s": seconds(laps["targets"])}
+    for name, (phase, bare_s) in bare.items():
+        figures |= {f"{name}_s": seconds(bare_s), f"{name}_ratio": round(median(lap / each for lap, each in zip(laps[phase], bare_s, strict=True)), 3)}
+    if comm.size == 1:
+        figures |= sampling(world, repetitions, arguments.compile or device.type == "cuda")
+    return figures | {"rows": rows}
+
+
+class Noise(World):
+    """GeFL-F without its warm-up, and clients with so many random images of 32x32 pixels each, so that there is no data set to get."""
+
+    def __init__(self, job: Job, comm: Communicator, device: torch.device, images: int) -> None:
+        super().__init__(job, comm, device)
+        self.images = images
+        self.plan = tuple(phase for phase in self.plan if phase.name != "warmup")
+
+    @cached_property
+    def holdings(self) -> Mapping[int, Holdings]:
+        """Images to train on, of all classes in turn, and none to select by."""
+        return {client: Holdings(self.noise(client, self.images), self.noise(client, 0)) for client in self.mine}
+
+    def noise(self, client: int, count: int) -> Shard:
+        images = torch.from_numpy(self.problem.stream("noise", client).numpy().integers(256, size=(count, *self.problem.shape), dtype="uint8"))
+        return Shard(images, torch.arange(count) % self.problem.classes, self.problem.scale).to(self.problem.device)
+
+
+def measured(world: Noise) -> tuple[dict[str, list[float]], dict[str, tuple[str, list[float]]], list[dict[str, Any]]]:
+    """Seconds of each phase's rounds but its first; on one rank {bare loop: (phase, its seconds)}; and rows of what this rank did in them."""
+    comm, ledger = world.comm, Ledger(world.problem.device)
+    laps, accounts, bare = defaultdict(list), defaultdict(list), {name: (phase, []) for name, (phase, *_) in BARE.items()} if comm.size == 1 else {}
+    state = begin(world)
+    comm.barrier()
+    start = time.perf_counter()
+    for state, place in rounds(Exchange(world, ledger, lambda state, place: None), state):
+        comm.barrier()
+        lap, account = time.perf_counter() - start, ledger.close()
+        if place.round:                                            # the first makes the maps
+            laps[place.phase.name].append(lap)
+            accounts[place.phase.name].append(account["seconds"])
+            for name, (phase, found) in bare.items():
+                if phase == place.phase.name:
+                    _, carry_out, settings = BARE[name]
+                    found.append(carry_out(world, state, place, **settings))
+        comm.barrier()
+        start = time.perf_counter()
+    rows = [{"phase": phase, **{f"{kind}_s": seconds([each[kind] for each in every]) for kind in KINDS_OF_WORK}} for phase, every in accounts.items()]
+    return laps, bare, rows
+
+
+def sites(world: Noise, state: State, place: Place) -> Iterator[tuple[int, str, ClientSite]]:
+    """This rank's clients, their architectures and what they may see."""
+    for group in state.groups:
+        site = world.client_site(group, place.phase, place.round)
+        yield from ((client, group.architecture, site) for client in group.clients)
+
+
+def bare_generator(world: Noise, state: State, place: Place, **settings: Any) -> float:
+    """Seconds in which torch.optim.Adam with these settings takes one network through the batches of a generator round."""
+    (step,), device = place.phase.steps, world.problem.device
+    (rule,), ((_, loss),) = step.kind.rules(), step.kind.losses()
+    modules = Modules(step.initial("init/generator")).to(device)
+    optimizer = torch.optim.Adam(modules.parameters(), lr=rule.lr, betas=rule.betas, weight_decay=rule.weight_decay, **settings)
+    start = time.perf_counter()
+    for client, _, site in sites(world, state, place):
+        for batch in step.batches(state.server, site, client, BATCH):
+            update(optimizer, modules(loss, batch, {})[0])
+    return elapsed(start, device)
+
+
+def bare_header(world: Noise, state: State, place: Place) -> float:
+    """Seconds in which torch.optim.SGD takes a header of each client through the samples and maps of a header round."""
+    (step,), device, training = place.phase.steps, world.problem.device, world.job.training
+    generator = step.initial("init/generator")[GENERATOR].to(device).eval()
+    models = {client: world.problem.structure(architecture) for client, architecture, _ in sites(world, state, place)}
+
+    @torch.no_grad()
+    def draw(y: Tensor, random: torch.Generator) -> Tensor:
+        return step.kind.sample(generator, y, random)
+    start = time.perf_counter()
+    for client, _, site in sites(world, state, place):
+        header = [leaf for path, leaf in models[client].named_parameters() if not path.startswith(EXTRACTOR)]
+        own = epochs(step.space.own(state.server, site, client), BATCH, training.epochs, site.stream("batches", client))
+        for batches in (step.synthetic(draw, site, client), own):
+            optimizer = torch.optim.SGD(header, lr=training.lr)
+            for batch in batches:
+                update(optimizer, F.cross_entropy(models[client].header(batch["x"]), batch["y"]))
+    return elapsed(start, device)
+
+
+def update(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """One step down the gradient."""
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def sampling(world: Noise, repetitions: int, compiling: bool) -> dict[str, float]:
+    """{"ddpm_samples_per_s": ...} of networks as they are initialised, all kinds in turn; where wanted, compiled too if they sample in many calls."""
+    problem, device = world.problem, world.problem.device
+    shape, y = problem.structure(problem.sizes.every[0]).maps_shape, torch.arange(DRAWN[device.type], device=device) % problem.classes
+    kinds = {name: generative(Config(**settings), shape, problem.classes, True) for name, settings in SAMPLED.items()}
+    ways, laps = [(name, kind, False) for name, kind in kinds.items()], defaultdict(list)
+    ways += [(f"{name}_compiled", kind, True) for name, kind in kinds.items() if compiling and kind.calls > 1]
+    calls = {}
+    for name, kind, compile in ways:
+        with problem.stream("init/sampling").seeding():
+            network = kind.networks()[GENERATOR].to(device)
+        calls[name] = bind(network, network.state_dict(), compile=compile)
+        brief = replace(kind, ddim_steps=1) if isinstance(kind, Ddpm) else kind
+        brief.sample(calls[name], y, problem.stream("sample").torch(device))               # compiles, where that is wanted, and warms up
+    for number in range(repetitions):
+        for name, kind, _ in ways:
+            random, start = problem.stream("sample", round_=number).torch(device), time.perf_counter()
+            kind.sample(calls[name], y, random)
+            laps[name].append(elapsed(start, device))
+    return {f"{name}_samples_per_s": round(len(y) / median(each), 2) for name, each in laps.items()}
+
+
+def elapsed(start: float, device: torch.device) -> float:
+    """Seconds since then, when the device has finished."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def seconds(laps: list[float]) -> float:
+    """Their median, to a tenth of a millisecond."""
+    return round(median(laps), 4)
+
+
+BARE = {"generator_bare": ("generator", bare_generator, {}), "generator_bare_fused": ("generator", bare_generator, {"fused": True}),
+        "header_bare": ("targets", bare_header, {})}               # figure -> (phase, loop, its settings)

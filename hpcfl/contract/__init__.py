@@ -1,0 +1,1 @@
+"""What a method is: the interface that algorithms are written against."""

@@ -1,0 +1,1 @@
+"""Checks of a machine and a job before a run."""

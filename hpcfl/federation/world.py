@@ -1,0 +1,233 @@
+"""World: everything that follows from the job alone (data, partition, architectures, placement, plan), and this rank's share of it."""
+import copy
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from decimal import ROUND_HALF_UP, Decimal
+from functools import cached_property, lru_cache, partial
+
+import numpy as np
+import torch
+from torch import nn
+
+from hpcfl.algorithms import PLANS
+from hpcfl.contract.step import Algorithm, ClientSite, Holdings, Phase, Problem, ServerSite
+from hpcfl.contract.verbs import blamed, check_plan, checked_group, checked_modules, checked_tree, named
+from hpcfl.data import corpora, partition
+from hpcfl.data.shards import Scale, Shard, load
+from hpcfl.errors import DataError, JobError
+from hpcfl.federation.answers import Answers, simulate
+from hpcfl.federation.ledger import Ledger
+from hpcfl.federation.placement import Past, place, resettle
+from hpcfl.federation.residency import RESIDENCIES, Parked
+from hpcfl.models import zoo
+from hpcfl.models.sizes import Sizes
+from hpcfl.settings.job import Job
+from hpcfl.training.group import Group
+from hpcfl.training.optimizers import STEP, Optimizer
+from hpcfl.tree import Tree
+from hpcfl.wire.communicator import Communicator
+from hpcfl.wording import spoken
+
+
+class World:
+    """The experiment as a pure function of the job (and after a restart of its checkpoint, as to who is where), seen from one rank.
+
+    Every rank computes the same partition, architectures and placement; only its own clients' images are read (and, at the server, the public
+    set). The official test set is read where it is evaluated.
+    """
+
+    def __init__(self, job: Job, comm: Communicator, device: torch.device, past: Past | None = None):
+        """`past`: what the checkpoint says of the placement from which the run goes on."""
+        self.job, self.comm = job, comm
+        self.clients = job.federation.clients
+        self.corpus = corpora.open_corpus(job.data.name)
+        self.split = partition.split(self.corpus.train_labels, self.clients, job.data, job.run.seed)
+        self.problem = self._problem(device)
+        self.plan = PLANS[job.algorithm_name].plan(job.algorithm, self.problem)
+        check_plan(job.algorithm_name, self.plan)
+        for step in self.steps:
+            step.accept(self.split.counts(self.corpus.train_labels, self.problem.classes))
+        self._accept_single_images()
+        self.home = self._home(past)
+        self._models_of = lru_cache(maxsize=2)(lambda row: tuple(self.problem.architecture(client, row) for client in range(self.clients)))
+        residence = RESIDENCIES[job.residency.location](device, job.residency.folder)
+        self.park: Callable[[Group], Group | Parked] = residence.park                    # a Group put away until its next turn at work
+        self._trainings: tuple[object, Counter[int]] = (None, Counter())                 # a round, and how often each client was trained in it
+
+    @cached_property
+    def mine(self) -> tuple[int, ...]:
+        """The clients that this rank hosts, ascending."""
+        return tuple(client for client, rank in enumerate(self.home) if rank == self.comm.rank)
+
+    @cached_property
+    def holdings(self) -> Mapping[int, Holdings]:
+        """What this rank's clients train on and select by, on its device."""
+        return {client: Holdings(train, validation) for client, (train, validation, _) in self._own.items()}
+
+    @cached_property
+    def personal(self) -> Mapping[int, Shard]:
+        """The test parts of this rank's clients: for evaluation only, no site holds them."""
+        return {client: test for client, (_, _, test) in self._own.items()}
+
+    @cached_property
+    def _own(self) -> Mapping[int, tuple[Shard, ...]]:
+        parts = [part[client] for client in self.mine for part in (self.split.train, self.split.validation, self.split.test)]
+        shards = self._shards(parts)
+        return {client: shards[3 * position:3 * position + 3] for position, client in enumerate(self.mine)}
+
+    @cached_property
+    def forward_flops(self) -> tuple[int, ...]:
+        """Floating-point operations of one image's forward pass through the model that each client begins with."""
+        problem, models = self.problem, self.job.models
+        return tuple(zoo.cost(name, problem.shape, problem.classes, models.feature_size, models.norm, models.feature_relu) for name in problem.architectures)
+
+    @cached_property
+    def _remembered(self) -> Mapping[int, dict[str, torch.Tensor]]:
+        return {client: {} for client in self.mine}
+
+    @cached_property
+    def test(self) -> Shard:
+        """The whole official test set: for evaluation only, no site holds it."""
+        return Shard(torch.from_numpy(self.corpus.test_images()), torch.from_numpy(self.corpus.test_labels), self.problem.scale).to(self.problem.device)
+
+    @cached_property
+    def public(self) -> tuple[Shard | None, Shard | None]:
+        """The server's public images and their validation part, where a method wants them."""
+        if self.job.data.public_fraction == 0:
+            return None, None
+        return self._shards([self.split.public, self.split.public_validation])
+
+    @cached_property
+    def modules(self) -> Mapping[str, Mapping[str, nn.Module]]:
+        """The networks of each architecture that this rank hosts, as structure."""
+        def networks(architecture: str) -> dict[str, nn.Module]:
+            built: dict[str, nn.Module] = {}
+            for step in self.steps:
+                with blamed(step, "modules", f"for {architecture}"), self.problem.stream("modules").seeding():
+                    found = checked_modules(named(step, "modules", f"for {architecture}"), step.modules(architecture))
+                built |= {name: module.to(self.problem.device) for name, module in found.items() if name not in built}
+            return built
+        fixed = self.job.models.size_schedule == "fixed"
+        return {architecture: networks(architecture) for architecture in (self.architectures(self.mine) if fixed else self.problem.sizes.every)}
+
+    def architectures(self, clients: Sequence[int], row: int = 0) -> Mapping[str, tuple[int, ...]]:
+        """Clients by their architecture of a round, both in order."""
+        models, found = self._models_of(row), dict[str, list[int]]()
+        for client in sorted(clients):
+            found.setdefault(models[client], []).append(client)
+        return {architecture: tuple(found[architecture]) for architecture in sorted(found)}
+
+    def teams(self, row: int = 0) -> list[tuple[str, tuple[int, ...]]]:
+        """Which of this rank's clients share a Group in a round, with their architecture: `residency.chunk` at most, all in order."""
+        hosted = self.architectures(self.mine, row)
+        return [(architecture, clients[start:start + size]) for architecture, clients in hosted.items()
+                for size in [self.job.residency.chunk or len(clients)] for start in range(0, len(clients), size)]
+
+    def cohort(self, phase: Phase, row: int) -> tuple[int, ...]:
+        """The clients that are asked to take part in a round, a pure function of the seed and the round's row; their share is rounded to the nearest number."""
+        share = Decimal(str(self.job.federation.participation)) * self.clients       # as it is written: 0.29 of 50 is 14.5
+        size = self.clients if phase.everyone else max(1, int(share.to_integral_value(ROUND_HALF_UP)))
+        drawn = self.problem.stream("cohort", round_=row).numpy().permutation(self.clients)[:size]
+        return tuple(sorted(int(client) for client in drawn))
+
+    def answers(self, phase: Phase, row: int) -> Answers:
+        """Who of the cohort answers in a round, and when, a pure function of the seed and the row; all of them where a round has no answer to wait for."""
+        settings, cohort = self.job.federation, self.cohort(phase, row)
+        if (settings.dropout or settings.delay != "none") and phase.asks:
+            return simulate(settings, partial(self.problem.stream, round_=row), cohort)
+        return Answers(cohort, cohort)
+
+    def client_site(self, group: Group, phase: Phase, round_: int) -> ClientSite:
+        """What a group may see in a round."""
+        holdings, remembered = ({client: every[client] for client in group.clients} for every in (self.holdings, self._remembered))
+        if self._trainings[0] != (phase, round_):
+            self._trainings = (phase, round_), Counter()
+        return ClientSite(self.problem, holdings, self.modules[group.architecture], phase.name, round_, remembered, self._trainings[1])
+
+    def server_site(self, phase: Phase, round_: int, ledger: Ledger, row: int = 0) -> ServerSite:
+        """What the server may see in a round; the same on every rank, for all take a share of its work."""
+        return ServerSite(self.problem, *self.public, phase.name, round_, row, self.comm.spread, ledger.note, partial(ledger.measured, "aggregate"))
+
+    def found(self) -> Tree:
+        """The server's state before the first round."""
+        site, server = self.server_site(self.plan[0], 0, Ledger(self.problem.device)), {}
+        for step in self.steps:
+            with blamed(step, "found"), self.problem.stream("found").seeding():
+                server |= checked_tree(named(step, "found"), step.found(site))
+        return server
+
+    def join(self) -> list[Group | Parked]:
+        """This rank's clients as they begin, put away."""
+        return [self.park(self.begun(architecture, clients)) for architecture, clients in self.teams()]
+
+    def begun(self, architecture: str, clients: Sequence[int]) -> Group:
+        """Clients of an architecture as they begin."""
+        group = Group(architecture, tuple(clients), {})
+        for step in self.steps:
+            whose = spoken(clients, "client")
+            with blamed(step, "join", whose), self.problem.stream("join", group.clients[0]).seeding():
+                group = checked_group(named(step, "join", whose), step.join(group, self.client_site(group, self.plan[0], 0)), group)
+        return group.to(self.problem.device)
+
+    def averages(self, steps: Sequence[Algorithm]) -> dict[str, int]:
+        """How many clients average each part of models that any of the steps averages, by its name, with the architectures of the first round."""
+        found: dict[str, int] = {}
+        hosts = Counter(self.problem.architectures)
+        for step in steps:
+            counts: Counter[str] = Counter()
+            for architecture, clients in hosts.items():
+                counts.update(dict.fromkeys(step.averages(architecture), clients))
+            found |= {name: max(found.get(name, 0), count) for name, count in counts.items()}
+        return dict(sorted(found.items()))
+
+    @property
+    def steps(self) -> tuple[Algorithm, ...]:
+        """Those of all phases, each once, in order."""
+        return tuple(dict.fromkeys(step for phase in self.plan for step in phase.steps))
+
+    @property
+    def has_global_models(self) -> bool:
+        """Whether any step has models that belong to nobody but the federation."""
+        return any(step.overrides("global_models") for step in self.steps)
+
+    def _problem(self, device: torch.device) -> Problem:
+        data = self.job.data
+        sample = np.linspace(0, len(self.corpus.train_labels) - 1, num=min(2000, len(self.corpus.train_labels)), dtype=np.int64)
+        how = data.normalization, data.image_size
+        scale = Scale.fit(self.corpus.train_images(sample), *how) if data.normalization == "standard" else Scale(*how)
+        channels, height, width = self.corpus.shape
+        shape = (channels, data.image_size, data.image_size) if data.image_size else (channels, height, width)
+        names = self.job.models.names
+        for name in names:
+            zoo.entry(name)
+        slots = sum(slot != STEP for slot in Optimizer.of(self.job.training).slots)
+
+        def memory(name: str) -> int:
+            models = self.job.models
+            return zoo.memory(name, shape, self.corpus.classes, models.feature_size, models.norm, models.feature_relu, self.job.training.batch, slots)
+        return Problem(self.job, shape, self.corpus.classes, scale, Sizes(self.job.models, self.clients, self.job.run.seed, memory), device)
+
+    def _accept_single_images(self) -> None:
+        """Refuse batches of one image where a model's BatchNorm has one value of it to take a variance of."""
+        batch, sizes = self.job.training.batch, [len(part) for part in self.split.train]
+        if min(batch, *sizes) > 1:
+            return
+        for name in self.problem.sizes.every:
+            try:
+                copy.deepcopy(self.problem.structure(name)).train()(torch.zeros(1, *self.problem.shape, device=self.problem.device))
+            except ValueError:
+                fault = f"trains '{name}' on single images, of which its BatchNorm has no variance; set models.norm = 'group', or"
+                if batch == 1:
+                    raise JobError(f"training.batch = 1 {fault} training.batch to at least 2") from None
+                raise DataError(f"client {sizes.index(1)} has 1 training image and {fault} give every client more: raise data.fraction, use fewer clients or "
+                                "a milder data.partition") from None
+
+    def _home(self, past: Past | None) -> tuple[int, ...]:
+        ranks, server = self.comm.size, self.job.federation.server_rank
+        costs = [len(part) * flops for part, flops in zip(self.split.train, self.forward_flops, strict=True)]
+        if past is None or len(past.home) != self.clients:         # another job's checkpoint is refused where it is loaded
+            return place(costs, ranks, server)
+        return resettle(past, costs, ranks, server, self.job.run.deterministic)
+
+    def _shards(self, parts: Sequence[np.ndarray]) -> tuple[Shard, ...]:
+        return load(self.corpus, parts, self.problem.scale, self.problem.device) if parts else ()

@@ -1,0 +1,1 @@
+"""Class Gaussians of latent features."""

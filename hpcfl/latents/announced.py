@@ -1,0 +1,66 @@
+"""Known: the global Gaussians of the classes, as the server announces them and as a client draws from them."""
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hpcfl.latents import gaussians, moments
+from hpcfl.latents.moments import MODES, GlobalMoments
+from hpcfl.tree import Tree
+
+HEADER = 4                                                         # int32 words in front of every message (client, round, mode, flags): 16 bytes
+
+
+@dataclass(frozen=True)
+class Known:
+    """Global statistics on a client's device.
+
+    has (C,) bool; mean (C, p) float32; variance (C, p) float32, the diagonal of each class's covariance; weight (C, p), inverse variances with mean 1
+    over the classes there are; factor, what noise is multiplied with, as gaussian.draw takes it; precision (C, p) and coupling (C,), as
+    gaussian.precision gives them.
+    """
+
+    has: Tensor
+    mean: Tensor
+    variance: Tensor
+    weight: Tensor
+    factor: Tensor
+    precision: Tensor
+    coupling: Tensor
+
+    @classmethod
+    def of(cls, message: Tree, mode: str, device: torch.device) -> "Known":
+        """Read a down message."""
+        kind, has, mean, spread = MODES[mode], message["has"].bool(), message["mean"], message["spread"].double()
+        spread = spread[None] if kind.shared else spread[:, None] if kind.isotropic else spread            # leading axis 1 or C
+        factor = gaussians.cholesky(moments.unpack_triangle(spread)) if kind.full else spread.sqrt()
+        variance = (factor.square().sum(-1) if kind.full else spread).expand(mean.shape)                    # (C, p)
+        inverse = 1 / variance.clamp_min(torch.finfo(torch.float32).tiny)
+        weight = inverse / inverse[has].mean() if bool(has.any()) else torch.ones_like(inverse)
+        precision, coupling = gaussians.precision(factor)
+        leaves = mean, variance, weight, factor, precision.expand(mean.shape), coupling.expand(len(mean))
+        return cls(has.to(device), *(leaf.float().to(device) for leaf in leaves))
+
+    def draw(self, labels: Tensor, eps: Tensor) -> Tensor:
+        """v = c^y + L_y eps, (B, p), for labels (B,) and eps (B, p) from N(0, I)."""
+        return gaussians.draw(self.mean, self.factor, labels, eps)
+
+    def distance(self, labels: Tensor, z: Tensor) -> Tensor:
+        """(z - c^y)^T Sigma^-1 (z - c^y), (B,), of latents z (B, p) with labels (B,)."""
+        return gaussians.distance(self.mean, self.factor, labels, z)
+
+
+def nothing(classes: int, size: int, mode: str) -> GlobalMoments:
+    """What is known before anybody said anything: zeros, and has = false everywhere."""
+    none = torch.zeros(0, size, dtype=torch.float64), torch.zeros(0, dtype=torch.int64), torch.zeros(classes, size, dtype=torch.float64)
+    return moments.from_sums(none[2][:, 0], none[2], moments.centred_scatter(*none, mode), mode)
+
+
+def announce(server: GlobalMoments, mode: str, target: str, floor: float) -> Tree:
+    """The down message {"header", "has", "mean", "spread"}: covariances shrunk (OAS) and floored where the sample counts are known, then packed and cast."""
+    kind, spread = MODES[mode], server.spread
+    if kind.full:
+        count = server.count.sum() if kind.shared else server.count
+        spread = moments.pack_triangle(gaussians.floor(gaussians.shrink(spread, count, target), floor))
+    return {"header": torch.zeros(HEADER, dtype=torch.int32), "has": server.has.to(torch.uint8), "mean": server.mean.float(),
+            "spread": spread.float() if kind.full else spread.clamp_min(floor).float()}

@@ -1,0 +1,1 @@
+"""A recorded run as numbers, figures and a page; nothing here needs torch."""

@@ -1,0 +1,290 @@
+"""recording: a run's metrics.h5 read into memory, checked against the schema, with the accuracies that are asked of it."""
+import json
+import os
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hpcfl.errors import CheckpointError, JobError
+from hpcfl.files import lock, metrics
+from hpcfl.files.metrics import SCHEMA, SHAPES, listed
+from hpcfl.report.measures import REFINING
+from hpcfl.settings.job import recorded
+
+NEGATIVE = "negative "                                             # begins the name of a share of negative weights: negative PATH SIZE
+BEFORE = "1"                                                       # its SIZE of the model that was not compressed; of others the architecture
+OLD_REFINES = {"fedvtc": "finetune"}                               # of records that say nothing of the plan
+DEEP = 4                                                           # folders below a named one in which runs are looked for
+ROWS = "RE"                                                        # axes that grow: cut to the shortest, a write may have been interrupted
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A run's metrics.h5 in memory: `arrays` maps "group/name" to its array, accuracies come out in percent.
+
+    Letters of shapes: R finished rounds, E evaluations, K clients, C classes, G models of the federation's own, I intervals of work. NaN stands for what was not measured.
+    """
+
+    folder: Path
+    status: str
+    algorithm: str
+    job_text: str
+    job: dict[str, dict[str, Any]]
+    clients: int
+    classes: int
+    ranks: int
+    arrays: dict[str, np.ndarray]
+    plan: Sequence[Mapping[str, Any]] = ()                         # of each phase: its name, rounds, what refining is, with how many clients parts are averaged
+    data_source: str | None = None                                 # where the data set came from, and the SHA-256 of what it held
+    data_sha256: str | None = None
+
+    @property
+    def rounds(self) -> int:
+        """Finished rounds over all phases."""
+        return len(self.arrays["rounds/phase"])
+
+    @property
+    def planned(self) -> int | None:
+        """Rounds of all phases together; None where the record does not say."""
+        return sum(each["rounds"] for each in self.plan) or None
+
+    @property
+    def name(self) -> str:
+        """run.name of the job."""
+        return str(self.job.get("run", {}).get("name", self.folder.name))
+
+    @property
+    def seed(self) -> int | None:
+        """run.seed of the job."""
+        return self.job.get("run", {}).get("seed")
+
+    def part(self, group: str) -> dict[str, np.ndarray]:
+        """The datasets of one group by name."""
+        return {path.split("/", 1)[1]: array for path, array in self.arrays.items() if path.startswith(f"{group}/")}
+
+    def stage(self, name: str) -> np.ndarray:
+        """Which evaluations belong to a stage ("end" | "before_refine"), as indices in order of time."""
+        return np.flatnonzero(self.arrays.get("evaluation/stage", np.zeros(0, object)) == name)
+
+    def last(self, name: str) -> int | None:
+        """The last evaluation of a stage; of "before_refine" the one that goes with the last "end", so that pairs are pairs."""
+        found, end = self.stage(name), self.stage("end")
+        if name == "before_refine" and len(end):
+            at = self.arrays["evaluation/at"]
+            found = found[at[found] == at[end[-1]]]
+        return int(found[-1]) if len(found) else None
+
+    def refines(self, evaluation: int) -> str | None:
+        """What refining was in the round of an evaluation, a key of measures.REFINING; None where its phase has none."""
+        at = self.arrays["evaluation/at"]
+        phase = str(self.arrays["rounds/phase"][at[evaluation]])
+        known = {each["phase"]: each["refines"] for each in self.plan}
+        refined = (at[self.stage("before_refine")] == at[evaluation]).any()
+        word = known.get(phase, OLD_REFINES.get(self.algorithm, "refine")) if refined else None
+        return word if word is None or word in REFINING else "refine"
+
+    def averages(self) -> dict[str, int]:
+        """How many clients average each part of models that any phase averages."""
+        return {name: int(clients) for each in self.plan for name, clients in each["averages"].items()}
+
+    def accuracy(self, kind: str, evaluations: Sequence[int]) -> np.ndarray:
+        """Accuracy of each client over all test samples in percent, (len(evaluations), K); `kind` is generalization, personal or validation."""
+        correct, count = self._counted(kind, evaluations)
+        return percent(correct.sum(-1), count.sum(-1))
+
+    def pooled_accuracy(self, kind: str, evaluations: Sequence[int], clients: Sequence[int]) -> np.ndarray:
+        """Accuracy in percent over the samples of some clients taken together, (len(evaluations),); `kind` as in `accuracy`."""
+        correct, count = (part[:, clients].sum((1, 2)) for part in self._counted(kind, evaluations))
+        return percent(correct, count)
+
+    def global_accuracy(self, evaluation: int | None) -> dict[str, float]:
+        """Accuracy in percent over the official test set of each of the federation's own models that was evaluated then, by name."""
+        correct, names = self.arrays.get("evaluation/global_correct"), self.arrays.get("evaluation/global_names", ())
+        if evaluation is None or correct is None or "evaluation/generalization_count" not in self.arrays:
+            return {}
+        total = self.arrays["evaluation/generalization_count"].sum()
+        return {str(name): float(percent(counts.sum(), total)) for name, counts in zip(names, correct[evaluation], strict=True) if (counts >= 0).all()}
+
+    def means(self, measure: str, evaluations: Sequence[int]) -> np.ndarray:
+        """The mean in percent over clients, or for "global" over the federation's own models, (len(evaluations),); NaN where there is none."""
+        if measure != "global":
+            return mean_of(self.accuracy(measure, evaluations), 1)
+        return np.array([np.mean([*models.values()]) if (models := self.global_accuracy(evaluation)) else np.nan for evaluation in evaluations])
+
+    def recall(self, evaluation: int | None) -> np.ndarray:
+        """Generalization accuracy of each client on each class in percent, (K, C)."""
+        correct, count = self._counted("generalization", [] if evaluation is None else [evaluation])
+        return percent(correct, count)[0] if evaluation is not None else np.full((self.clients, self.classes), np.nan)
+
+    def absent(self) -> np.ndarray:
+        """Which classes a client has no training sample of, (K, C); none where the partition was not recorded."""
+        train = self.arrays.get("partition/train")
+        return np.zeros((self.clients, self.classes), bool) if train is None else train == 0
+
+    def absent_accuracy(self, evaluation: int | None) -> np.ndarray:
+        """Accuracy of each client in percent over the test samples of its absent classes, (K,); NaN for a client that has all classes."""
+        if evaluation is None:
+            return np.full(self.clients, np.nan)
+        correct, count = (np.where(self.absent(), part[0], 0) for part in self._counted("generalization", [evaluation]))
+        return percent(correct.sum(-1), count.sum(-1))
+
+    def per_round(self, path: str) -> np.ndarray:
+        """A bytes dataset summed over clients or ranks, (R,); zeros where it was not recorded."""
+        array = self.arrays.get(f"bytes/{path}")
+        return np.zeros(self.rounds, np.int64) if array is None else array.sum(1)
+
+    def per_client(self, path: str) -> np.ndarray:
+        """A bytes dataset summed over rounds, (K,); zeros where it was not recorded."""
+        array = self.arrays.get(f"bytes/{path}")
+        return np.zeros(self.clients, np.int64) if array is None else array.sum(0)
+
+    def negatives(self) -> tuple[list[str], list[str], np.ndarray]:
+        """Parameter paths, sizes (before compression first, then from wide to narrow) and the percent of negative weights, (R, paths, sizes)."""
+        named = {tuple(name.split(" ")[1:]): values for name, values in self.part("server").items() if re.fullmatch(NEGATIVE + r"\S+ \S+", name)}
+        paths = sorted({path for path, _ in named}, key=lambda path: [part.zfill(9) for part in re.split(r"(\d+)", path)])    # 2 before 10
+        sizes = sorted({size for _, size in named}, key=lambda size: (size == BEFORE, size), reverse=True)
+        missing = np.full(self.rounds, np.nan)
+        columns = [[named.get((path, size), missing) for size in sizes] for path in paths]
+        return paths, sizes, np.moveaxis(np.array(columns, float).reshape(len(paths), len(sizes), self.rounds), 2, 0)
+
+    def notes(self) -> dict[str, np.ndarray]:
+        """What else the server measured in a round, (R,) by name; names without any value are left out."""
+        return {name: values for name, values in self.part("server").items() if not name.startswith(NEGATIVE) and np.isfinite(values).any()}
+
+    def by_architecture(self) -> dict[str, np.ndarray]:
+        """The clients of each architecture, from many parameters to few; none where clients change theirs between rounds or it was not recorded."""
+        names, parameters = self.arrays.get("clients/architecture", ()), self.arrays.get("clients/parameters", np.zeros(self.clients))
+        if self.job.get("models", {}).get("size_schedule", "fixed") != "fixed":
+            return {}
+        found = {str(name): np.flatnonzero(np.asarray(names) == name) for name in names}
+        return dict(sorted(found.items(), key=lambda item: (-parameters[item[1][0]], item[0])))
+
+    def _counted(self, kind: str, evaluations: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        correct, count = self.arrays.get(f"evaluation/{kind}_correct"), self.arrays.get(f"evaluation/{kind}_count")
+        if correct is None or count is None:
+            shape = (len(evaluations), self.clients, self.classes)
+            return np.full(shape, np.nan), np.zeros(shape)
+        correct = correct[np.asarray(evaluations, int)].astype(float)                                  # (e, K, C)
+        return np.where(correct < 0, np.nan, correct), np.broadcast_to(count, correct.shape)
+
+
+def read(run: str | Path) -> Recording:
+    """Read a run folder, finished or not.
+
+    Raises: JobError for a folder that is no run; CheckpointError for a metrics.h5 that is truncated, of another schema, inconsistent, or that
+    leads into other files.
+    """
+    folder = Path(run)
+    path = folder / "metrics.h5"
+    if not path.is_file():
+        raise JobError(f"{folder}: {_no_run(folder)}")
+    status = _status(folder)
+    attributes, arrays = metrics.read(path, _way_out(status))
+    if attributes.get("schema") != SCHEMA:
+        raise CheckpointError(f"{path}: schema = {attributes.get('schema')}, wanted {SCHEMA}; report it with the hpcfl version that wrote it")
+    try:
+        sizes = {"K": int(attributes["clients"]), "C": int(attributes["classes"])}
+        text = str(attributes["job"])
+        status = ": ".join(filter(None, [status, _lost(attributes)]))
+        return Recording(folder, status, str(attributes["algorithm"]), text, recorded(tomllib.loads(text)), sizes["K"], sizes["C"], int(attributes["ranks"]),
+                         _aligned(arrays, sizes, path), _plan(attributes), attributes.get("data_source"), attributes.get("data_sha256"))
+    except (KeyError, TypeError, ValueError) as error:             # TOMLDecodeError is a ValueError
+        raise CheckpointError(f"{path}: attribute missing or damaged ({error}); wanted algorithm, job, clients, classes and ranks") from None
+
+
+def runs_in(places: Sequence[str | Path]) -> tuple[list[Path], list[str]]:
+    """The run folders that are named or lie in named folders, each once, and a line on every other thing that was named or looks like a run.
+
+    Raises: JobError where no run is left.
+    """
+    found: dict[Path, Path] = {}
+    skipped: list[str] = []
+    for place in map(Path, places):
+        runs, begun = _searched(place, DEEP)
+        for run in runs:
+            found.setdefault(run.resolve(), run)
+        skipped += [f"{folder}: {_no_run(folder)}" for folder in begun or ([] if runs else [place])]
+    if not found:
+        raise JobError("; ".join(skipped) or "no run was named; wanted at least one run folder, or a folder of them")
+    return list(found.values()), list(dict.fromkeys(skipped))
+
+
+def percent(correct: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """100 correct / count; NaN where there is nothing to count."""
+    return 100.0 * np.divide(correct, count, out=np.full(np.shape(correct), np.nan), where=np.asarray(count) > 0)
+
+
+def mean_of(values: np.ndarray, axis: int) -> np.ndarray:
+    """The mean along an axis that leaves NaN out; NaN, without a warning, where all of it is NaN."""
+    known = np.isfinite(values)
+    return np.divide(np.where(known, values, 0).sum(axis), known.sum(axis), out=np.full(known.sum(axis).shape, np.nan), where=known.any(axis))
+
+
+def _plan(attributes: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a record says of the phases; nothing where an earlier version wrote it."""
+    return [{"phase": str(each["phase"]), "rounds": int(each["rounds"]), "refines": each["refines"], "averages": dict(each["averages"])}
+            for each in json.loads(attributes.get("plan", "[]"))]
+
+
+def _status(folder: Path) -> str:
+    path = folder / "STATUS"
+    return lock.status_of(folder, path.read_text(encoding="utf-8", errors="replace").strip() or "unknown") if path.is_file() else "unknown"
+
+
+def _searched(place: Path, deep: int) -> tuple[list[Path], list[Path]]:
+    """The run folders at a place and up to so many folders below it, and those of runs that finished no round."""
+    if (place / "metrics.h5").is_file():
+        return [place], []
+    if (place / "STATUS").is_file():
+        return [], [place]
+    inner = sorted(Path(entry.path) for entry in os.scandir(place) if entry.is_dir(follow_symlinks=False) and not entry.name.startswith(".")) \
+        if deep and place.is_dir() and os.access(place, os.R_OK | os.X_OK) else []
+    below = [_searched(folder, deep - 1) for folder in inner]
+    return [run for runs, _ in below for run in runs], [folder for _, begun in below for folder in begun]
+
+
+def _no_run(folder: Path) -> str:
+    if folder.is_file():
+        return "is a file, wanted the run folder that holds it"
+    if not folder.is_dir():
+        return "no such folder, wanted a run folder as `hpcfl run` writes it (runs/<name>/<UTC>-<hash8>)"
+    inner = sorted(path.parent for path in folder.glob("*/metrics.h5"))
+    if inner:
+        return f"is no run folder but holds {len(inner)}; name them, for example {inner[-1]}"
+    status = f"; its STATUS is '{_status(folder)}', so no round was finished" if (folder / "STATUS").is_file() else ""
+    return f"is no run folder, it has no metrics.h5{status}"
+
+
+def _way_out(status: str) -> str:
+    if status == "done":
+        return "; the run is done and its checkpoints hold its models, but the figures are lost: repeat it with another --out to have them again"
+    return "; if the run is still writing, ask again, otherwise resume it: it sets that file aside and goes on from its last checkpoint, without these figures"
+
+
+def _lost(attributes: Mapping[str, Any]) -> str:
+    """Words for the rounds whose figures were lost before the run was resumed."""
+    rounds = [int(row) + 1 for row in attributes.get("lost_rounds", ())]
+    return f"without the figures of {listed(rounds)}, which were lost" if rounds else ""
+
+
+def _aligned(arrays: dict[str, np.ndarray], sizes: dict[str, int], path: Path) -> dict[str, np.ndarray]:
+    """The arrays with their shapes checked, growing axes cut to the rows that every dataset has, evaluations of unfinished rounds left out."""
+    wanted = {name: SHAPES.get(name, SHAPES.get(name.split("/")[0], "")) for name in arrays}
+    bound = dict(sizes)
+    for name, letters in wanted.items():
+        shape = arrays[name].shape
+        if letters and (len(shape) != len(letters) or any(bound.setdefault(letter, size) != size for letter, size in zip(letters, shape, strict=True)
+                                                          if letter not in ROWS + ".")):
+            raise CheckpointError(f"{path}: '{name}' is {shape}, wanted ({', '.join(str(bound.get(letter, letter)) for letter in letters)})")
+    rows = {letter: min((len(arrays[name]) for name, letters in wanted.items() if letters.startswith(letter)), default=0) for letter in ROWS}
+    if not {"evaluation/at", "evaluation/stage"} <= arrays.keys():
+        rows["E"] = 0                                              # counts that belong to no round say nothing
+    cut = {name: array[:rows[wanted[name][0]]] if wanted[name][:1] in ROWS else array for name, array in arrays.items() if wanted[name]}
+    known = cut.get("evaluation/at", np.zeros(0, int)) < rows["R"]
+    kept = {"E": known, "I": cut.get("trace/row", np.zeros(0, int)) < rows["R"]}
+    return {name: array[kept[wanted[name][0]]] if wanted[name][:1] in kept else array for name, array in cut.items()}

@@ -1,0 +1,1 @@
+"""One run in one folder: launched, recorded, checkpointed, stopped and watched."""

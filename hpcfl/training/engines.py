@@ -1,0 +1,333 @@
+"""The engines of fit: how the steps of a Plan are taken, client after client or all clients together."""
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, vmap
+
+from hpcfl import tree
+from hpcfl.errors import LayoutError
+from hpcfl.streams import Stream, sow, watched
+from hpcfl.training.group import Group
+from hpcfl.training.meter import Meter
+from hpcfl.training.optimizers import Slots, begin, clipped
+from hpcfl.tree import Tree
+
+if TYPE_CHECKING:
+    from hpcfl.training.fit import Batches, Loss, Modules, Turn
+
+log = logging.getLogger(__name__)
+
+END = object()                                                     # of a client's batches
+RECOMPILES = 256                                                   # torch's limit of 8 per function is below the architectures of a run
+Forward = Callable[..., tuple[Tensor, Tree]]
+Outcome = tuple[Tree, list[dict[str, float]]]                      # what training changed (K, ...), and each client's mean metrics
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What fit has found out before the first step."""
+
+    modules: Modules
+    turns: tuple[Turn, ...]
+    own: dict[str, str]                                            # every client's own tensors: state path -> dotted name below Modules
+    trained: tuple[tuple[str, ...], ...]                           # per Turn, the state paths it updates
+    slots: tuple[dict[str, list[str]], ...]                        # per Turn, slot -> one path per updated parameter
+    buffers: tuple[str, ...]                                       # state paths that modules in train mode write by themselves
+    returned: tuple[str, ...]                                      # state paths that change and go back to the caller
+    shared: Tree                                                   # dotted name -> tensor of the modules that the state does not hold
+    alone: Forward                                                 # loss and scalars of one client
+    stacked: Forward                                               # of clients together
+    context: Tree
+    streams: Callable[[int], Stream]                               # client -> what its networks, losses and batches draw from where they use global generators
+    channels_last: frozenset[str]                                  # state paths of the convolutions that the sequential engine lays out so
+    images_last: bool                                              # whether it lays out images so
+    where: str
+    member: str                                                    # what a row of the Group is, in errors
+    origin: str                                                    # what made that with which the rows begin, in errors
+
+    def bind(self, number: int, state: Tree) -> tuple[Tree, tuple[Tensor, ...]]:
+        """What the loss of one Turn reads, {dotted name: tensor of `state`}, and those of its tensors that are differentiated."""
+        leaves = {path: state[path].detach().requires_grad_() for path in self.trained[number]}
+        return {name: leaves.get(path, state[path]) for path, name in self.own.items()}, tuple(leaves.values())
+
+    def drawn(self, batches: Batches, client: int, seeds: Iterator[int]) -> Iterator[Tree]:
+        """A client's batches; should they draw from global generators, these go on from where they were sown. Raises: LayoutError for what is no batch."""
+        sow(next(seeds))
+        given = batches(client)
+        if not isinstance(given, Iterable):
+            raise LayoutError(f"{self.where}: the batches of {self.member} {client} are {described(given)}, wanted something to iterate over")
+        source = iter(given)
+        while True:
+            batch = next(source, END)
+            if batch is END:
+                return
+            if not isinstance(batch, Mapping) or not all(isinstance(leaf, Tensor) for leaf in batch.values()):
+                raise LayoutError(f"{self.where}: a batch of {self.member} {client} is {described(batch)}, "
+                                  "wanted a dict of tensors, for example {'x': images, 'y': labels}")
+            yield batch
+
+    @contextmanager
+    def naming(self, turn: Turn, clients: Sequence[int]) -> Iterator[None]:
+        """Whatever goes wrong inside the block says at whose loss and where."""
+        def who() -> str:
+            return f"{self.where}: the loss {turn.named} of {self.member} {', '.join(map(str, clients))}"
+        try:
+            yield
+        except LayoutError as fault:
+            raise LayoutError(f"{who()} {fault}") from None
+        except Exception as fault:                                 # told where it happened, and raised as it is
+            fault.add_note(who())
+            raise
+
+
+def sequential(plan: Plan, group: Group, batches: Batches) -> Outcome:
+    """Client after client in one memory, aligned as any tensor is, so that the bits do not depend on the row a client has in its Group."""
+    state = {path: _own_memory(group.state[path], path in plan.channels_last) for path in plan.own}
+    bounds = []
+    for number, turn in enumerate(plan.turns):
+        parameters = [state[path] for path in plan.trained[number]]
+        slots = {slot: [begin(slot, parameter) for parameter in parameters] for slot in turn.optimizer.slots}
+        bounds.append(Bound(turn, *plan.bind(number, state), parameters, slots))
+    for bound, paths in zip(bounds, plan.slots, strict=True):
+        state |= {path: tensor for slot in paths for path, tensor in zip(paths[slot], bound.slots[slot], strict=True)}
+    outcome = {path: state[path].new_empty(len(group.clients), *state[path].shape) for path in plan.returned}
+    metrics = []
+    for index, client in enumerate(group.clients):
+        for path, row in state.items():
+            row.copy_(group.state[path][index]) if path in group.state else row.zero_()
+        meter, seeds = Meter([client]), plan.streams(client).seeds()
+        for batch in plan.drawn(batches, client, seeds):
+            batch = tree.transform(batch, _channels_last) if plan.images_last else batch
+            for bound in bounds:
+                with plan.naming(bound.turn, [client]):
+                    sow(next(seeds))
+                    meter.add(bound.update(*plan.alone(plan.modules, bound.turn.loss, bound.own, plan.shared, batch, plan.context)), (0,))
+        for path, rows in outcome.items():
+            rows[index].copy_(state[path])
+        metrics += meter.read({path: state[path][None] for path in plan.returned}, plan, lambda index=index: tree.rows(group.state, [index]))
+    return outcome, metrics
+
+
+def together(plan: Plan, group: Group, batches: Batches) -> Outcome:
+    """All clients a step further at a time, by one vmapped call for those whose batches have one shape: nothing is padded or masked."""
+    state = {path: _copy(group.state[path]) if path in plan.returned else group.state[path] for path in plan.own}
+    for turn, parameters in zip(plan.slots, plan.trained, strict=True):
+        for slot, paths in turn.items():
+            for path, parameter in zip(paths, parameters, strict=True):
+                state[path] = _copy(group.state[path]) if path in group.state else begin(slot, state[parameter], rows=len(group.clients))
+    losses = Losses(plan, group.clients)
+    select = functools.cache(functools.partial(Selection, plan, state, losses, len(group.clients)))
+    meter = Meter(group.clients)
+    sources = {index: plan.drawn(batches, client, losses.seeds[index]) for index, client in enumerate(group.clients)}
+    while sources:
+        drawn = {index: batch for index, source in sources.items() if (batch := next(source, None)) is not None}
+        sources = {index: sources[index] for index in drawn}
+        for indices, batch in _buckets(drawn):
+            select(indices).step(batch, meter)
+    outcome = {path: state[path] for path in plan.returned}
+    return outcome, meter.read(outcome, plan, lambda: group.state)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """One Turn on concrete tensors. Vmapped, a leaf is (K', ...), and `parameters` and slots have its K' rows in its place, or itself if `stacked`."""
+
+    turn: Turn
+    own: Tree                                                      # dotted name -> what the loss reads
+    leaves: tuple[Tensor, ...]                                     # what is differentiated
+    parameters: list[Tensor]                                       # what is updated
+    slots: Slots
+    rows: int = 0                                                  # K'; 0: one client, not vmapped
+    stacked: bool = False
+
+    def update(self, loss: Tensor, scalars: Tree) -> Tree:
+        """One update in place; the loss and the scalars, () or (K',). Raises: LayoutError for a loss that trains nothing."""
+        if not loss.requires_grad:
+            raise LayoutError(f"does not depend on any parameter that its Turn trains, of {', '.join(self.turn.trains)}: "
+                              "it was detached, or computed without gradients")
+        gradients = torch.autograd.grad(loss, self.leaves, torch.ones_like(loss) if self.rows else None, allow_unused=True)
+        used = [index for index, gradient in enumerate(gradients) if gradient is not None]
+        parameters, slots = (self.parameters, self.slots) if len(used) == len(gradients) else self.part(used)
+        gradients = [gradients[index] for index in used]
+        if self.turn.optimizer.clip and gradients:
+            gradients = (vmap(clipped, (0, None)) if self.rows else clipped)(gradients, self.turn.optimizer.clip)
+        if self.rows and not self.stacked:
+            gradients = [row for gradient in gradients for row in gradient.unbind()]
+        self.turn.optimizer.update_out(parameters, gradients, slots)
+        return {"loss": loss, **scalars}
+
+    def part(self, used: list[int]) -> tuple[list[Tensor], Slots]:
+        """Parameters and slots of some leaves: an update passes over what the loss left out, as in torch.optim."""
+        rows = 1 if self.stacked else self.rows or 1
+        flat = [leaf * rows + row for leaf in used for row in range(rows)]
+        return [self.parameters[index] for index in flat], {name: [slot[index] for index in flat] for name, slot in self.slots.items()}
+
+
+class Losses:
+    """The losses of stacked clients in one vmapped call, or of each alone where that cannot be.
+
+    A loss that draws from a global generator must draw for each client what it draws in whatever Group, and vmap has one generator for all. What vmap refuses,
+    as control flow by values, is also computed client by client. Either is found out when it happens, and holds for the rest of this training.
+    """
+
+    def __init__(self, plan: Plan, clients: Sequence[int]) -> None:
+        self.plan, self.clients, self.apart = plan, clients, False
+        self.seeds = [plan.streams(client).seeds() for client in clients]
+        self.buffers = [plan.own[path] for path in plan.buffers]
+        self.laid_out = {plan.own[path] for path in plan.channels_last}
+
+    def __call__(self, bound: Bound, batch: Tree, indices: Sequence[int]) -> tuple[Tensor, Tree]:
+        """The losses (K',) of the clients at `indices`, and their scalars."""
+        seeds = [next(self.seeds[index]) for index in indices]
+        clients = [self.clients[index] for index in indices]
+        return (None if self.apart else self.stacked(bound, batch, clients, seeds[0])) or self.one_by_one(bound, batch, clients, seeds)
+
+    def stacked(self, bound: Bound, batch: Tree, clients: Sequence[int], seed: int) -> tuple[Tensor, Tree] | None:
+        """All at once; None, and buffers as they were, where that cannot be."""
+        plan, buffers = self.plan, [bound.own[name] for name in self.buffers]
+        before = _copies(buffers)
+        has_drawn = watched(seed)
+        try:
+            with plan.naming(bound.turn, clients):
+                result = plan.stacked(plan.modules, bound.turn.loss, bound.own, plan.shared, batch, plan.context)
+            self.apart = has_drawn()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as refusal:                            # where it is not vmap that refuses, the same is raised again by a client alone
+            self.apart = True
+            log.info("%s: vmap does not take the loss %s, its clients go one by one: %s", plan.where, bound.turn.named, str(refusal).partition("\n")[0])
+        if not self.apart:
+            return result
+        for buffer, copy in zip(buffers, before, strict=True):
+            buffer.copy_(copy)
+        return None
+
+    def one_by_one(self, bound: Bound, batch: Tree, clients: Sequence[int], seeds: Sequence[int]) -> tuple[Tensor, Tree]:
+        """Each alone, in memory laid out as by the sequential engine: a tensor is filled with random numbers in the order of its memory."""
+        plan, found = self.plan, []
+        split = {name: leaf.unbind() if leaf.requires_grad else leaf for name, leaf in bound.own.items()}      # one backward step for all rows
+        for row, (client, seed) in enumerate(zip(clients, seeds, strict=True)):
+            own = {name: _channels_last(rows[row]) if name in self.laid_out else rows[row] for name, rows in split.items()}
+            images = tree.transform(tree.row(batch, row), _channels_last) if plan.images_last else tree.row(batch, row)
+            with plan.naming(bound.turn, [client]):
+                sow(seed)
+                found.append(plan.alone(plan.modules, bound.turn.loss, own, plan.shared, images, plan.context))
+        losses, scalars = zip(*found, strict=True)
+        with plan.naming(bound.turn, clients):
+            if len({frozenset(each) for each in scalars}) > 1:
+                raise LayoutError(f"measured different things: {', '.join(sorted(set().union(*scalars)))}; wanted the same names for all clients")
+        return torch.stack(losses), tree.stack(scalars)
+
+
+class Selection:
+    """Some rows of the stacked state, which take steps together."""
+
+    def __init__(self, plan: Plan, state: Tree, losses: Losses, clients: int, indices: tuple[int, ...]) -> None:
+        self.plan, self.state, self.losses, self.indices = plan, state, losses, indices
+        self.index = None if len(indices) == clients else torch.tensor(indices, device=next(iter(state.values())).device)
+        self.stacked = [self.index is None and turn.optimizer.elementwise for turn in plan.turns]
+
+        def leaves(paths: Iterable[str], stacked: bool) -> list[Tensor]:
+            return [state[path] for path in paths] if stacked else [state[path][index] for path in paths for index in indices]
+        self.targets = [(leaves(paths, stacked), {slot: leaves(names, stacked) for slot, names in slots.items()})
+                        for paths, slots, stacked in zip(plan.trained, plan.slots, self.stacked, strict=True)]
+        self.whole = [self.bind(number, state) for number in range(len(plan.turns))] if self.index is None else None
+
+    def bind(self, number: int, read: Tree) -> Bound:
+        """One Turn that reads `read` (K', ...) and updates the state itself."""
+        return Bound(self.plan.turns[number], *self.plan.bind(number, read), *self.targets[number], len(self.indices), self.stacked[number])
+
+    def step(self, batch: Tree, meter: Meter) -> None:
+        """All Turns on one stacked batch; a part of the clients is gathered, and what its modules wrote into their buffers is put back."""
+        for number in range(len(self.plan.turns)):
+            read = {} if self.whole else {path: self.state[path][self.index] for path in self.plan.own}
+            bound = self.whole[number] if self.whole else self.bind(number, read)
+            losses = self.losses(bound, batch, self.indices)
+            with self.plan.naming(bound.turn, [self.losses.clients[index] for index in self.indices]):
+                meter.add(bound.update(*losses), self.indices, self.index)
+            for path in self.plan.buffers if read else ():
+                self.state[path].index_copy_(0, self.index, read[path])
+
+
+def forward_one(modules: Modules, loss: Loss, own: Tree, shared: Tree, batch: Tree, context: Tree) -> tuple[Tensor, Tree]:
+    """Loss () and scalars of one client."""
+    return functional_call(modules, {**own, **shared}, (loss, batch, context), tie_weights=False)
+
+
+def forward_together(modules: Modules, loss: Loss, own: Tree, shared: Tree, batch: Tree, context: Tree) -> tuple[Tensor, Tree]:
+    """Losses (K',) and scalars of clients stacked in `own` and `batch`; their gradients do not mix, so one backward pass gives them all.
+
+    Random numbers may be drawn here, but whose they are nobody could say: see Losses.
+    """
+    return vmap(functools.partial(forward_one, modules, loss), in_dims=(0, None, 0, None), randomness="different")(own, shared, batch, context)
+
+
+@functools.cache
+def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A module-level function compiled (its backward pass with it); where that proves impossible, one warning and the function as it is from then on."""
+    from torch._dynamo import config  # imported here: a second of start-up that eager runs do not need
+    from torch._dynamo.exc import TorchDynamoException
+    from torch._inductor import config as inductor
+    inductor.fallback_random = True                                # what is compiled draws the numbers that it draws uncompiled
+    config.recompile_limit = max(config.recompile_limit, RECOMPILES)
+    fast, obstacles = torch.compile(forward), []
+
+    def either(*arguments: object) -> Any:
+        if not obstacles:
+            try:
+                return fast(*arguments)
+            except TorchDynamoException as obstacle:
+                obstacles.append(obstacle)
+                log.warning("torch.compile does not work here, this run goes on uncompiled: %s", str(obstacle).strip().partition("\n")[0])
+        return forward(*arguments)
+    return either
+
+
+def described(given: object) -> str:
+    """What somebody gave who was to give something else."""
+    if isinstance(given, Tensor):
+        return f"a tensor {tuple(given.shape)} of {str(given.dtype).removeprefix('torch.')}"
+    if isinstance(given, Mapping):
+        return f"a {type(given).__name__} of {', '.join(f'{name}: {type(value).__name__}' for name, value in given.items())}"
+    if isinstance(given, tuple | list):
+        return f"a {type(given).__name__} of {', '.join(type(value).__name__ for value in given)}"
+    return f"{given!r:.60} ({type(given).__name__})"
+
+
+def _buckets(drawn: dict[int, Tree]) -> Iterator[tuple[tuple[int, ...], Tree]]:
+    """(rows of the clients whose batches have one layout, their batches stacked (K', ...))."""
+    buckets: dict[tree.Layout, list[int]] = {}
+    for index, batch in drawn.items():
+        buckets.setdefault(tree.layout(batch), []).append(index)
+    for indices in buckets.values():
+        yield tuple(indices), tree.stack([drawn[index] for index in indices])
+
+
+def _copy(stacked: Tensor) -> Tensor:
+    return stacked.clone(memory_format=torch.contiguous_format)    # the fused kernels read the rows as flat memory
+
+
+def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """A copy of each, in one launch of a kernel for all of a type: there are many and small ones."""
+    copies = [torch.empty_like(tensor) for tensor in tensors]
+    for dtype in {tensor.dtype for tensor in tensors}:
+        pairs = [pair for pair in zip(copies, tensors, strict=True) if pair[0].dtype == dtype]
+        torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+    return copies
+
+
+def _own_memory(stacked: Tensor, channels_last: bool) -> Tensor:
+    row = torch.empty(stacked.shape[1:], dtype=stacked.dtype, device=stacked.device)
+    return _channels_last(row) if channels_last else row
+
+
+def _channels_last(leaf: Tensor) -> Tensor:
+    return leaf.to(memory_format=torch.channels_last) if leaf.dim() == 4 else leaf     # not `contiguous`, which leaves what has one channel as it is

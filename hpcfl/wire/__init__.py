@@ -1,0 +1,1 @@
+"""The wire: ranks, what they tell each other, and what a message costs."""

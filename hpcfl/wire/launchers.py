@@ -1,0 +1,57 @@
+"""Launchers: what mpirun and srun say in the environment of a process they started, and what Open MPI must find there."""
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from hpcfl.errors import EnvironmentFault
+
+LAUNCHERS = {"OMPI_COMM_WORLD_SIZE": ("mpirun of Open MPI", "OMPI_COMM_WORLD_RANK"),         # the first one found counts: innermost launcher first
+             "PMI_SIZE": ("mpirun of MPICH or Intel MPI", "PMI_RANK"),
+             "SLURM_STEP_NUM_TASKS": ("srun", "SLURM_PROCID"), "SLURM_NTASKS": ("srun", "SLURM_PROCID")}
+OF_THE_JOB = ("OMPI_COMM_WORLD", "PMIX_", "PMI_", "PRTE_LAUNCHED", "SLURM_")          # variables that make a process believe that it is a rank
+STEPS = ("SLURM_STEP_ID", "SLURM_STEPID")                          # without one of these SLURM_NTASKS belongs to the batch script, not to a launch
+RELAUNCH = ("Launch with the mpirun that belongs to the MPI library of mpi4py, or with srun --mpi=pmix (srun --mpi=list shows what the site offers); "
+            "mpi4py must be installed and find its MPI library on every node")
+ALONE = "To run one process here, whatever launched the shell that it is started from: hpcfl run --alone"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher of this process says of it."""
+
+    launcher: str
+    variable: str                                                  # of the environment, that says how many ranks there are
+    ranks: int
+    rank: int
+
+
+def launched(environment: Mapping[str, str] = os.environ) -> Launch | None:
+    """What the environment says of the launch, None where there was no launcher."""
+    in_step = any(environment.get(name) for name in STEPS)
+    declared = next((name for name in LAUNCHERS if whole_number(environment.get(name)) and (in_step or name != "SLURM_NTASKS")), None)
+    if declared is None:
+        return None
+    launcher, rank = LAUNCHERS[declared]
+    return Launch(launcher, declared, whole_number(environment[declared]), whole_number(environment.get(rank)))
+
+
+def whole_number(text: str | None) -> int:
+    """What a variable of the environment says; 0 where it is not set, or set to what is no number."""
+    return int(text) if text and re.fullmatch(r"\s*[0-9]+\s*", text) else 0
+
+
+def give_folders() -> None:
+    """Set what Open MPI does not start without, or dies of: a HOME, and a TMPDIR that takes files where one is set.
+
+    Raises: EnvironmentFault where no folder for temporary files does.
+    """
+    try:
+        temporary = tempfile.gettempdir()                          # TMPDIR if it can be used
+    except FileNotFoundError as error:
+        raise EnvironmentFault(f"no folder takes temporary files ({error.strerror}); set TMPDIR to one that does") from None
+    home = os.path.expanduser("~")
+    os.environ.setdefault("HOME", temporary if home == "~" else home)                    # "~": a user whom no account belongs to, in a container
+    if "TMPDIR" in os.environ:
+        os.environ["TMPDIR"] = temporary

@@ -116,9 +116,10 @@ def _report(arguments: argparse.Namespace) -> int:
     if arguments.format:
         print(tables.FORMATS[arguments.format](found))
         return 0
-    page = summary.write(runs, out)
+    from hpcfl.report import page  # here, because matplotlib takes a second to load
+    written = page.write(runs, out)
     print(tables.text(found))
-    print(f"\nreport: {page}")
+    print(f"\nreport: {written}")
     return 0
 
 
@@ -153,7 +154,7 @@ def _audit(arguments: argparse.Namespace) -> int:
 
 def _data_list(arguments: argparse.Namespace) -> int:
     from hpcfl.data import store
-    from hpcfl.report.summary import aligned
+    from hpcfl.wording import aligned
     rows = store.listing()
     print(json.dumps(rows, indent=1) if arguments.json else aligned([DATA_COLUMNS, *map(_data_row, rows)], words=2))
     return 0

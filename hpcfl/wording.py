@@ -1,7 +1,7 @@
 """Wording: ranks, reasons, bytes and seconds as people read them."""
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 
 def shares(found: Mapping[str, Sequence[int]]) -> str:
@@ -56,6 +56,14 @@ def duration(seconds: float) -> str:
     """Seconds in three digits: "12.3 us", "4.1 ms", "2.5 s"."""
     unit, factor = next(((unit, factor) for unit, factor in (("s", 1), ("ms", 1e3)) if seconds * factor >= 1), ("us", 1e6))
     return f"{_digits(seconds * factor)} {unit}"
+
+
+def aligned(rows: Sequence[Sequence[str]], words: int, also: Collection[str] = ()) -> str:
+    """Rows of equally many cells as lines: the first `words` columns, the last one, if it has no heading, and those headed `also` are text, on the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    text = [column < words or not heading or heading in also for column, heading in enumerate(rows[0])]
+    return "\n".join("  ".join(cell.ljust(width) if left else cell.rjust(width) for cell, width, left in zip(row, widths, text, strict=True)).rstrip()
+                     for row in rows)
 
 
 def _digits(number: float) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hpcfl.training import compiling
 from tests.support import slurm_cluster
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -31,13 +32,12 @@ def data_folder() -> Path:
 @pytest.fixture
 def compile_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Has torch.compile use a backend, "inductor" where there is a C++ compiler for it, with nothing compiled yet."""
-    from hpcfl.training import engines
 
     def choose(backend: str) -> None:
         if backend == "inductor" and shutil.which("g++") is None:
             pytest.skip("torch.compile needs a C++ compiler, and there is no g++")
         monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-        engines.compiled.cache_clear()
+        compiling.compiled.cache_clear()
     return choose
 
 

@@ -1,5 +1,6 @@
 """The shape of the project: layers, the one file with mpi4py, declared dependencies, file lengths and top-level names."""
 import ast
+import functools
 import re
 import sys
 from fnmatch import fnmatch
@@ -28,6 +29,7 @@ DISTRIBUTIONS = {"sklearn": "scikit-learn", "PIL": "pillow"}       # import name
 MODULES = {".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__") for path in FILES}
 
 
+@functools.cache
 def imported(path: Path) -> set[str]:
     """Dotted names of the modules that a file imports, anywhere in it."""
     package = path.relative_to(REPOSITORY).parent.parts
@@ -51,6 +53,12 @@ def module_of(path: Path) -> str:
     return ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
 
 
+def file_of(module: str) -> Path:
+    """The file of a module."""
+    path = REPOSITORY.joinpath(*module.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
 def component(module: str) -> str:
     """The name in FLOORS that a module of hpcfl belongs to; empty for the package itself."""
     return (module.split(".") + [""])[1]
@@ -70,6 +78,27 @@ def third_party() -> set[str]:
     return {DISTRIBUTIONS.get(root, root) for root in roots}
 
 
+@functools.cache
+def arrows() -> dict[str, set[str]]:
+    """Module -> the modules of hpcfl that its file imports, anywhere in it; the package itself left out."""
+    return {module_of(path): {name for name in imported(path) if name in MODULES and "." in name} - {module_of(path)} for path in FILES}
+
+
+def circles() -> list[tuple[str, str]]:
+    """The arrows that lie on a circle of files."""
+    graph = arrows()
+
+    def reached(start: str) -> set[str]:
+        found, todo = set(), [start]
+        while todo:
+            new = graph[todo.pop()] - found
+            found |= new
+            todo += new
+        return found
+    behind = {module: reached(module) for module in graph}
+    return sorted((module, other) for module, others in graph.items() for other in others if module in behind[other])
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(REPOSITORY)))
 def test_an_import_goes_down_or_stays_in_its_package(path):
     room = component(module_of(path))
@@ -80,8 +109,20 @@ def test_an_import_goes_down_or_stays_in_its_package(path):
             assert FLOOR[other] < FLOOR.get(room, 0), f"{room} is on floor {FLOOR.get(room, 0)} and imports {module} of floor {FLOOR[other]}"
 
 
+def test_no_circle_joins_two_files():
+    assert circles() == []
+
+
 def test_no_module_is_named_like_one_of_the_standard_library():
     assert {path.stem for path in FILES} & sys.stdlib_module_names - {"__init__", "__main__"} == set()
+
+
+def test_a_report_is_made_without_torch():
+    reached, todo = set(), {module for module in arrows() if component(module) == "report"}
+    while todo:
+        reached |= todo
+        todo = {name for module in todo for name in arrows()[module]} - reached
+    assert [name for name in sorted(reached) if "torch" in {each.split(".")[0] for each in imported(file_of(name))}] == []
 
 
 def test_exactly_one_file_imports_mpi4py():

@@ -16,8 +16,8 @@ from hpcfl.contract.step import ClientSite, Phase, Plan, Problem, ServerSite, To
 from hpcfl.data.shards import Shard
 from hpcfl.settings.fields import choice
 from hpcfl.training.evaluate import bind, in_batches
-from hpcfl.training.fit import Turn
 from hpcfl.training.group import Group
+from hpcfl.training.turns import Turn
 from hpcfl.tree import Tree
 
 TRAINED = "trained"                                                # beside the architectures in the server's state: which of them have been trained

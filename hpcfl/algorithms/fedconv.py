@@ -23,9 +23,9 @@ from hpcfl.resize.derived import Made
 from hpcfl.resize.filtered import Filtered
 from hpcfl.settings.fields import choice, integer, real
 from hpcfl.training.evaluate import bind, correct, in_batches
-from hpcfl.training.fit import Turn
 from hpcfl.training.group import OPTIMIZER, Group
 from hpcfl.training.losses import cross_entropy, divergence
+from hpcfl.training.turns import Turn
 from hpcfl.tree import Tree
 from hpcfl.wire.uplink import Statistics, Uploads
 

@@ -19,9 +19,9 @@ from hpcfl.data.shards import epochs
 from hpcfl.errors import JobError
 from hpcfl.settings.fields import choice, integer, real
 from hpcfl.training.evaluate import bind, in_batches
-from hpcfl.training.fit import Turn
 from hpcfl.training.group import Group
 from hpcfl.training.losses import divergence
+from hpcfl.training.turns import Turn
 from hpcfl.tree import Tree
 from hpcfl.wire.uplink import Statistics, Sums, Uploads
 

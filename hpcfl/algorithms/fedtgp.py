@@ -17,9 +17,9 @@ from hpcfl.algorithms.prototypes import describe, gathered
 from hpcfl.contract.step import Algorithm, ClientSite, Phase, Plan, Problem, ServerSite, Totals, Update
 from hpcfl.settings.fields import choice, integer, real
 from hpcfl.training.evaluate import bind
-from hpcfl.training.fit import Turn
 from hpcfl.training.group import Group
 from hpcfl.training.optimizers import Optimizer
+from hpcfl.training.turns import Turn
 from hpcfl.tree import Tree
 
 TINY = 1e-12                                                       # added to squared distances: the root has no slope at 0

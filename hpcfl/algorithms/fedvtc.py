@@ -27,10 +27,10 @@ from hpcfl.latents.matching import MATCHINGS
 from hpcfl.latents.moments import Moments
 from hpcfl.settings.fields import choice, flag, integer, real
 from hpcfl.training.evaluate import bind
-from hpcfl.training.fit import Turn
 from hpcfl.training.group import Group
 from hpcfl.training.losses import cross_entropy, prototype_distance
 from hpcfl.training.synthetic import Draw, synthetic_epochs
+from hpcfl.training.turns import Turn
 from hpcfl.tree import Tree
 from hpcfl.wire.uplink import Statistics, Sums
 

@@ -14,9 +14,9 @@ from hpcfl.contract.step import Algorithm, ClientSite, Phase, Plan, Problem, Ser
 from hpcfl.errors import JobError
 from hpcfl.models import zoo
 from hpcfl.settings.fields import real, text
-from hpcfl.training.fit import Turn
 from hpcfl.training.group import Group
 from hpcfl.training.losses import divergence
+from hpcfl.training.turns import Turn
 from hpcfl.tree import Tree
 from hpcfl.wire.uplink import Statistics, Sums
 

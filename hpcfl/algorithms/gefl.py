@@ -26,10 +26,11 @@ from hpcfl.generators.generative import GenerativeModel
 from hpcfl.models.classifier import Shape
 from hpcfl.settings.fields import choice, integer, real
 from hpcfl.streams import Stream
+from hpcfl.training.compiling import compiles
 from hpcfl.training.evaluate import BATCH, bind
-from hpcfl.training.fit import Modules, Turn, compiles
 from hpcfl.training.group import OPTIMIZER, Group
 from hpcfl.training.losses import cross_entropy
+from hpcfl.training.turns import Modules, Turn
 from hpcfl.tree import Tree
 from hpcfl.wire.uplink import Statistics, Sums
 

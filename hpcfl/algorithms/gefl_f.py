@@ -20,8 +20,8 @@ from hpcfl.data.shards import Shard, epochs
 from hpcfl.settings.fields import integer
 from hpcfl.streams import Stream
 from hpcfl.training.evaluate import bind, in_batches
-from hpcfl.training.fit import Turn
 from hpcfl.training.group import Group
+from hpcfl.training.turns import Turn
 from hpcfl.tree import Tree
 from hpcfl.wire.uplink import Statistics, Sums
 

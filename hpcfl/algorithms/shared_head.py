@@ -5,10 +5,10 @@ from torch import nn
 
 from hpcfl import tree
 from hpcfl.contract.step import Algorithm, ClientSite, ServerSite, Update
-from hpcfl.training.fit import Turn
 from hpcfl.training.group import Group
 from hpcfl.training.losses import cross_entropy
 from hpcfl.training.optimizers import Optimizer
+from hpcfl.training.turns import Turn
 from hpcfl.tree import Tree
 
 HEAD = ("head.weight", "head.bias")                                # (C, p) and (C,), by their paths in a model

@@ -16,13 +16,12 @@ from hpcfl.analysis.membership_inference import ALARMS, answers, calibrated, cos
 from hpcfl.analysis.reference_models import SMALLEST, reference_models
 from hpcfl.data.shards import Shard
 from hpcfl.errors import JobError
-from hpcfl.federation.loop import State
+from hpcfl.federation.state import State
 from hpcfl.federation.world import World
-from hpcfl.report.summary import aligned
 from hpcfl.runs.launch import revisit
 from hpcfl.training.evaluate import model_of
 from hpcfl.training.group import Group
-from hpcfl.wording import printable
+from hpcfl.wording import aligned, printable
 
 FORMAT = 1                                                         # of audit.json, whose key "hpcfl_audit" says that the file is ours to replace
 FILES = ("audit.json", "audit-pairs.png")

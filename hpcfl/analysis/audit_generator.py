@@ -12,7 +12,7 @@ from hpcfl.analysis.audit_samples import in_place, matched, part, shuffled, take
 from hpcfl.analysis.membership_inference import calibrated, nearest, threshold_attack
 from hpcfl.contract.step import Algorithm, ClientSite, Problem
 from hpcfl.data.shards import Shard
-from hpcfl.federation.loop import State, schedule
+from hpcfl.federation.state import State, schedule
 from hpcfl.federation.world import World
 from hpcfl.models import fixed_maps
 from hpcfl.training.evaluate import BATCH, in_batches

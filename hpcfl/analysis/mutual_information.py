@@ -12,15 +12,15 @@ from hpcfl import tree
 from hpcfl.contract.step import Problem
 from hpcfl.data.shards import Shard
 from hpcfl.errors import JobError, NonFiniteError
+from hpcfl.federation.exchange import Exchange
 from hpcfl.federation.ledger import Ledger
-from hpcfl.federation.loop import Exchange, State, schedule
+from hpcfl.federation.state import State, schedule
 from hpcfl.federation.world import World
-from hpcfl.report.summary import aligned
 from hpcfl.resize import slices
 from hpcfl.runs import launch
 from hpcfl.training import evaluate
 from hpcfl.tree import Tree
-from hpcfl.wording import printable
+from hpcfl.wording import aligned, printable
 
 NEIGHBOURS = 3                                                     # fewer: more noise; more: coarser, reads too low (the usual choice of the papers below)
 OUTPUTS = {"logits": "forward", "features": "features"}            # what a model gives out -> the method that gives it

@@ -10,9 +10,9 @@ from hpcfl.data import shards
 from hpcfl.data.shards import Shard
 from hpcfl.errors import JobError
 from hpcfl.training import evaluate
-from hpcfl.training.fit import Turn
 from hpcfl.training.group import Group
 from hpcfl.training.losses import cross_entropy
+from hpcfl.training.turns import Turn
 from hpcfl.tree import Tree
 
 SMALLEST = 2                                                       # images to train on: BatchNorm has no variance of one

@@ -16,9 +16,8 @@ import numpy as np
 from hpcfl.errors import JobError
 from hpcfl.federation.placement import place
 from hpcfl.report.recording import Recording, read
-from hpcfl.report.summary import aligned
 from hpcfl.wire.communicator import EXCHANGES, SMALL_CALLS
-from hpcfl.wording import counted, duration, size
+from hpcfl.wording import aligned, counted, duration, size
 
 GOOD = 0.8                                                         # of the seconds of all ranks spent as one rank would spend them
 TRIES, MOST_CLIENTS = 8, 200_000                                   # numbers of clients per rank that are tried, each a fourth larger; and of all ranks

@@ -16,8 +16,9 @@ from hpcfl.algorithms import CONFIGS
 from hpcfl.algorithms.fedconv import Config, FedConv
 from hpcfl.contract.step import Problem, Totals
 from hpcfl.data.shards import Shard, epochs
+from hpcfl.federation.exchange import Exchange
 from hpcfl.federation.ledger import Ledger
-from hpcfl.federation.loop import Exchange, Place, State, schedule
+from hpcfl.federation.state import Place, State, schedule
 from hpcfl.federation.world import World
 from hpcfl.runs import launch
 from hpcfl.settings.job import Job, resolve

@@ -17,14 +17,16 @@ from hpcfl.algorithms.gefl import GENERATOR, generative
 from hpcfl.algorithms.gefl_f import EXTRACTOR, Config
 from hpcfl.contract.step import ClientSite, Holdings
 from hpcfl.data.shards import Shard, batch_sizes, epochs
+from hpcfl.federation.exchange import Exchange
 from hpcfl.federation.ledger import Ledger
-from hpcfl.federation.loop import Exchange, Place, State, begin, rounds
+from hpcfl.federation.loop import rounds
+from hpcfl.federation.state import Place, State, begin
 from hpcfl.federation.world import World
 from hpcfl.generators.ddpm import Ddpm
 from hpcfl.runs import launch
 from hpcfl.settings.job import Job, resolve
 from hpcfl.training.evaluate import bind
-from hpcfl.training.fit import Modules
+from hpcfl.training.turns import Modules
 from hpcfl.wire.communicator import Communicator
 
 CLIENTS, ARCHITECTURES = 10, 10                                    # of the paper's runs

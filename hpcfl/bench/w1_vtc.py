@@ -16,15 +16,17 @@ from hpcfl.bench.clients import clients
 from hpcfl.bench.fedconv import fedconv
 from hpcfl.bench.gefl import gefl
 from hpcfl.contract.step import ClientSite, ServerSite
+from hpcfl.federation.exchange import Exchange
 from hpcfl.federation.ledger import Ledger
-from hpcfl.federation.loop import Exchange, begin, rounds
+from hpcfl.federation.loop import rounds
+from hpcfl.federation.state import begin
 from hpcfl.federation.world import World
-from hpcfl.report.summary import aligned
 from hpcfl.runs import launch
 from hpcfl.settings.job import Job, resolve
 from hpcfl.training.group import Group
 from hpcfl.training.losses import cross_entropy
 from hpcfl.wire.communicator import Alone, Communicator, connect
+from hpcfl.wording import aligned
 
 
 def w1(comm: Communicator, arguments: Namespace) -> dict[str, float]:

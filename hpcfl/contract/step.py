@@ -19,7 +19,7 @@ from hpcfl.models import zoo
 from hpcfl.models.sizes import Sizes
 from hpcfl.settings.job import Job
 from hpcfl.streams import Stream
-from hpcfl.training import fit
+from hpcfl.training import fit, turns
 from hpcfl.training.evaluate import features
 from hpcfl.training.group import Group
 from hpcfl.training.losses import cross_entropy
@@ -87,7 +87,7 @@ class Problem:
                            f"of its own, for one class per image; wanted some of {', '.join(OF_IMAGES)}, or a method that trains by cross-entropy, as fedavg")
         return augmentation
 
-    def fit(self, group: Group, modules: Mapping[str, nn.Module], turns: Sequence[fit.Turn], batches: Callable[[int], Iterable[Tree]], *,
+    def fit(self, group: Group, modules: Mapping[str, nn.Module], turns: Sequence[turns.Turn], batches: Callable[[int], Iterable[Tree]], *,
             context: Tree | None = None, frozen_norm: bool = False, keep_optimizer: bool = False, steps: int = 0, channels_last: bool | None = None,
             where: str = "fit", member: str = "client", streams: Callable[[int], Stream] | None = None) -> tuple[Group, dict[str, Tensor]]:
         """Train a group by the one training loop, with the engine, precision and compilation of the job; `steps`: of one model in the whole run.
@@ -173,7 +173,7 @@ class ClientSite:
         """z = g_k(x) of a client's training images, (n, p), in eval mode and without gradients. Raises: NonFiniteError naming the client."""
         return features(group, self.modules, client, self.holdings[client].train, f"phase {self.phase}, round {self.round}", self.problem.optimizer().advice)
 
-    def fit(self, group: Group, turns: Sequence[fit.Turn], batches: Callable[[int], Iterable[Tree]], *, context: Tree | None = None,
+    def fit(self, group: Group, turns: Sequence[turns.Turn], batches: Callable[[int], Iterable[Tree]], *, context: Tree | None = None,
             frozen_norm: bool = False, keep_optimizer: bool = False, steps: int = 0, channels_last: bool | None = None) -> tuple[Group, dict[str, Tensor]]:
         """Train the group as `Problem.fit`."""
         streams = {client: self.stream(f"training {self.trainings[client]}", client) for client in group.clients}
@@ -184,7 +184,7 @@ class ClientSite:
     def train_model(self, group: Group, loss: Callable, context: Tree | None = None) -> tuple[Group, dict[str, Tensor]]:
         """The local training of the [training] section: `epochs` passes of the model over the client's own images, augmented."""
         training, augmentation = self.problem.job.training, self.problem.augmentation(soft_labels=loss is cross_entropy)
-        turn = fit.Turn(("model",), loss, self.problem.optimizer())
+        turn = turns.Turn(("model",), loss, self.problem.optimizer())
         return self.fit(group, [turn], lambda client: self.epochs(client, training.epochs, training.batch, augmentation), context=context,
                         steps=self.steps(group))
 
@@ -217,7 +217,7 @@ class ServerSite:
         """The server's random stream of one purpose in this round; `client`: whose model it works on."""
         return self.problem.stream(f"server/{self.phase}/{purpose}", client, self.round)
 
-    def fit(self, group: Group, modules: Mapping[str, nn.Module], turns: Sequence[fit.Turn], batches: Callable[[int], Iterable[Tree]], *,
+    def fit(self, group: Group, modules: Mapping[str, nn.Module], turns: Sequence[turns.Turn], batches: Callable[[int], Iterable[Tree]], *,
             context: Tree | None = None, frozen_norm: bool = False, keep_optimizer: bool = False, steps: int = 0,
             work: str = "training", member: str = "model") -> tuple[Group, dict[str, Tensor]]:
         """Train models at the server as `Problem.fit`; the rows of the group are models here, numbered by whoever makes it.

@@ -13,7 +13,7 @@ import hpcfl
 from hpcfl.data.classes import called
 from hpcfl.data.sources import Labelled
 from hpcfl.errors import DataError
-from hpcfl.files import links
+from hpcfl.files import hdf5
 from hpcfl.files.draft import Draft
 
 PARTS = ("train", "test")
@@ -51,7 +51,7 @@ def digest(data: Labelled) -> str:
 
 def write(draft: Draft, name: str, data: Labelled, source: str, licence: str) -> None:
     """Write a data set to a new file. Raises as `draft.check`."""
-    with links.filling(draft, links.FORMAT) as file:
+    with hdf5.filling(draft, hdf5.FORMAT) as file:
         for part in PARTS:
             images, labels = getattr(data, f"{part}_images"), getattr(data, f"{part}_labels")
             rows = max(1, min(len(images), CHUNK_BYTES // images[0].nbytes))
@@ -74,7 +74,7 @@ def header(path: Path) -> Header:
 
     Raises: DataError naming the file where it is missing, truncated, not laid out as `write` does it, or leads to other files.
     """
-    with links.reading(path, DataError, WAY_OUT) as file:
+    with hdf5.reading(path, DataError, WAY_OUT) as file:
         attributes = file.attributes
         if missing := [key for key in ("name", "source", "licence", "sha256", "classes") if key not in attributes]:
             raise DataError(f"{path}: is not a data set of hpcfl (it has no attribute '{missing[0]}'){WAY_OUT}")
@@ -95,7 +95,7 @@ def verify(path: Path) -> None:
     Raises: DataError naming the file where they differ or the file cannot be read.
     """
     hasher = hashlib.sha256()
-    with links.reading(path, DataError, WAY_OUT) as file:
+    with hdf5.reading(path, DataError, WAY_OUT) as file:
         for part in PARTS:
             images = _images(file, part)
             step = _rows_per_read(images)
@@ -110,7 +110,7 @@ def verify(path: Path) -> None:
 
 def labels(path: Path, part: str) -> np.ndarray:
     """All labels of a part ("train" or "test"), (N,) int64. Raises DataError as `header` does, and for a label outside the classes."""
-    with links.reading(path, DataError, WAY_OUT) as file:
+    with hdf5.reading(path, DataError, WAY_OUT) as file:
         return _labels(file, part, _classes(path, file.attributes))
 
 
@@ -121,14 +121,14 @@ def images(path: Path, part: str, indices: np.ndarray | None = None) -> np.ndarr
 
     Raises: DataError naming the file where a checksum does not hold; IndexError for an index outside the part.
     """
-    with links.reading(path, DataError, WAY_OUT) as file:
+    with hdf5.reading(path, DataError, WAY_OUT) as file:
         dataset = _images(file, part)
         return file.values(dataset) if indices is None else _gather(file, dataset, np.asarray(indices, dtype=np.int64))
 
 
 def values(path: Path) -> tuple[int, int]:
     """The least and the greatest value of all pixels; reads the whole archive. Raises DataError as `images` does."""
-    with links.reading(path, DataError, WAY_OUT) as file:
+    with hdf5.reading(path, DataError, WAY_OUT) as file:
         pieces = ((dataset, start, _rows_per_read(dataset)) for dataset in (_images(file, part) for part in PARTS)
                   for start in range(0, len(dataset), _rows_per_read(dataset)))
         lows, highs = zip(*((block.min(), block.max()) for block in (file.values(dataset, slice(start, start + step)) for dataset, start, step in pieces)),
@@ -136,7 +136,7 @@ def values(path: Path) -> tuple[int, int]:
         return int(min(lows)), int(max(highs))
 
 
-def _gather(file: links.Reader, dataset: h5py.Dataset, indices: np.ndarray) -> np.ndarray:
+def _gather(file: hdf5.Reader, dataset: h5py.Dataset, indices: np.ndarray) -> np.ndarray:
     """dataset[indices] by few long reads of whole chunks: HDF5's own point selection costs ten times as much."""
     out = np.empty((len(indices), *dataset.shape[1:]), dtype=np.uint8)
     if len(indices) == 0:
@@ -168,14 +168,14 @@ def _classes(path: Path, attributes: Mapping[str, Any]) -> int:
     return int(count)
 
 
-def _images(file: links.Reader, part: str) -> h5py.Dataset:
+def _images(file: hdf5.Reader, part: str) -> h5py.Dataset:
     dataset = file.dataset(f"{part}/images")
     if dataset.dtype != np.uint8 or dataset.ndim != 4 or 0 in dataset.shape or dataset.chunks is None:
         raise DataError(f"{file.path}: {part}/images is {dataset.dtype} of shape {dataset.shape}; wanted chunked uint8 (N, C, H, W){WAY_OUT}")
     return dataset
 
 
-def _labels(file: links.Reader, part: str, classes: int) -> np.ndarray:
+def _labels(file: hdf5.Reader, part: str, classes: int) -> np.ndarray:
     dataset, count = file.dataset(f"{part}/labels"), len(_images(file, part))
     if dataset.dtype != np.int64 or dataset.shape != (count,):
         raise DataError(f"{file.path}: {part}/labels is {dataset.dtype} of shape {dataset.shape}; wanted int64 ({count},){WAY_OUT}")
@@ -185,7 +185,7 @@ def _labels(file: links.Reader, part: str, classes: int) -> np.ndarray:
     return found
 
 
-def _names(file: links.Reader, classes: int) -> tuple[str, ...]:
+def _names(file: hdf5.Reader, classes: int) -> tuple[str, ...]:
     if "classes" not in file.members():                            # of an earlier hpcfl
         return called((), classes)
     dataset = file.dataset("classes/names")

@@ -23,7 +23,7 @@ from hpcfl.data.classes import called, remarks, spread
 from hpcfl.data.embedded import EMBEDDED
 from hpcfl.data.sources import PUBLISHED, Labelled
 from hpcfl.errors import DataError
-from hpcfl.files.hdf5 import replacing
+from hpcfl.files.atomic import replacing
 from hpcfl.files.places import place
 from hpcfl.wording import printable
 

@@ -16,10 +16,10 @@ from hpcfl.federation.world import World
 from hpcfl.runs import launch
 from hpcfl.runs.host_limits import core_seconds
 from hpcfl.settings.job import Job
-from hpcfl.training.fit import Turn
 from hpcfl.training.group import Group
 from hpcfl.training.losses import cross_entropy
 from hpcfl.training.optimizers import Optimizer
+from hpcfl.training.turns import Turn
 from hpcfl.tree import Tree
 from hpcfl.wire.communicator import SMALL_CALLS, Communicator
 from hpcfl.wire.uplink import travelling

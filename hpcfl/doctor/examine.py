@@ -14,12 +14,11 @@ from hpcfl.doctor.findings import OK, PROBLEM, WARNING, Check, Examined, Finding
 from hpcfl.doctor.launch_checks import LAUNCH_CHECKS, ranks
 from hpcfl.doctor.run_checks import RUN_CHECKS
 from hpcfl.errors import EnvironmentFault
-from hpcfl.report.summary import aligned
 from hpcfl.runs import launch
 from hpcfl.settings.job import Job, load
 from hpcfl.wire.communicator import Communicator
 from hpcfl.wire.launchers import Launch
-from hpcfl.wording import counted, duration, size
+from hpcfl.wording import aligned, counted, duration, size
 
 CHECKS: tuple[Check, ...] = (*LAUNCH_CHECKS, *RUN_CHECKS)
 WIDTH = 150                                                        # columns at most, and where there is no terminal

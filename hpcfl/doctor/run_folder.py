@@ -16,7 +16,7 @@ import torch
 
 from hpcfl.doctor.probes import LIMIT_S, attempt
 from hpcfl.errors import CheckpointError
-from hpcfl.files import hdf5
+from hpcfl.files import trees
 from hpcfl.wire.communicator import Communicator
 
 SIGN = "here"                                                      # a file that rank 0 leaves for the others to see
@@ -99,8 +99,8 @@ def write(file: Path) -> float:
     Raises: CheckpointError where the disk does not take it or gives back something else.
     """
     written, start = {"x": torch.arange(WRITTEN, dtype=torch.float32)}, time.perf_counter()
-    hdf5.write_trees(file, [("probe", written)])
-    if not hdf5.read_trees(file)["probe"]["x"].equal(written["x"]):
+    trees.write_trees(file, [("probe", written)])
+    if not trees.read_trees(file)["probe"]["x"].equal(written["x"]):
         raise CheckpointError(f"{file}: what is read is not what was written")
     return time.perf_counter() - start
 

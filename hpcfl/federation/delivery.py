@@ -3,7 +3,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -11,13 +10,10 @@ from hpcfl import tree
 from hpcfl.contract.step import Algorithm
 from hpcfl.contract.verbs import blamed, check_kept, check_unwritten, checked_models, checked_tree, named
 from hpcfl.federation.finite import refuse_broken
+from hpcfl.federation.state import State
 from hpcfl.tree import Tree
 from hpcfl.wire.communicator import Audience, Communicator
 
-if TYPE_CHECKING:
-    from hpcfl.federation.loop import State
-
-Versions = dict[str, int]                                          # part -> version
 DERIVED = "*"                                                      # begins the keys and parts of what is read, but is no tensor of the server's state
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from hpcfl import tree
-from hpcfl.files.hdf5 import Scratch, Written
+from hpcfl.files.scratch import Scratch, Written
 from hpcfl.training.group import Group
 from hpcfl.tree import Tree
 

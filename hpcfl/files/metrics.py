@@ -16,7 +16,7 @@ import h5py
 import numpy as np
 
 from hpcfl.errors import CheckpointError
-from hpcfl.files import hdf5, links
+from hpcfl.files import atomic, hdf5
 
 SCHEMA = 1
 SHAPES = {                                                         # of a dataset, or of all datasets of a group
@@ -166,7 +166,7 @@ def listed(rounds: Sequence[int]) -> str:
 
 
 def _read(path: Path, advice: str) -> Piece:
-    with links.reading(path, CheckpointError, advice) as file:
+    with hdf5.reading(path, CheckpointError, advice) as file:
         groups = sorted({name.split("/")[0] for name in SHAPES} & set(file.members()))
         arrays = {dataset.name.lstrip("/"): file.values(dataset) for group in groups for dataset in file.datasets(group)}
         attributes = file.attributes
@@ -178,7 +178,7 @@ def _read(path: Path, advice: str) -> Piece:
 
 def _write(path: Path, attributes: Mapping[str, Any], columns: Arrays) -> None:
     """With checksums over everything that is read again: HDF5 has none of texts of variable length, and may never come back from reading a damaged one."""
-    with hdf5.replacing(path) as draft, links.filling(draft, links.FORMAT) as file:
+    with atomic.replacing(path) as draft, hdf5.filling(draft, hdf5.FORMAT) as file:
         for name, value in attributes.items():
             values = np.asarray(value)
             file.attrs[name] = _fixed(values) if values.dtype.kind in "OU" else value

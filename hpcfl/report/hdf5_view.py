@@ -8,7 +8,7 @@ import h5py
 import numpy as np
 
 from hpcfl.errors import DataError, JobError
-from hpcfl.files.links import foreign
+from hpcfl.files.hdf5 import foreign
 from hpcfl.wording import cause, printable
 
 BLOCK_BYTES = 16 << 20                                             # statistics read a dataset in pieces of this size, so memory stays small

@@ -10,13 +10,14 @@ from typing import Any
 
 from matplotlib.ticker import EngFormatter
 
-from hpcfl.files.hdf5 import replacing
+from hpcfl.errors import JobError
+from hpcfl.files.atomic import replacing
 from hpcfl.report import figures, pictures
 from hpcfl.report.hdf5_view import byte_text
 from hpcfl.report.labels import labelled
 from hpcfl.report.measures import AFTER, MEASURES, Found, after
 from hpcfl.report.pictures import NOTHING, Picture, counted, number_text, seconds_text
-from hpcfl.report.recording import Recording
+from hpcfl.report.recording import Recording, read
 from hpcfl.report.summary import WAYS, summary
 from hpcfl.report.tables import legend_of, mean_sd_text, over_seeds, results, rounds_text
 
@@ -80,8 +81,22 @@ class Run:
         return f"{self.label}, seed {self.recording.seed}"
 
 
-def write(recordings: Sequence[Recording], out: Path) -> Path:
-    """Write out/figures/*.png and *.svg and out/report.html for the runs, grouped by label; returns the path of the page. Raises: OSError."""
+def write(runs: Sequence[str | Path], out: str | Path) -> Path:
+    """Write `out`/report.html, one page that needs no other file, and its figures as PNG and SVG under `out`/figures; returns the page's path.
+
+    Raises: as `read`, before anything is written; JobError without runs or where `out` cannot be written.
+    """
+    recordings = [read(run) for run in dict.fromkeys(Path(run) for run in runs)]
+    if not recordings:
+        raise JobError("report: no run was named; wanted at least one run folder")
+    try:
+        return _write(recordings, Path(out))
+    except OSError as error:
+        raise JobError(f"{out}: cannot write the report: {error.strerror or error}; name another folder with --out") from None
+
+
+def _write(recordings: Sequence[Recording], out: Path) -> Path:
+    """The same of what was read, the runs grouped by label. Raises: OSError."""
     groups = labelled(recordings)
     found = {label: [summary(recording) for recording in group] for label, group in groups.items()}
     runs = [Run(number, label, recording, facts) for number, (label, recording, facts) in enumerate(

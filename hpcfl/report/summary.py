@@ -1,11 +1,10 @@
-"""report: what a run left behind, read from its metrics.h5 as one dictionary (`summary`) or as figures and a self-contained page (`write`)."""
-from collections.abc import Collection, Sequence
+"""Summary: what a run left behind, read from its metrics.h5 as one dictionary."""
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hpcfl.errors import JobError
 from hpcfl.report import averaging, measures
 from hpcfl.report.recording import Recording, mean_of, read
 
@@ -46,29 +45,6 @@ def summary(run: str | Path | Recording, targets: Sequence[float] = TARGETS) -> 
             "conditions": _conditions(recording), "by_architecture": _by_architecture(recording), "flops": _flops(recording),
             "server": {name: _last(values) for name, values in recording.notes().items()},
             "warnings": list(filter(None, [averaging.warning(recording.algorithm, recording.averages())]))}
-
-
-def aligned(rows: Sequence[Sequence[str]], words: int, also: Collection[str] = ()) -> str:
-    """Rows of equally many cells as lines: the first `words` columns, the last one, if it has no heading, and those headed `also` are text, on the left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    text = [column < words or not heading or heading in also for column, heading in enumerate(rows[0])]
-    return "\n".join("  ".join(cell.ljust(width) if left else cell.rjust(width) for cell, width, left in zip(row, widths, text, strict=True)).rstrip()
-                     for row in rows)
-
-
-def write(runs: Sequence[str | Path], out: str | Path) -> Path:
-    """Write `out`/report.html, one page that needs no other file, and its figures as PNG and SVG under `out`/figures; returns the page's path.
-
-    Raises: as `read`, before anything is written; JobError without runs or where `out` cannot be written.
-    """
-    from hpcfl.report import page  # here, because matplotlib takes a second to load
-    recordings = [read(run) for run in dict.fromkeys(Path(run) for run in runs)]
-    if not recordings:
-        raise JobError("report: no run was named; wanted at least one run folder")
-    try:
-        return page.write(recordings, Path(out))
-    except OSError as error:
-        raise JobError(f"{out}: cannot write the report: {error.strerror or error}; name another folder with --out") from None
 
 
 def spread(values: np.ndarray) -> dict[str, Any]:
@@ -200,5 +176,3 @@ def _last(values: np.ndarray) -> float:
 
 def _plain(values: np.ndarray) -> list[float | int | None]:
     return [None if isinstance(value, float) and not np.isfinite(value) else value for value in np.asarray(values).tolist()]
-
-

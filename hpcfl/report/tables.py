@@ -10,8 +10,8 @@ import numpy as np
 from hpcfl.report import measures
 from hpcfl.report.hdf5_view import byte_text
 from hpcfl.report.measures import MEASURES, Found
-from hpcfl.report.summary import WAYS, aligned
-from hpcfl.wording import printable
+from hpcfl.report.summary import WAYS
+from hpcfl.wording import aligned, printable
 
 NOTHING = "-"
 Runs = Mapping[str, Sequence[Found]]                               # label -> summaries of runs that differ only in seed

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from hpcfl.errors import JobError
-from hpcfl.files.hdf5 import replacing
+from hpcfl.files.atomic import replacing
 from hpcfl.report.recording import Recording, read
 
 ROUNDS = 0                                                         # the row of the rounds, above those of the ranks

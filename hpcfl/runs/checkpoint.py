@@ -12,10 +12,10 @@ import torch
 import hpcfl
 from hpcfl import tree
 from hpcfl.errors import CheckpointError, HpcflError
-from hpcfl.federation.loop import State
 from hpcfl.federation.placement import Past
+from hpcfl.federation.state import State
 from hpcfl.federation.world import World
-from hpcfl.files import hdf5
+from hpcfl.files import atomic, trees
 from hpcfl.runs.record import Record, seconds_taken
 from hpcfl.settings.job import differences, recorded
 from hpcfl.training.group import Group
@@ -37,10 +37,10 @@ def save(folder: Path, world: World, state: State, record: Record, score: float 
     written, failure = {}, None
     try:
         name = f"rank-{comm.rank:04d}.h5"
-        written[name] = {"sha256": hdf5.write_trees(target / name, _clients(state)), "clients": list(world.mine)}
+        written[name] = {"sha256": trees.write_trees(target / name, _clients(state)), "clients": list(world.mine)}
         if comm.is_server:
             record.append(folder / "metrics.h5")                   # before the manifest: a record may run ahead of its checkpoint, never behind
-            written["server.h5"] = {"sha256": hdf5.write_trees(target / "server.h5", [("server", state.server)]), "clients": []}
+            written["server.h5"] = {"sha256": trees.write_trees(target / "server.h5", [("server", state.server)]), "clients": []}
     except CheckpointError as error:
         failure = str(error)
     reports = comm.gather((written, failure))
@@ -93,8 +93,8 @@ def clear(folder: Path, resume_from: Path | None) -> None:
     """
     begun = latest(resume_from) if resume_from else None
     if begun and begun.parent.parent.samefile(folder):
-        hdf5.write_text(folder / "LATEST", f"{begun.name}\n")
-    hdf5.sweep(folder)
+        atomic.write_text(folder / "LATEST", f"{begun.name}\n")
+    atomic.sweep(folder)
     for path in folder.glob("checkpoints/round-*"):
         if not (path / "manifest.json").is_file():
             shutil.rmtree(path, ignore_errors=True)
@@ -143,11 +143,11 @@ def way_on(folder: Path) -> str:
 
 def _seal(folder: Path, target: Path, world: World, state: State, record: Record, score: float | None, files: dict) -> str | None:
     try:
-        hdf5.write_json(target / "manifest.json", {
+        atomic.write_json(target / "manifest.json", {
             "format": FORMAT, "hpcfl": hpcfl.__version__, "rows": state.rows, "phase": record.rows[-1]["phase"],
             "round": record.rows[-1]["round"], "version": state.version, "versions": state.versions, "ranks": world.comm.size,
             "validation_accuracy": score, "data_sha256": world.corpus.sha256, "files": files, "job": world.job.tables()})
-        hdf5.write_text(folder / "LATEST", f"{target.name}\n")
+        atomic.write_text(folder / "LATEST", f"{target.name}\n")
     except CheckpointError as error:
         return str(error)
     _prune(target, world.job.checkpoint.keep)
@@ -210,7 +210,7 @@ def _clients(state: State) -> Iterator[tuple[str, tree.Tree]]:
 
 def _verify(path: Path, wanted: str) -> None:
     try:
-        got = hdf5.sha256(path)
+        got = atomic.sha256(path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}; {_earlier(path.parent)}") from None
     if got != wanted:
@@ -219,7 +219,7 @@ def _verify(path: Path, wanted: str) -> None:
 
 def _read(path: Path, names: Collection[str]) -> dict[str, tree.Tree]:
     try:
-        return hdf5.read_trees(path, names)
+        return trees.read_trees(path, names)
     except HpcflError as error:
         raise CheckpointError(f"{error}; {_earlier(path.parent)}") from None
 

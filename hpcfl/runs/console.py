@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from hpcfl.federation.loop import Place
+from hpcfl.federation.state import Place
 from hpcfl.runs import outlets
 
 log = logging.getLogger("hpcfl")

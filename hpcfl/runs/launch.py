@@ -22,9 +22,9 @@ import hpcfl
 from hpcfl.algorithms import CONFIGS
 from hpcfl.data.store import NO_LOCKS
 from hpcfl.errors import CheckpointError, EnvironmentFault, HpcflError, Interrupted, JobError, Stopped, told
-from hpcfl.federation.loop import State
+from hpcfl.federation.state import State
 from hpcfl.federation.world import World
-from hpcfl.files import hdf5, lock
+from hpcfl.files import atomic, lock
 from hpcfl.files.places import place
 from hpcfl.report import averaging
 from hpcfl.runs import checkpoint
@@ -76,9 +76,9 @@ def run(job: Job, comm: Communicator, out: str | Path | None, resume: str, may_d
         environments = comm.gather(_environment(comm, device))
         if comm.is_server:
             checkpoint.clear(folder, resume_from)
-            hdf5.write_text(folder / "job.toml", job.to_toml())
-            hdf5.write_json(folder / "environment.json", {"command": sys.argv, "hpcfl": hpcfl.__version__, "ranks": environments})
-            hdf5.write_text(folder / "STATUS", "running\n")
+            atomic.write_text(folder / "job.toml", job.to_toml())
+            atomic.write_json(folder / "environment.json", {"command": sys.argv, "hpcfl": hpcfl.__version__, "ranks": environments})
+            atomic.write_text(folder / "STATUS", "running\n")
         try:
             with console.beating(job.timeouts.heartbeat, simulation.so_far):
                 simulation.run()
@@ -243,7 +243,7 @@ def _owning(folder: Path, comm: Communicator) -> Iterator[None]:
     handle, failure = None, None
     if comm.is_server:
         try:
-            hdf5.make_folder(folder)
+            atomic.make_folder(folder)
             handle = (folder / lock.NAME).open("a+", encoding="utf-8")                   # what another has written there is not to be lost
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             handle.truncate(0)
@@ -282,7 +282,7 @@ def _fail(folder: Path, why: str) -> None:
 
 def _write_status(folder: Path, text: str) -> None:
     try:
-        hdf5.note(folder / "STATUS", " ".join(text.split()) + "\n")
+        atomic.note(folder / "STATUS", " ".join(text.split()) + "\n")
     except HpcflError as error:                                    # the status is a courtesy; the error that led here is what matters
         log.warning("%s", error)
 

@@ -8,8 +8,10 @@ import numpy as np
 import torch
 
 from hpcfl.errors import CheckpointError, Stopped
+from hpcfl.federation.exchange import Exchange
 from hpcfl.federation.ledger import Ledger
-from hpcfl.federation.loop import Exchange, Place, State, rounds, schedule
+from hpcfl.federation.loop import rounds
+from hpcfl.federation.state import Place, State, schedule
 from hpcfl.federation.world import World
 from hpcfl.files import metrics
 from hpcfl.files.metrics import Damaged

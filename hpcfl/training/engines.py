@@ -3,10 +3,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,78 +12,16 @@ from torch.func import functional_call, vmap
 
 from hpcfl import tree
 from hpcfl.errors import LayoutError
-from hpcfl.streams import Stream, sow, watched
+from hpcfl.streams import sow, watched
 from hpcfl.training.group import Group
 from hpcfl.training.meter import Meter
 from hpcfl.training.optimizers import Slots, begin, clipped
+from hpcfl.training.turns import Batches, Loss, Modules, Plan, Turn
 from hpcfl.tree import Tree
-
-if TYPE_CHECKING:
-    from hpcfl.training.fit import Batches, Loss, Modules, Turn
 
 log = logging.getLogger(__name__)
 
-END = object()                                                     # of a client's batches
-RECOMPILES = 256                                                   # torch's limit of 8 per function is below the architectures of a run
-Forward = Callable[..., tuple[Tensor, Tree]]
 Outcome = tuple[Tree, list[dict[str, float]]]                      # what training changed (K, ...), and each client's mean metrics
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What fit has found out before the first step."""
-
-    modules: Modules
-    turns: tuple[Turn, ...]
-    own: dict[str, str]                                            # every client's own tensors: state path -> dotted name below Modules
-    trained: tuple[tuple[str, ...], ...]                           # per Turn, the state paths it updates
-    slots: tuple[dict[str, list[str]], ...]                        # per Turn, slot -> one path per updated parameter
-    buffers: tuple[str, ...]                                       # state paths that modules in train mode write by themselves
-    returned: tuple[str, ...]                                      # state paths that change and go back to the caller
-    shared: Tree                                                   # dotted name -> tensor of the modules that the state does not hold
-    alone: Forward                                                 # loss and scalars of one client
-    stacked: Forward                                               # of clients together
-    context: Tree
-    streams: Callable[[int], Stream]                               # client -> what its networks, losses and batches draw from where they use global generators
-    channels_last: frozenset[str]                                  # state paths of the convolutions that the sequential engine lays out so
-    images_last: bool                                              # whether it lays out images so
-    where: str
-    member: str                                                    # what a row of the Group is, in errors
-    origin: str                                                    # what made that with which the rows begin, in errors
-
-    def bind(self, number: int, state: Tree) -> tuple[Tree, tuple[Tensor, ...]]:
-        """What the loss of one Turn reads, {dotted name: tensor of `state`}, and those of its tensors that are differentiated."""
-        leaves = {path: state[path].detach().requires_grad_() for path in self.trained[number]}
-        return {name: leaves.get(path, state[path]) for path, name in self.own.items()}, tuple(leaves.values())
-
-    def drawn(self, batches: Batches, client: int, seeds: Iterator[int]) -> Iterator[Tree]:
-        """A client's batches; should they draw from global generators, these go on from where they were sown. Raises: LayoutError for what is no batch."""
-        sow(next(seeds))
-        given = batches(client)
-        if not isinstance(given, Iterable):
-            raise LayoutError(f"{self.where}: the batches of {self.member} {client} are {described(given)}, wanted something to iterate over")
-        source = iter(given)
-        while True:
-            batch = next(source, END)
-            if batch is END:
-                return
-            if not isinstance(batch, Mapping) or not all(isinstance(leaf, Tensor) for leaf in batch.values()):
-                raise LayoutError(f"{self.where}: a batch of {self.member} {client} is {described(batch)}, "
-                                  "wanted a dict of tensors, for example {'x': images, 'y': labels}")
-            yield batch
-
-    @contextmanager
-    def naming(self, turn: Turn, clients: Sequence[int]) -> Iterator[None]:
-        """Whatever goes wrong inside the block says at whose loss and where."""
-        def who() -> str:
-            return f"{self.where}: the loss {turn.named} of {self.member} {', '.join(map(str, clients))}"
-        try:
-            yield
-        except LayoutError as fault:
-            raise LayoutError(f"{who()} {fault}") from None
-        except Exception as fault:                                 # told where it happened, and raised as it is
-            fault.add_note(who())
-            raise
 
 
 def sequential(plan: Plan, group: Group, batches: Batches) -> Outcome:
@@ -268,38 +204,6 @@ def forward_together(modules: Modules, loss: Loss, own: Tree, shared: Tree, batc
     Random numbers may be drawn here, but whose they are nobody could say: see Losses.
     """
     return vmap(functools.partial(forward_one, modules, loss), in_dims=(0, None, 0, None), randomness="different")(own, shared, batch, context)
-
-
-@functools.cache
-def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A module-level function compiled (its backward pass with it); where that proves impossible, one warning and the function as it is from then on."""
-    from torch._dynamo import config  # imported here: a second of start-up that eager runs do not need
-    from torch._dynamo.exc import TorchDynamoException
-    from torch._inductor import config as inductor
-    inductor.fallback_random = True                                # what is compiled draws the numbers that it draws uncompiled
-    config.recompile_limit = max(config.recompile_limit, RECOMPILES)
-    fast, obstacles = torch.compile(forward), []
-
-    def either(*arguments: object) -> Any:
-        if not obstacles:
-            try:
-                return fast(*arguments)
-            except TorchDynamoException as obstacle:
-                obstacles.append(obstacle)
-                log.warning("torch.compile does not work here, this run goes on uncompiled: %s", str(obstacle).strip().partition("\n")[0])
-        return forward(*arguments)
-    return either
-
-
-def described(given: object) -> str:
-    """What somebody gave who was to give something else."""
-    if isinstance(given, Tensor):
-        return f"a tensor {tuple(given.shape)} of {str(given.dtype).removeprefix('torch.')}"
-    if isinstance(given, Mapping):
-        return f"a {type(given).__name__} of {', '.join(f'{name}: {type(value).__name__}' for name, value in given.items())}"
-    if isinstance(given, tuple | list):
-        return f"a {type(given).__name__} of {', '.join(type(value).__name__ for value in given)}"
-    return f"{given!r:.60} ({type(given).__name__})"
 
 
 def _buckets(drawn: dict[int, Tree]) -> Iterator[tuple[tuple[int, ...], Tree]]:

@@ -9,7 +9,7 @@ from hpcfl import tree
 from hpcfl.data.shards import Shard
 from hpcfl.errors import NonFiniteError
 from hpcfl.streams import kept, sow
-from hpcfl.training.engines import compiled
+from hpcfl.training.compiling import compiled
 from hpcfl.training.group import Group
 from hpcfl.tree import Tree
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,64 +13,16 @@ from torch import Tensor, nn
 
 from hpcfl.errors import JobError, LayoutError, at
 from hpcfl.streams import Stream, kept
-from hpcfl.training.engines import Forward, Plan, compiled, described, forward_one, forward_together, sequential, together
+from hpcfl.training.compiling import compiled, compiles
+from hpcfl.training.engines import forward_one, forward_together, sequential, together
 from hpcfl.training.group import OPTIMIZER, Group
-from hpcfl.training.optimizers import Optimizer
+from hpcfl.training.turns import Batches, Forward, Modules, Plan, Turn
 from hpcfl.tree import Tree
 from hpcfl.wording import spoken
 
 ENGINES = {"sequential": sequential, "vmap": together}
 PRECISIONS = {"auto": None, "float32": None, "bfloat16": torch.bfloat16}
 UNNAMED = partial(Stream, 0, "fit")
-COMPILE_PAYS = 5_000                                               # expected steps on CUDA from which a minute of compilation is taken to pay
-
-Batches = Callable[[int], Iterable[Tree]]                          # client -> its batches, on the Group's device, their random draws in them
-
-
-class Modules(nn.Module):
-    """The modules a loss works with, as attributes: `modules.model.features(x)`."""
-
-    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
-        super().__init__()
-        for name, module in modules.items():
-            self.add_module(name, module)
-
-    def forward(self, loss: Loss, batch: Tree, context: Tree) -> tuple[Tensor, Tree]:
-        """The loss () of one client on one batch and what else it measured: all that an engine differentiates, compiles or vmaps."""
-        result = loss(self, batch, context)
-        value, scalars = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            raise LayoutError(f"returned {described(value)}; wanted a floating-point tensor of shape (), or that and a dict of what else it measured")
-        if value.dim():
-            raise LayoutError(f"returned shape {tuple(value.shape)}; wanted a scalar: take its mean or sum over the batch")
-        if not isinstance(scalars, Mapping):
-            raise LayoutError(f"returned {described(scalars)} beside its value; wanted a dict of what else it measured, {{name: tensor of shape ()}}")
-        for name, scalar in scalars.items():
-            if not isinstance(scalar, Tensor) or scalar.dim():
-                raise LayoutError(f"measured '{name}' as {described(scalar)}; wanted a tensor of shape ()")
-        return value, dict(scalars)
-
-
-Loss = Callable[[Modules, Tree, Tree], Tensor | tuple[Tensor, Tree]]       # (modules, batch, context) -> loss () or (loss, {name: scalar ()})
-
-
-@dataclass(frozen=True)
-class Turn:
-    """What a batch does first, second, ...: a loss, the modules it trains, and their optimiser.
-
-    `scope(path)` picks the parameters that are trained ("model/head.weight"); the others get neither update nor gradient, and layers that
-    hold only such parameters are in eval mode, so that their running statistics stay as they are. A parameter that requires no gradient is never trained.
-    """
-
-    trains: tuple[str, ...]
-    loss: Loss
-    optimizer: Optimizer
-    scope: Callable[[str], bool] | None = None
-
-    @property
-    def named(self) -> str:
-        """The loss, in errors."""
-        return getattr(self.loss, "__qualname__", type(self.loss).__name__)
 
 
 def fit(group: Group, modules: Mapping[str, nn.Module], turns: Sequence[Turn], batches: Batches, *, context: Tree | None = None,
@@ -121,11 +73,6 @@ def fit(group: Group, modules: Mapping[str, nn.Module], turns: Sequence[Turn], b
     names = dict.fromkeys(["loss", *(name for row in rows for name in row)])
     metrics = {name: torch.tensor([row.get(name, math.nan) for row in rows], dtype=torch.float64) for name in names}
     return replace(group, state={**group.state, **changed}), metrics
-
-
-def compiles(compile: str, device: str, expected_steps: int) -> bool:
-    """Whether to compile what takes so many steps in the whole run on that type of device; `compile` as `fit` takes it."""
-    return compile == "on" or (compile == "auto" and device == "cuda" and expected_steps >= COMPILE_PAYS)
 
 
 def _plan(group: Group, modules: Mapping[str, nn.Module], turns: Sequence[Turn], keep_optimizer: bool, channels_last: bool, where: str,

@@ -4,17 +4,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from hpcfl import tree
 from hpcfl.errors import NonFiniteError
+from hpcfl.training.turns import Plan
 from hpcfl.tree import Tree
-
-if TYPE_CHECKING:
-    from hpcfl.training.engines import Plan
 
 LOST = 1e6                                                         # a loss before the first step for which training is not to blame; ten classes begin at 2.3
 

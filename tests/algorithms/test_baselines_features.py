@@ -14,7 +14,7 @@ from hpcfl.algorithms.fedgen import FeatureGenerator, FedGen, client_loss, diver
 from hpcfl.algorithms.fedtgp import FedTGP, GlobalPrototypes, contrastive_loss, margin
 from hpcfl.algorithms.shared_head import HEAD, head_of
 from hpcfl.errors import JobError
-from hpcfl.training.fit import Modules
+from hpcfl.training.turns import Modules
 from hpcfl.tree import Tree
 from hpcfl.wire.uplink import Uploads
 from tests.support.feature_methods import CLASSES, CLIENTS, FEW, FOUR, HEAD_BYTES, SIZE, features_of, labels_of, server_site, shares, usual, went

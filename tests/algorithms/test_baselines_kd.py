@@ -10,7 +10,7 @@ from hpcfl.algorithms.avgkd import AvgKD
 from hpcfl.algorithms.fml import FML
 from hpcfl.errors import JobError
 from hpcfl.training.evaluate import bind
-from hpcfl.training.fit import Modules
+from hpcfl.training.turns import Modules
 from hpcfl.tree import Tree
 from tests.support.baselines import CLASSES, CLIENTS, FOUR, PUBLIC, built, images, kl, mean, models, sizes, softmax, went
 from tests.support.in_memory import bits, finite, job, step, world

@@ -13,7 +13,7 @@ from hpcfl.data.partition import Split
 from hpcfl.latents.moments import MODES
 from hpcfl.models import fixed_maps
 from hpcfl.training.evaluate import correct, features, model_of
-from hpcfl.training.fit import Modules
+from hpcfl.training.turns import Modules
 from hpcfl.tree import Tree
 from tests.support.in_memory import Run, bits, changed, finite, job, run, step, world
 

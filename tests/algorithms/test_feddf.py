@@ -13,9 +13,9 @@ from hpcfl.contract.step import ClientSite
 from hpcfl.errors import JobError
 from hpcfl.federation.ledger import Ledger
 from hpcfl.training.evaluate import bind
-from hpcfl.training.fit import Modules, Turn
 from hpcfl.training.group import Group
 from hpcfl.training.optimizers import Optimizer
+from hpcfl.training.turns import Modules, Turn
 from hpcfl.tree import Tree
 from tests.support.baselines import CLASSES, CLIENTS, FOUR, PUBLIC, built, images, kl, models, softmax, went
 from tests.support.in_memory import Run, bits, finite, job, run, step, world

@@ -5,7 +5,7 @@ import torch
 
 from hpcfl import tree
 from hpcfl.algorithms.fedprox import FedProx
-from hpcfl.training.fit import Modules
+from hpcfl.training.turns import Modules
 from tests.support.baselines import before_average, built, images, softmax, went
 from tests.support.in_memory import bits, job, step, world
 

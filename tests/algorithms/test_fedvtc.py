@@ -18,8 +18,8 @@ from hpcfl.generators.vtc import VTC
 from hpcfl.latents.matching import MATCHINGS
 from hpcfl.latents.moments import MODES, unpack_triangle
 from hpcfl.training.evaluate import correct, model_of
-from hpcfl.training.fit import Modules
 from hpcfl.training.group import Group
+from hpcfl.training.turns import Modules
 from hpcfl.wire.uplink import Sums, Uploads
 from tests.support.in_memory import Run, bits, changed, finite, job, run, step, world
 

@@ -4,7 +4,7 @@ import torch
 
 from hpcfl import tree
 from hpcfl.contract.step import ClientSite
-from hpcfl.training.fit import Modules
+from hpcfl.training.turns import Modules
 from tests.support.gefl_doubles import (
     CLIENTS,
     GENERATORS,

@@ -9,9 +9,9 @@ import torch
 from hpcfl import cli
 from hpcfl.algorithms.gefl import TrainGenerator
 from hpcfl.errors import DataError, JobError, NonFiniteError
-from hpcfl.federation.loop import schedule
+from hpcfl.federation.state import schedule
 from hpcfl.federation.world import World
-from hpcfl.files import hdf5
+from hpcfl.files import trees
 from hpcfl.wire import communicator
 from hpcfl.wire.communicator import Alone, Communicator
 from tests.support.gefl_doubles import PLANS, described, went
@@ -161,9 +161,9 @@ def test_checkpoints_hold_moments_while_a_generator_trains_and_drop_those_of_cli
     for place in schedule(built):
         cohort = set(built.cohort(place.phase, place.row))
         trained = trained | cohort if place.phase.name in ("generator", "both") else trained - cohort
-        states = hdf5.read_trees(checkpoint_of(folder, place.row + 1) / "rank-0000.h5")
+        states = trees.read_trees(checkpoint_of(folder, place.row + 1) / "rank-0000.h5")
         for client, state in states.items():
             moments = {path.split("/")[1] for path, leaf in state.items() if path.startswith("optimizer/") and leaf.any()}
             assert moments == (NETWORKS[name] if int(client) in trained else set()), (place.phase.name, client)
-        assert {int(client) for client in states} == set(range(built.clients)) and not [path for path in hdf5.read_trees(
+        assert {int(client) for client in states} == set(range(built.clients)) and not [path for path in trees.read_trees(
             checkpoint_of(folder, place.row + 1) / "server.h5")["server"] if "optimizer" in path]

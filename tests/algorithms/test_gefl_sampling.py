@@ -7,9 +7,9 @@ from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
 
 from hpcfl.algorithms.gefl import Targets
-from hpcfl.federation.loop import schedule
+from hpcfl.federation.state import schedule
 from hpcfl.streams import Stream
-from hpcfl.training import engines, fit
+from hpcfl.training import compiling
 from tests.support import in_memory
 
 STEPS, BATCH, ROUNDS = 4, 16, 3
@@ -40,7 +40,7 @@ def test_a_gpu_compiles_from_the_number_of_calls_in_the_whole_run_that_pays(monk
     calls = STEPS * (images // BATCH) * ROUNDS * len(group.clients)
     assert images // BATCH == 4 and len(group.clients) == 3
     for pays, wanted in ((calls, True), (calls + 1, False)):
-        monkeypatch.setattr(fit, "COMPILE_PAYS", pays)
+        monkeypatch.setattr(compiling, "COMPILE_PAYS", pays)
         assert step.often(group, site) is wanted
 
 
@@ -48,7 +48,7 @@ def test_clients_with_less_than_a_batch_still_draw_one(monkeypatch):
     _, step, group, site = targets(DDPM, "cuda", compile="auto")
     small = replace(step.problem.job, training=replace(step.problem.job.training, batch=1000))
     step.problem = replace(step.problem, job=small)
-    monkeypatch.setattr(fit, "COMPILE_PAYS", STEPS * ROUNDS * len(group.clients))
+    monkeypatch.setattr(compiling, "COMPILE_PAYS", STEPS * ROUNDS * len(group.clients))
     assert step.often(group, site)
 
 
@@ -62,7 +62,7 @@ def test_compiled_samples_are_the_eager_ones_and_pictures_are_drawn_as_they_were
         eager, fast, again = (step.drawer(message, site, compile)(y, Stream(0, "sample").torch()) for compile in (False, True, True))
     graphs = counters["stats"]["unique_graphs"]
     pictures, has = step.draw(group, message, site, 2)
-    engines.compiled.cache_clear()
+    compiling.compiled.cache_clear()
     torch.testing.assert_close(fast, eager, rtol=1e-4, atol=1e-5)
     assert torch.equal(again, fast) and graphs == before + 1 == counters["stats"]["unique_graphs"]
     assert pictures.shape[:2] == (10, 2) and has.all() and not [record for record in caplog.records if record.name.startswith("hpcfl")]

@@ -16,7 +16,7 @@ from hpcfl.errors import JobError
 from hpcfl.federation.ledger import Ledger
 from hpcfl.resize import slices
 from hpcfl.training.evaluate import model_of
-from hpcfl.training.fit import Modules
+from hpcfl.training.turns import Modules
 from tests.support.in_memory import Run, bits, changed, finite, job, run, step, world
 
 CLASSES, CLIENTS = 10, 4

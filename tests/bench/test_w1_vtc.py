@@ -11,9 +11,9 @@ import torch
 from hpcfl import tree
 from hpcfl.bench import fedconv, gefl, w1_vtc
 from hpcfl.bench.fedconv import Timed, typical
-from hpcfl.training import engines
-from hpcfl.training.fit import Modules
+from hpcfl.training import compiling
 from hpcfl.training.optimizers import Optimizer
+from hpcfl.training.turns import Modules
 from hpcfl.wire.communicator import Alone, Communicator
 from tests.support import in_memory
 from tests.support.tiny_runs import started, undisturbed
@@ -122,9 +122,9 @@ def test_the_bare_generator_learns_what_the_only_client_learns(brief_gefl, monke
 
 def test_what_samples_in_many_calls_is_timed_compiled_where_that_is_wanted(brief_gefl, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    engines.compiled.cache_clear()
+    compiling.compiled.cache_clear()
     figures, _ = brief_gefl(compile=True)
-    engines.compiled.cache_clear()
+    compiling.compiled.cache_clear()
     assert [name for name in figures if name.endswith("samples_per_s")] == ["cvae_samples_per_s", "ddpm_samples_per_s", "ddpm_compiled_samples_per_s"]
 
 

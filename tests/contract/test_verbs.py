@@ -7,7 +7,7 @@ from hpcfl.contract.step import Algorithm, ClientSite, Phase, ServerSite, Update
 from hpcfl.contract.verbs import check_plan
 from hpcfl.errors import HpcflError, JobError, LayoutError
 from hpcfl.federation.delivery import Delivery
-from hpcfl.federation.loop import begin
+from hpcfl.federation.state import begin
 from hpcfl.training.group import Group
 from hpcfl.tree import Tree
 from hpcfl.wire.uplink import Statistics, Sums, Uploads

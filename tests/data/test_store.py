@@ -17,7 +17,7 @@ from PIL import Image
 from hpcfl.data import archive, corpora, sources, store
 from hpcfl.data.arrays import read_npz
 from hpcfl.errors import DataError
-from hpcfl.files.hdf5 import replacing
+from hpcfl.files.atomic import replacing
 
 
 @pytest.fixture(autouse=True)

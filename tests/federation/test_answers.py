@@ -9,9 +9,9 @@ import torch
 from hpcfl.contract.step import Phase
 from hpcfl.errors import JobError
 from hpcfl.federation.answers import Answers, simulate
-from hpcfl.federation.loop import schedule
+from hpcfl.federation.state import schedule
 from hpcfl.federation.world import World
-from hpcfl.report import summary
+from hpcfl.report import page, summary
 from hpcfl.settings.job import Federation
 from hpcfl.streams import Stream
 from hpcfl.wire.communicator import Alone, Communicator
@@ -187,8 +187,8 @@ def test_the_report_counts_answers(unreliable, tmp_path, capsys):
     assert found["asked"] == (answered >= 0).sum() == 18 and found["answered"] == (answered == 1).sum() < 18
     assert found["dropped"] + found["late"] == found["asked"] - found["answered"]
     assert found["simulated_s"] == outcome(folder).metrics["conditions/duration_s"].sum()
-    page = summary.write([folder], tmp_path).read_text()
-    assert f"{found['dropped']} dropped out, {found['late']} late" in page and ">Answers</th>" in page
+    text = page.write([folder], tmp_path).read_text()
+    assert f"{found['dropped']} dropped out, {found['late']} late" in text and ">Answers</th>" in text
     carry_out(described, tmp_path / "again")
     assert f"answers {(answered[0] == 1).sum()}/3" in capsys.readouterr().out
     assert summary.summary(carry_out(tiny("standalone"), tmp_path / "usual"))["conditions"] is None

@@ -7,7 +7,7 @@ import torch
 from hpcfl import tree
 from hpcfl.contract.step import Algorithm, ClientSite, ServerSite, Update
 from hpcfl.federation.delivery import Delivery
-from hpcfl.federation.loop import State
+from hpcfl.federation.state import State
 from hpcfl.training.group import Group
 from hpcfl.tree import Tree
 from hpcfl.wire.communicator import Alone, Communicator, connect

@@ -13,9 +13,10 @@ import torch
 
 from hpcfl.doctor.estimate import load_of, model_bytes
 from hpcfl.errors import EnvironmentFault
-from hpcfl.federation.loop import begin, regrouped
+from hpcfl.federation.loop import regrouped
 from hpcfl.federation.residency import RESIDENCIES, Disk, Host
-from hpcfl.files.hdf5 import Scratch
+from hpcfl.federation.state import begin
+from hpcfl.files.scratch import Scratch
 from hpcfl.runs import checkpoint, examination
 from hpcfl.runs.examination import Examination
 from hpcfl.runs.launch import revisit

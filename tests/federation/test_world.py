@@ -16,9 +16,9 @@ from hpcfl.federation.ledger import Ledger
 from hpcfl.federation.world import World
 from hpcfl.latents.announced import Known
 from hpcfl.settings.job import resolve
-from hpcfl.training.fit import Turn
 from hpcfl.training.losses import cross_entropy
 from hpcfl.training.optimizers import Optimizer
+from hpcfl.training.turns import Turn
 from tests.support.in_memory import bits, job, run, world
 from tests.support.tiny_runs import tiny
 

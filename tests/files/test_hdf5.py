@@ -11,7 +11,7 @@ import torch
 
 from hpcfl import tree
 from hpcfl.errors import CheckpointError, LayoutError
-from hpcfl.files import draft, hdf5
+from hpcfl.files import atomic, draft, scratch, trees
 from hpcfl.wire import packing
 from tests.support.fork_server import SERVER
 from tests.support.tiny_runs import left_half_written
@@ -45,16 +45,16 @@ def same(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 def test_wherever_the_disk_becomes_full_what_was_there_stays(tmp_path, monkeypatch):
     path = tmp_path / "file.h5"
-    hdf5.write_trees(path, TREES[:1])
+    trees.write_trees(path, TREES[:1])
     before = path.read_bytes()
     with monkeypatch.context() as patch:
         left = refusing(patch, 1 << 30)
-        hdf5.write_trees(tmp_path / "whole.h5", TREES)
+        trees.write_trees(tmp_path / "whole.h5", TREES)
         size = (1 << 30) - left[0]
     for room in range(0, size, size // 60):
         with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="file.h5: could not be written: No space left on device"):
             refusing(patch, room)
-            hdf5.write_trees(path, TREES)
+            trees.write_trees(path, TREES)
         assert path.read_bytes() == before and not left_half_written(tmp_path)
 
 
@@ -62,12 +62,12 @@ def test_a_full_disk_ends_the_work_at_the_next_leaf(tmp_path, monkeypatch):
     refusing(monkeypatch, 5000)
     asked = []
 
-    def trees():
+    def failing():
         for number in range(50):
             asked.append(number)
             yield f"{number:06d}", {"w": torch.zeros(2000)}
     with pytest.raises(CheckpointError):
-        hdf5.write_trees(tmp_path / "file.h5", trees())
+        trees.write_trees(tmp_path / "file.h5", failing())
     assert len(asked) < 5
 
 
@@ -88,11 +88,11 @@ def test_what_the_disk_refused_is_read_back_from_memory(tmp_path, monkeypatch):
 def test_other_faults_of_the_disk_are_told_by_their_names(tmp_path, monkeypatch):
     refusing(monkeypatch, 3000, errno.EDQUOT)
     with pytest.raises(CheckpointError, match="could not be written: Disk quota exceeded"):
-        hdf5.write_trees(tmp_path / "file.h5", TREES)
+        trees.write_trees(tmp_path / "file.h5", TREES)
     monkeypatch.undo()
-    monkeypatch.setattr(hdf5.os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(errno.EIO, os.strerror(errno.EIO))))
+    monkeypatch.setattr(atomic.os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(errno.EIO, os.strerror(errno.EIO))))
     with pytest.raises(CheckpointError, match="could not be written: Input/output error"):
-        hdf5.write_trees(tmp_path / "file.h5", TREES)
+        trees.write_trees(tmp_path / "file.h5", TREES)
     assert not list(tmp_path.iterdir())
 
 
@@ -102,7 +102,7 @@ def limited(folder: Path, limits: range, answers) -> None:
     for limit in limits:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
         try:
-            hdf5.write_trees(folder / "file.h5", TREES)
+            trees.write_trees(folder / "file.h5", TREES)
         except CheckpointError as error:
             told.append(str(error))
     answers.put(told)
@@ -122,22 +122,22 @@ def test_a_limit_on_the_size_of_files_is_an_error_too(tmp_path):
 @pytest.mark.parametrize("error", [RuntimeError("CUDA error"), torch.OutOfMemoryError("CUDA out of memory"), KeyError("generator"), OSError("of another")],
                          ids=lambda error: type(error).__name__)
 def test_what_the_states_raise_is_not_taken_for_the_disk(tmp_path, error):
-    hdf5.write_trees(tmp_path / "file.h5", TREES[:1])
+    trees.write_trees(tmp_path / "file.h5", TREES[:1])
     before = (tmp_path / "file.h5").read_bytes()
 
-    def trees():
+    def failing():
         yield TREES[0]
         raise error
     with pytest.raises(type(error)) as raised:
-        hdf5.write_trees(tmp_path / "file.h5", trees())
+        trees.write_trees(tmp_path / "file.h5", failing())
     assert raised.value is error and (tmp_path / "file.h5").read_bytes() == before and not left_half_written(tmp_path)
 
 
 def test_what_a_reader_of_trees_raises_is_not_damage(tmp_path, monkeypatch):
-    hdf5.write_trees(tmp_path / "file.h5", TREES)
-    monkeypatch.setattr(hdf5, "_leaf", lambda file, dataset: {}["own mistake"])
+    trees.write_trees(tmp_path / "file.h5", TREES)
+    monkeypatch.setattr(trees, "_leaf", lambda file, dataset: {}["own mistake"])
     with pytest.raises(KeyError, match="own mistake"):
-        hdf5.read_trees(tmp_path / "file.h5")
+        trees.read_trees(tmp_path / "file.h5")
 
 
 @pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
@@ -147,40 +147,40 @@ def test_a_leaf_of_any_type_of_torch_keeps_every_bit(tmp_path, dtype):
     bits = bits % 2 if dtype == torch.bool else bits
     numbers = bits.view(dtype)
     leaves = {"some": numbers.reshape(3, 4), "one": numbers[0].clone(), "none": numbers[:0], "turned": numbers.reshape(3, 4).T}
-    hdf5.write_trees(tmp_path / "file.h5", [("server", leaves)])
-    read = hdf5.read_trees(tmp_path / "file.h5")["server"]
+    trees.write_trees(tmp_path / "file.h5", [("server", leaves)])
+    read = trees.read_trees(tmp_path / "file.h5")["server"]
     assert read.keys() == leaves.keys() and all(same(read[path], leaves[path].contiguous()) for path in leaves)
-    scratch = hdf5.Scratch(str(tmp_path))
-    assert all(same(scratch.read(scratch.write(leaf)), leaf.contiguous()) for leaf in [*leaves.values(), *read.values()])
+    file = scratch.Scratch(str(tmp_path))
+    assert all(same(file.read(file.write(leaf)), leaf.contiguous()) for leaf in [*leaves.values(), *read.values()])
     travelled, = packing.unpack(packing.pack([leaves]), [tree.layout(leaves)])
     assert all(same(travelled[path], leaves[path].contiguous()) for path in leaves)
 
 
 def test_a_conjugate_is_stored_as_what_it_is(tmp_path):
     leaf = torch.tensor([1 + 2j, 3 - 4j]).conj()
-    hdf5.write_trees(tmp_path / "file.h5", [("server", {"z": leaf, "minus": leaf.imag})])
-    read = hdf5.read_trees(tmp_path / "file.h5")["server"]
+    trees.write_trees(tmp_path / "file.h5", [("server", {"z": leaf, "minus": leaf.imag})])
+    read = trees.read_trees(tmp_path / "file.h5")["server"]
     assert read["z"].tolist() == [1 - 2j, 3 + 4j] and read["minus"].tolist() == [-2.0, 4.0]
 
 
 def test_a_leaf_that_is_no_plain_array_is_refused_with_its_path(tmp_path):
     with pytest.raises(LayoutError, match=r"'server/mask' is torch.float32, torch.sparse_coo; wanted plain arrays .*to_dense"):
-        hdf5.write_trees(tmp_path / "file.h5", [("server", {"mask": torch.eye(3).to_sparse()})])
+        trees.write_trees(tmp_path / "file.h5", [("server", {"mask": torch.eye(3).to_sparse()})])
     assert not list(tmp_path.iterdir())
 
 
 def test_bits_of_a_type_that_this_torch_lacks_are_refused_by_name(tmp_path):
-    hdf5.write_trees(tmp_path / "file.h5", [("server", {"w": torch.zeros(3, dtype=torch.bfloat16)})])
+    trees.write_trees(tmp_path / "file.h5", [("server", {"w": torch.zeros(3, dtype=torch.bfloat16)})])
     with h5py.File(tmp_path / "file.h5", "r+") as file:
-        file["server/w"].attrs[hdf5.TYPE] = "float1_of_tomorrow"
+        file["server/w"].attrs[trees.TYPE] = "float1_of_tomorrow"
     with pytest.raises(CheckpointError, match="'/server/w' holds the bits of type 'float1_of_tomorrow', which torch .* does not know"):
-        hdf5.read_trees(tmp_path / "file.h5")
+        trees.read_trees(tmp_path / "file.h5")
 
 
 @pytest.mark.parametrize("way", ["external link", "soft link", "external link to a group", "kept in another file", "virtual dataset", "endless group"])
 def test_nothing_leads_a_checkpoint_into_another_file(tmp_path, way):
-    hdf5.write_trees(tmp_path / "other.h5", TREES)
-    hdf5.write_trees(tmp_path / "file.h5", TREES[:1])
+    trees.write_trees(tmp_path / "other.h5", TREES)
+    trees.write_trees(tmp_path / "file.h5", TREES[:1])
     with h5py.File(tmp_path / "file.h5", "r+") as file:
         server = file["server"]
         if way == "external link":
@@ -199,14 +199,14 @@ def test_nothing_leads_a_checkpoint_into_another_file(tmp_path, way):
             server.create_virtual_dataset("more", layout)
     words = "deeper than" if way == "endless group" else f"{way.removesuffix(' to a group')}.*not followed"
     with pytest.raises(CheckpointError, match=words):
-        hdf5.read_trees(tmp_path / "file.h5")
+        trees.read_trees(tmp_path / "file.h5")
 
 
 def test_a_short_note_finds_room_on_a_disk_that_has_none(tmp_path, monkeypatch):
-    hdf5.note(tmp_path / "STATUS", "running\n")
+    atomic.note(tmp_path / "STATUS", "running\n")
     monkeypatch.setattr(draft.os, "open", lambda *arguments: (_ for _ in ()).throw(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
-    hdf5.note(tmp_path / "STATUS", "failed: no room\n")
-    hdf5.note(tmp_path / "STATUS", "short\n")
+    atomic.note(tmp_path / "STATUS", "failed: no room\n")
+    atomic.note(tmp_path / "STATUS", "short\n")
     assert (tmp_path / "STATUS").read_text() == "short\n"
     with pytest.raises(CheckpointError, match="No space left"):
-        hdf5.note(tmp_path / "NEW", "text")
+        atomic.note(tmp_path / "NEW", "text")

@@ -134,7 +134,7 @@ def test_a_file_that_was_made_and_the_others_not_removed_counts_alone(apart, tmp
 
 @pytest.mark.parametrize("step", ["write", "replace", "sync"])
 def test_a_checkpoint_that_fails_anywhere_leaves_all_rows_of_the_one_before(step, apart, tmp_path, monkeypatch):
-    from hpcfl.files import draft, hdf5
+    from hpcfl.files import atomic, draft
 
     def fail(*arguments):
         raise OSError(28, "No space left on device")
@@ -145,7 +145,7 @@ def test_a_checkpoint_that_fails_anywhere_leaves_all_rows_of_the_one_before(step
         record.append(path)
     carry_on(record, 4)
     with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="rows-000005.h5: could not be written: No space left on device"):
-        patch.setattr(*{"write": (draft.os, "pwrite"), "replace": (hdf5.os, "replace"), "sync": (hdf5, "sync")}[step], fail)
+        patch.setattr(*{"write": (draft.os, "pwrite"), "replace": (atomic.os, "replace"), "sync": (atomic, "sync")}[step], fail)
         record.append(path)
     assert as_read(path, 5, tmp_path / "read") == whole(tmp_path / "whole", 5) and [each.name for each in metrics.beside(path)] == ["rows-000003.h5"]
     record.append(path)

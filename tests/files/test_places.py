@@ -13,12 +13,12 @@ from hpcfl import cli
 from hpcfl.analysis import scaling
 from hpcfl.data import store
 from hpcfl.errors import JobError
-from hpcfl.files import hdf5, places
+from hpcfl.files import atomic, places
 from tests.support.tiny_runs import carry_out, tiny, write_job
 
 ASCII = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}             # Python reads, writes and speaks ASCII where nobody says otherwise
 TEXT = ("read_text", "write_text", "FileHandler")
-OWN = ("os", "Image", "hdf5", "self", "self.ledger", "exchange.ledger", "ledger")   # whose methods of these names open no text, or take care of it
+OWN = ("os", "Image", "atomic", "self", "self.ledger", "exchange.ledger", "ledger")   # whose methods of these names open no text, or take care of it
 
 
 def spoken(call: ast.Call) -> bool:
@@ -105,5 +105,5 @@ def test_json_that_another_shell_wrote_is_read(tmp_path, encoding):
 
 
 def test_text_is_written_as_utf_8(tmp_path):
-    hdf5.write_text(tmp_path / "STATUS", "größe\n")
+    atomic.write_text(tmp_path / "STATUS", "größe\n")
     assert (tmp_path / "STATUS").read_bytes() == "größe\n".encode()

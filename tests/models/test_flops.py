@@ -10,10 +10,11 @@ from hpcfl.algorithms.fedvtc import FedVTCBySums
 from hpcfl.federation.ledger import Ledger
 from hpcfl.models.flops import Counter
 from hpcfl.models.vit import Attention
-from hpcfl.training import engines
-from hpcfl.training.fit import Turn, fit
+from hpcfl.training import compiling
+from hpcfl.training.fit import fit
 from hpcfl.training.group import Group
 from hpcfl.training.optimizers import Optimizer
+from hpcfl.training.turns import Turn
 from tests.support import in_memory
 
 ENGINES = ("sequential", "vmap")
@@ -145,9 +146,9 @@ def test_a_step_with_little_to_do_does_not_hide_what_the_one_before_it_took():
 
 
 def test_compiled_code_runs_uncompiled_where_it_is_counted():
-    engines.compiled.cache_clear()
+    compiling.compiled.cache_clear()
     graphs = counters["stats"]["unique_graphs"]
     runs = [in_memory.run(in_memory.world(in_memory.job("fedavg", federation={"rounds": 1}, run={"compile": choice}, **COUNTED))) for choice in ("off", "on")]
-    engines.compiled.cache_clear()
+    compiling.compiled.cache_clear()
     assert runs[0].metric("flops", 0) == runs[1].metric("flops", 0)
     assert counters["stats"]["unique_graphs"] == graphs

@@ -17,7 +17,7 @@ import pytest
 from hpcfl import cli
 from hpcfl.errors import CheckpointError, JobError
 from hpcfl.files import lock
-from hpcfl.report import figures, labels, recording, summary, tables
+from hpcfl.report import figures, labels, page, recording, summary, tables
 
 TEXT = h5py.string_dtype()
 JOB = """[run]
@@ -122,7 +122,7 @@ def compared(tmp_path_factory) -> Path:
     """The folder of a report of three runs, two of which differ only in seed."""
     base = tmp_path_factory.mktemp("report")
     runs = [record(base / "a", seed=0), record(base / "b", seed=1, right=1), record(base / "c", name="<i>$x", lr=0.2, status="running")]
-    summary.write(runs, base / "out")
+    page.write(runs, base / "out")
     return base / "out"
 
 
@@ -144,7 +144,7 @@ def test_models_of_the_federation_have_an_accuracy_beside_the_clients(tmp_path):
     assert "global" not in summary.summary(record(tmp_path / "without"))["accuracy"]
     heading, line = told([folder]).splitlines()[:2]
     assert heading.index("global model") < heading.index("clients") and line.index("62.5 (50.0 to 75.0)") < line.index("50.0 (50.0 to 50.0)")
-    text = summary.write([folder], tmp_path / "out").read_text()
+    text = page.write([folder], tmp_path / "out").read_text()
     assert "<dt>Global model</dt><dd>62.5 %" in text and "<b>62.5</b><small>50.0 – 75.0</small>" in text and "<td>50.0<small>50.0 – 50.0</small>" in text
     assert summary.summary(folder)["accuracy"]["report"]["measure"] == "global"
     assert summary.summary(record(tmp_path / "clients"))["accuracy"]["report"]["measure"] == "generalization"
@@ -158,7 +158,7 @@ def test_bytes_until_an_accuracy_are_those_of_the_federations_models_where_there
     assert found["until_accuracy_of"] == "global"
     assert [found["until_accuracy"][target]["rounds"] for target in ("50", "75")] == [1, 1]
     assert found["until_client_accuracy"]["50"]["rounds"] == 2 and found["until_client_accuracy"]["75"] is None
-    assert "First evaluation at which the mean of the federation's own models reached it" in summary.write([tmp_path / "run"], tmp_path / "out").read_text()
+    assert "First evaluation at which the mean of the federation's own models reached it" in page.write([tmp_path / "run"], tmp_path / "out").read_text()
 
 
 @pytest.mark.parametrize(("word", "key", "said"), [("adopt", "before_adopt", "adopting the server's model"), ("finetune", "before_finetune", "fine-tuning"),
@@ -171,9 +171,9 @@ def test_models_before_the_last_work_are_called_after_what_that_work_is(tmp_path
     assert accuracy["described"][key] == f"clients' models as they trained them, before {said}, on the whole test set"
     assert accuracy["described"]["generalization"] == f"clients' models at the end of the round, after {said}, on the whole test set"
     assert accuracy["described"].keys() == {"generalization", "personal", "absent_classes", key}
-    page, line = summary.write([folder], tmp_path / "out").read_text(), told([folder]).splitlines()[1]
+    text, line = page.write([folder], tmp_path / "out").read_text(), told([folder]).splitlines()[1]
     assert f"Clients before and after {said}" in page.replace("&#x27;", "'") and said.split()[0] in line.split()
-    assert (word == "finetune") == ("fine-tuning" in page + told([folder])), "only what fine-tunes is called so"
+    assert (word == "finetune") == ("fine-tuning" in text + told([folder])), "only what fine-tunes is called so"
 
 
 def test_a_run_that_is_not_finished_has_no_result_yet(tmp_path):
@@ -241,8 +241,8 @@ def test_load_balance_and_waiting_are_on_the_page(tmp_path):
     run = record(tmp_path / "run")
     found = summary.summary(run)
     assert found["load_balance"] == (3.0 + 2.0) / (2.0 + 1.5) and found["idle_share"] == 3.0 / 20.0
-    page = summary.write([run], tmp_path).read_text()
-    assert "waiting 15.0 %, busiest rank 1.43 of the mean" in page and "<summary>Ranks</summary>" in page and "Waiting (%)" in page
+    text = page.write([run], tmp_path).read_text()
+    assert "waiting 15.0 %, busiest rank 1.43 of the mean" in text and "<summary>Ranks</summary>" in text and "Waiting (%)" in text
 
 
 def test_architectures_are_means_over_their_clients_and_rounds(tmp_path):
@@ -303,11 +303,11 @@ def test_run_that_was_never_evaluated_has_no_accuracy_over_architectures(tmp_pat
         del file["evaluation"]
     folder = three_ways(tmp_path / "run", change=forget)
     assert summary.summary(folder)["accuracy"]["over_architectures"] is None
-    assert "three ways" not in summary.write([folder], tmp_path / "out").read_text()
+    assert "three ways" not in page.write([folder], tmp_path / "out").read_text()
 
 
 def test_page_says_that_the_best_on_test_is_selected_by_test_data(tmp_path):
-    text = summary.write([three_ways(tmp_path / "run")], tmp_path / "out").read_text()
+    text = page.write([three_ways(tmp_path / "run")], tmp_path / "out").read_text()
     assert "nothing selected it" in text and "<b>20.0" not in text
     rows = text[text.index("three ways</caption>"):]
     assert "Best on test, as published; selects by test data (%)" in rows[:rows.index("</thead>")]
@@ -317,7 +317,7 @@ def test_page_says_that_the_best_on_test_is_selected_by_test_data(tmp_path):
 
 def test_three_ways_are_averaged_over_seeds(tmp_path):
     runs = [three_ways(tmp_path / str(seed), seed=seed, better=better) for seed, better in enumerate((0, 2, 4))]
-    text = summary.write(runs, tmp_path / "out").read_text()
+    text = page.write(runs, tmp_path / "out").read_text()
     seeds = text[text.index("Over architectures: mean ± sample standard deviation over seeds</caption>"):text.index("<figure>")]
     assert "<td>27.0 ± 2.0</td><td>45.0 ± 0.0</td><td>52.5 ± 0.0</td>" in seeds
     assert "Best on test, as published; selects by test data (%)" in seeds
@@ -334,7 +334,7 @@ def test_operations_are_means_over_the_clients_of_an_architecture_in_each_phase(
                               "train": {"a": {"training_flops_per_round": None, "refining_flops_per_round": 5.0},
                                         "b": {"training_flops_per_round": None, "refining_flops_per_round": 7.0}}}
     assert [entry["forward_flops"] for entry in found["by_architecture"]] == [1500, 10]
-    text = summary.write([folder], tmp_path / "out").read_text()
+    text = page.write([folder], tmp_path / "out").read_text()
     assert "<td class=word>a</td><td>2.00 MFLOP</td><td>–</td>" in text and "<td>1.50 kFLOP</td>" in text
     assert "Training per round" not in text, "the operations of one round are no curve"
     assert summary.summary(three_ways(tmp_path / "uncounted"))["flops"] == {}
@@ -354,7 +354,7 @@ def test_negative_shares_are_sorted_by_layer_and_from_wide_to_narrow(tmp_path):
 
 @pytest.mark.parametrize(("layers", "title"), [(3, "Share of negative weights"), (11, "Share of negative weights, round 2")])
 def test_page_shows_what_the_server_measured(tmp_path, layers, title):
-    text = summary.write([altered(tmp_path / "run", compressing(layers))], tmp_path / "out").read_text()
+    text = page.write([altered(tmp_path / "run", compressing(layers))], tmp_path / "out").read_text()
     assert text.count("<figure>") == 8 + 2 and f"<figcaption>{title}</figcaption>" in text
     assert f"before compression {50 + (layers + 1) / 2:.1f} %; cnn1@0.75 {40 + (layers + 1) / 2:.1f} %" in text
     assert "aggregation 60.0 %; compression cnn1@0.5 20.0 %; dilation, mean of clients 35.0 %" in text
@@ -431,21 +431,21 @@ def test_record_of_other_shape_or_schema_is_refused(tmp_path):
 
 def test_damaged_run_stops_the_report_before_anything_is_written(tmp_path):
     with pytest.raises(JobError):
-        summary.write([record(tmp_path / "run"), tmp_path / "nowhere"], tmp_path / "out")
+        page.write([record(tmp_path / "run"), tmp_path / "nowhere"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_page_needs_nothing_but_itself(compared):
-    page = (compared / "report.html").read_text()
-    assert not re.search(r"https?:|<script|url\(|@import", page)
-    sources = re.findall(r'<img src="([^"]*)"', page)
+    text = (compared / "report.html").read_text()
+    assert not re.search(r"https?:|<script|url\(|@import", text)
+    sources = re.findall(r'<img src="([^"]*)"', text)
     assert len(sources) == page.count("<figure>") == 2 + 3 * 8 and all(source.startswith("data:image/png;base64,") for source in sources)
     assert page.count("prefers-color-scheme: dark)\" srcset=") == len(sources)
 
 
 def test_every_figure_has_a_caption_and_words_for_who_cannot_see_it(compared):
-    page = (compared / "report.html").read_text()
-    alternatives = re.findall(r'alt="([^"]*)"', page)
+    text = (compared / "report.html").read_text()
+    alternatives = re.findall(r'alt="([^"]*)"', text)
     assert len(alternatives) == page.count("<figcaption>") and min(map(len, alternatives)) > 30
     assert any("last, clients then between 50.0 % and 50.0 %" in text for text in alternatives)
 
@@ -458,15 +458,15 @@ def test_figures_are_also_png_and_svg_files_with_short_names(compared):
 
 
 def test_runs_that_differ_only_in_seed_are_averaged(compared):
-    page = (compared / "report.html").read_text()
-    seeds = page[page.index("sample standard deviation over seeds"):page.index("<figure>")]
+    text = (compared / "report.html").read_text()
+    seeds = text[text.index("sample standard deviation over seeds"):text.index("<figure>")]
     seeds = seeds[:seeds.index("</table>")]
     assert "<b>53.8 ± 5.3</b>" in seeds and "<small>seeds 0, 1</small>" in seeds and seeds.count("<tr>") == 2      # one group
 
 
 def test_names_out_of_files_cannot_become_markup(compared):
-    page = (compared / "report.html").read_text()
-    assert "<i>" not in page and "mlp<b>" not in page and "&lt;i&gt;$x" in page
+    text = (compared / "report.html").read_text()
+    assert "<i>" not in text and "mlp<b>" not in text and "&lt;i&gt;$x" in text
 
 
 def test_same_seed_twice_is_not_averaged(tmp_path):
@@ -565,7 +565,7 @@ def test_a_run_in_which_nothing_is_averaged_says_so(tmp_path):
     folder = altered(tmp_path / "run", lonely)
     warning, = summary.summary(folder)["warnings"]
     assert warning.startswith("fedvtc averages nothing here") and warning in told([folder])
-    assert "<p class=warning>fedvtc averages nothing here" in summary.write([folder], tmp_path / "out").read_text()
+    assert "<p class=warning>fedvtc averages nothing here" in page.write([folder], tmp_path / "out").read_text()
     assert summary.summary(record(tmp_path / "other"))["warnings"] == []
 
 
@@ -622,9 +622,9 @@ def test_the_first_table_has_few_enough_columns_for_a_laptop(compared):
 
 
 def test_the_page_begins_with_its_contents(compared):
-    page = (compared / "report.html").read_text()
-    anchors = re.findall(r"<li><a href=#([\w-]+)>", page)
-    assert anchors == ["results", "comparison", "run-1", "run-2", "run-3"] and all(f'id="{anchor}"' in page for anchor in anchors)
+    text = (compared / "report.html").read_text()
+    anchors = re.findall(r"<li><a href=#([\w-]+)>", text)
+    assert anchors == ["results", "comparison", "run-1", "run-2", "run-3"] and all(f'id="{anchor}"' in text for anchor in anchors)
 
 
 def test_drawing_library_is_not_loaded_before_it_is_needed():

@@ -7,10 +7,11 @@ from torch import nn
 from hpcfl.errors import LayoutError
 from hpcfl.models import zoo
 from hpcfl.resize.filtered import INITS, Filtered, WeightFilter, mlr
-from hpcfl.training.fit import Turn, fit
+from hpcfl.training.fit import fit
 from hpcfl.training.group import Group
 from hpcfl.training.losses import cross_entropy
 from hpcfl.training.optimizers import Optimizer
+from hpcfl.training.turns import Turn
 from hpcfl.tree import Tree, join, repeat, row, stack
 
 COLOUR, RATIOS = (3, 16, 16), (0.75, 0.5625, 0.42, 0.25)

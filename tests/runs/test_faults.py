@@ -42,15 +42,16 @@ def save_and_wait(folder, world, state, *rest):
 checkpoint.save = save_and_wait
 """
 STICKS_WHILE_WRITING = RANK + """
-from hpcfl.files import hdf5
-sync = hdf5.sync
+from hpcfl.files import atomic
+from hpcfl.files import atomic
+sync = atomic.sync
 
 def sync_or_stick(path):
     if "round-000003" in str(path):
         Path(f"writing-{rank}").touch()
         time.sleep(1000)
     sync(path)
-hdf5.sync = sync_or_stick
+atomic.sync = sync_or_stick
 """
 RAISES = RANK + """
 from hpcfl.algorithms.standalone import Standalone

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import h5py
 
-from hpcfl.files import hdf5
+from hpcfl.files import atomic, trees
 from hpcfl.runs import checkpoint
 from hpcfl.runs.checkpoint import latest
 from tests.support.fork_server import Forked
@@ -22,9 +22,9 @@ SEED = int(os.environ.get("HPCFL_TEST_SEED", time.time_ns() % 10**9))
 WRITING = ("client and server states", "record", "manifest and LATEST", "pruning")
 SAYS_WHAT_IT_DOES = """
 import os
-from hpcfl.files import hdf5
+from hpcfl.files import trees
 from hpcfl.runs import checkpoint
-from hpcfl.federation.loop import Exchange
+from hpcfl.federation.exchange import Exchange
 from hpcfl.runs.record import Record
 from hpcfl.runs.simulation import Simulation
 file, open_ones = os.open("doing", os.O_CREAT | os.O_WRONLY), ["start-up"]
@@ -45,7 +45,7 @@ os.pwrite(file, b"start-up".ljust(40), 0)
 says(Simulation, "run", "between")
 says(Exchange, "work", "training")
 says(Simulation, "_evaluate", "evaluation")
-says(hdf5, "write_trees", "client and server states")
+says(trees, "write_trees", "client and server states")
 says(Record, "write", "record")
 says(checkpoint, "_seal", "manifest and LATEST")
 says(checkpoint, "_prune", "pruning")
@@ -80,7 +80,7 @@ def newest_rows(folder: Path) -> int:
     for each in sealed:
         for name, entry in json.loads((each / "manifest.json").read_text())["files"].items():
             assert hashlib.sha256((each / name).read_bytes()).hexdigest() == entry["sha256"], f"{each / name} counts, and is not whole"
-            assert hdf5.read_trees(each / name) or not entry["clients"]
+            assert trees.read_trees(each / name) or not entry["clients"]
     newest = latest(folder)
     assert newest in (None, *sealed), f"LATEST names {newest}, which does not count"
     rows = int(newest.name[-6:]) if newest else 0
@@ -158,7 +158,7 @@ def test_every_step_of_a_checkpoint_leaves_a_run_that_goes_on_to_the_same_end(tm
 def test_what_counts_is_on_the_disk_before_it_counts(tmp_path, monkeypatch):
     """After a power cut there is what was flushed: files by fsync, names by fsync of their folder."""
     flushed, lasting, told = set[int](), {tmp_path}, []
-    sync, replace, prune = hdf5.sync, os.replace, checkpoint._prune
+    sync, replace, prune = atomic.sync, os.replace, checkpoint._prune
 
     def noted(path):
         sync(path)
@@ -182,8 +182,8 @@ def test_what_counts_is_on_the_disk_before_it_counts(tmp_path, monkeypatch):
         assert not lost(newest.parent.parent / "LATEST")
         told.append("prune")
         prune(newest, keep)
-    monkeypatch.setattr(hdf5, "sync", noted)
-    monkeypatch.setattr(hdf5.os, "replace", watched)
+    monkeypatch.setattr(atomic, "sync", noted)
+    monkeypatch.setattr(atomic.os, "replace", watched)
     monkeypatch.setattr(checkpoint, "_prune", prune_behind_latest)
     carry_out(tiny("standalone", checkpoint={"every": 1, "keep": 1}), tmp_path / "below" / "run")
     assert told.count("manifest.json") == told.count("LATEST") == told.count("prune") == 3

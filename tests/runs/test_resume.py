@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hpcfl.errors import CheckpointError, JobError
-from hpcfl.federation.loop import schedule
+from hpcfl.federation.state import schedule
 from hpcfl.federation.world import World
 from hpcfl.files import metrics
 from hpcfl.report import summary

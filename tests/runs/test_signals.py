@@ -17,7 +17,7 @@ from tests.support.tiny_runs import apart, carry_out, deterministic, left_half_w
 SENDINGS = (("SIGUSR1",), ("SIGTERM", "SIGTERM"), ("SIGINT",), ("SIGHUP", "SIGINT", "SIGUSR1"))
 INTERRUPTED = """
 import os, signal
-from hpcfl.files import hdf5
+from hpcfl.files import trees
 from hpcfl.runs import checkpoint, launch
 from hpcfl.federation.loop import Exchange
 from hpcfl.runs.record import Record
@@ -31,7 +31,7 @@ def interrupted(*arguments, **named):
 {owner}.{name} = interrupted
 """
 IN_THE_ROUND = {"start-up": "launch.World", "training": "Exchange.work", "server's work": "Exchange.serve", "evaluation": "Simulation._evaluate"}
-BEHIND_IT = {"client states": "hdf5.write_trees", "record": "Record.write", "manifest": "checkpoint._seal", "pruning": "checkpoint._prune"}
+BEHIND_IT = {"client states": "trees.write_trees", "record": "Record.write", "manifest": "checkpoint._seal", "pruning": "checkpoint._prune"}
 WAITS = """
 import os, sys, time
 from pathlib import Path
@@ -51,7 +51,7 @@ class AtTorch:
 sys.meta_path.insert(0, AtTorch())
 """
 WHILE_RANK_1_TRAINS = WAITS + """
-from hpcfl.federation.loop import Exchange
+from hpcfl.federation.exchange import Exchange
 work = Exchange.work
 
 def work_late(self, verb, step, message, state, place, *rest):

@@ -11,8 +11,8 @@ from hpcfl.contract.step import ClientSite
 from hpcfl.generators.generative import GenerativeModel
 from hpcfl.models import zoo
 from hpcfl.settings.job import Job
-from hpcfl.training.fit import Turn
 from hpcfl.training.group import Group
+from hpcfl.training.turns import Turn
 from hpcfl.tree import Tree
 from tests.support.in_memory import Run, job, run, world
 

@@ -9,9 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from hpcfl import tree
 from hpcfl.streams import Stream
 from hpcfl.training.evaluate import bind
-from hpcfl.training.fit import Modules, Turn, fit
+from hpcfl.training.fit import fit
 from hpcfl.training.group import Group
 from hpcfl.training.optimizers import Optimizer
+from hpcfl.training.turns import Modules, Turn
 
 CLIENTS = 3
 LABEL = torch.zeros(1, dtype=torch.int64, device="meta")

@@ -8,8 +8,10 @@ import torch
 
 from hpcfl.algorithms import CONFIGS, PLANS
 from hpcfl.contract.step import Algorithm, Phase
+from hpcfl.federation.exchange import Exchange
 from hpcfl.federation.ledger import Ledger
-from hpcfl.federation.loop import Exchange, Place, State, begin, rounds
+from hpcfl.federation.loop import rounds
+from hpcfl.federation.state import Place, State, begin
 from hpcfl.federation.world import World
 from hpcfl.settings.job import Job, resolve
 from hpcfl.tree import Tree

@@ -19,7 +19,7 @@ import torch
 
 from hpcfl.algorithms import CONFIGS, PLANS
 from hpcfl.federation.delivery import DERIVED
-from hpcfl.files import hdf5
+from hpcfl.files import trees
 from hpcfl.runs import launch
 from hpcfl.runs.signals import NUMBERS
 from hpcfl.settings.job import Job, resolve
@@ -137,12 +137,12 @@ def checkpoint_of(folder: Path, rows: int) -> Path:
 def outcome(folder: Path) -> Outcome:
     """Read a run folder; the record by h5py alone, so that no code of ours hides what it holds."""
     checkpoint = folder / "checkpoints" / (folder / "LATEST").read_text().strip()
-    clients = {int(client): _begun(state) for path in sorted(checkpoint.glob("rank-*.h5")) for client, state in hdf5.read_trees(path).items()}
+    clients = {int(client): _begun(state) for path in sorted(checkpoint.glob("rank-*.h5")) for client, state in trees.read_trees(path).items()}
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     metrics: dict[str, np.ndarray] = {}
     with h5py.File(folder / "metrics.h5", "r") as file:
         file.visititems(lambda name, item: metrics.update({name: item[()]}) if isinstance(item, h5py.Dataset) else None)
-    return Outcome(hdf5.read_trees(checkpoint / "server.h5")["server"], dict(sorted(clients.items())), manifest, metrics)
+    return Outcome(trees.read_trees(checkpoint / "server.h5")["server"], dict(sorted(clients.items())), manifest, metrics)
 
 
 def _begun(state: Tree) -> Tree:

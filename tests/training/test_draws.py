@@ -13,14 +13,17 @@ from hpcfl import tree
 from hpcfl.algorithms.fedavg import Config, FedAvg
 from hpcfl.contract.step import Phase, Update
 from hpcfl.data.shards import Scale, Shard
+from hpcfl.federation.exchange import Exchange
 from hpcfl.federation.ledger import Ledger
-from hpcfl.federation.loop import Exchange, begin, rounds
+from hpcfl.federation.loop import rounds
+from hpcfl.federation.state import begin
 from hpcfl.streams import Stream, generators, kept, sow
-from hpcfl.training import engines
+from hpcfl.training import compiling
 from hpcfl.training.evaluate import correct, in_batches
-from hpcfl.training.fit import Turn, fit
+from hpcfl.training.fit import fit
 from hpcfl.training.group import Group
 from hpcfl.training.optimizers import Optimizer
+from hpcfl.training.turns import Turn
 from tests.support.in_memory import bits, job, world
 
 ENGINES = ("sequential", "vmap")
@@ -145,7 +148,7 @@ def test_a_compiled_network_draws_what_it_draws_uncompiled(compile_with):
         compiled, eager = (fit(start, {"model": nn.Linear(16, 3)}, [Turn(("model",), dropping, SGD)], lambda client: list(batches(0))[:2],
                                engine="sequential", compile=choice)[0].state for choice in ("on", "off"))
         assert inductor.fallback_random, "inductor would draw numbers of its own"
-    engines.compiled.cache_clear()
+    compiling.compiled.cache_clear()
     for path, leaf in eager.items():
         torch.testing.assert_close(compiled[path], leaf, rtol=0, atol=1e-6)
 

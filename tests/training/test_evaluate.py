@@ -11,7 +11,7 @@ from hpcfl import tree
 from hpcfl.data.shards import Scale, Shard
 from hpcfl.errors import NonFiniteError
 from hpcfl.models import zoo
-from hpcfl.training import engines
+from hpcfl.training import compiling
 from hpcfl.training.evaluate import bind, correct, features, in_batches, model_of
 from hpcfl.training.group import Group
 
@@ -79,7 +79,7 @@ def test_compiled_answers_are_the_eager_ones_and_one_compilation_serves_all_stat
             eager, fast = (bind(modules["model"], state, compile=choice)(x) for choice in (False, True))
             torch.testing.assert_close(fast, eager)
             assert not fast.requires_grad and modules["model"].training == (number % 2 == 0)
-    engines.compiled.cache_clear()
+    compiling.compiled.cache_clear()
     assert counters["stats"]["unique_graphs"] == before + 1
     assert not [record for record in caplog.records if record.name.startswith("hpcfl")]
 
@@ -92,13 +92,13 @@ def test_what_is_not_asked_for_is_not_compiled():
 
 def test_without_a_compiler_answers_are_the_eager_ones_and_it_is_said_once(monkeypatch, caplog):
     monkeypatch.setenv("CXX", "/nowhere/g++")
-    engines.compiled.cache_clear()
+    compiling.compiled.cache_clear()
     torch.compiler.reset()
     group, modules = example()
     x, state = shard().pixels(slice(None)), tree.part(group.states()[5], "model")
     with caplog.at_level(logging.WARNING, logger="hpcfl"), inductor.patch({"cpp.cxx": ("/nowhere/g++",), "force_disable_caches": True}):
         answers = [bind(modules["model"], state, compile=choice)(x) for choice in (True, True, False)]
-    engines.compiled.cache_clear()
+    compiling.compiled.cache_clear()
     assert torch.equal(answers[0], answers[2]) and torch.equal(answers[1], answers[2])
     said = [record.getMessage() for record in caplog.records if record.name.startswith("hpcfl")]
     assert len(said) == 1 and said[0].startswith("torch.compile does not work here")

@@ -14,10 +14,11 @@ from hpcfl import tree
 from hpcfl.errors import JobError, LayoutError, NonFiniteError
 from hpcfl.settings.job import Training
 from hpcfl.streams import Stream
-from hpcfl.training import engines
-from hpcfl.training.fit import Turn, fit
+from hpcfl.training import compiling
+from hpcfl.training.fit import fit
 from hpcfl.training.group import Group
 from hpcfl.training.optimizers import Optimizer
+from hpcfl.training.turns import Turn
 
 SGD = Optimizer("sgd", 0.1, momentum=0.9, weight_decay=1e-3)
 ADAM = Optimizer("adam", 1e-3, weight_decay=1e-3)
@@ -478,21 +479,21 @@ def test_compiled_equals_eager(engine, backend, compile_with, caplog):
         graphs = counters["stats"]["unique_graphs"]
         fit(group, {"generator": Generator()}, [turn], noisy_batches([(5,), (5,)]), engine=engine, compile="on")
     assert counters["stats"]["unique_graphs"] == graphs            # the next round compiles nothing
-    engines.compiled.cache_clear()
+    compiling.compiled.cache_clear()
     assert not [record for record in caplog.records if record.name.startswith("hpcfl")]
     close(eager, fast)
 
 
 def test_without_a_compiler_training_goes_on_and_says_so_once(monkeypatch, caplog):
     monkeypatch.setenv("CXX", "/nowhere/g++")
-    engines.compiled.cache_clear()
+    compiling.compiled.cache_clear()
     torch.compiler.reset()
     group = Group.of("gan", states(Generator, "generator", 2))
     turn = Turn(("generator",), lambda modules, batch, context: modules.generator(batch["z"]).abs().mean(), ADAM)
     with caplog.at_level(logging.WARNING, logger="hpcfl"), inductor.patch({"cpp.cxx": ("/nowhere/g++",), "force_disable_caches": True}):
         results = [fit(group, {"generator": Generator()}, [turn], noisy_batches([(5,), (5,)]), compile=choice)[0].state
                    for choice in ("on", "on", "off")]
-    engines.compiled.cache_clear()
+    compiling.compiled.cache_clear()
     assert tree.equal(results[0], results[2]) and tree.equal(results[1], results[2])
     said = [record.getMessage() for record in caplog.records if record.name.startswith("hpcfl")]
     assert len(said) == 1 and said[0].startswith("torch.compile does not work here") and "\n" not in said[0]

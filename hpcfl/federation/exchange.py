@@ -1,0 +1,177 @@
+"""Exchange: one step of one round, what server and clients do and what moves between them."""
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor, contiguous_format
+
+from hpcfl import tree
+from hpcfl.contract.step import Algorithm, ClientSite, Totals, Update
+from hpcfl.contract.verbs import blamed, check_kept, check_unwritten, checked_shares, checked_tree, checked_update, named
+from hpcfl.errors import at
+from hpcfl.federation.delivery import Delivery, Message
+from hpcfl.federation.finite import refuse_broken
+from hpcfl.federation.ledger import Ledger
+from hpcfl.federation.residency import Parked
+from hpcfl.federation.state import Place, State, Versions
+from hpcfl.federation.world import World
+from hpcfl.models.flops import counting
+from hpcfl.training.group import Group
+from hpcfl.tree import Tree
+from hpcfl.wire.uplink import Statistics
+from hpcfl.wording import spoken
+
+
+@dataclass
+class Exchange:
+    """One step of one round: prepare, publish, train, combine, aggregate, publish, refine.
+
+    Clients of the cohort that do not answer in a round take part in none of its steps: they cost the download of what they were asked to work on, and
+    keep the state that they had.
+    `before_refine` is called with the state between aggregation and the first local work on a fresh message, so that its effect can be evaluated.
+    """
+
+    world: World
+    ledger: Ledger
+    before_refine: Callable[[State, Place], None]
+    delivery: Delivery = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.delivery = Delivery(self.world.comm, self.world.home)
+
+    def collect(self, step: Algorithm, state: State, place: Place) -> State:
+        """The first half: prepare, publish, train, combine, aggregate."""
+        answers = self.world.answers(place.phase, place.row)
+        if step.overrides("prepare"):
+            state = self.serve(step, "prepare", state, place)
+        if step.overrides("train"):
+            message = self.publish(step, state, self.world.architectures(answers.cohort if step is place.phase.asks else answers.answered, place.row))
+            if step is place.phase.asks:
+                self.ask_in_vain(message, state, frozenset(answers.lost))
+            state, statistics = self.work(step, "train", message, state, place, frozenset(answers.answered))
+            self.wait()
+            if answers.answered:                                   # else there is nothing to aggregate: the server keeps its state
+                with self.ledger("combine"), blamed(step, "train"):
+                    totals = self.world.comm.combine(statistics)
+                if step.overrides("aggregate"):
+                    state = self.serve(step, "aggregate", state, place, totals)
+        return state
+
+    def refine(self, step: Algorithm, state: State, place: Place) -> State:
+        """The second half: publish, refine."""
+        if step.overrides("refine"):
+            answers = self.world.answers(place.phase, place.row)
+            message = self.publish(step, state, self.world.architectures(answers.answered, place.row))
+            if step is place.phase.refiner:
+                self.before_refine(state, place)
+            state, _ = self.work(step, "refine", message, state, place, frozenset(answers.answered))
+            self.wait()
+        return state
+
+    def serve(self, step: Algorithm, verb: str, state: State, place: Place, *what: Totals) -> State:
+        """The server's next state under one verb; ranks that take no share of its work wait, and so does the server for those that do."""
+        world, comm = self.world, self.world.comm
+        site = world.server_site(place.phase, place.round, self.ledger, place.row)
+
+        def help_with(shared: str, items: dict[int, Tree]) -> dict[int, Tree]:
+            start = time.perf_counter()
+            with self.ledger("spread"):
+                with blamed(step, shared):
+                    results = checked_shares(named(step, shared), getattr(step, shared)(items, site), items)
+            self.ledger.helped(len(items), time.perf_counter() - start)
+            return results
+
+        def serving() -> tuple[Tree, set[str]]:
+            before, where = dict(state.server), named(step, verb)
+            marks = tree.marks(before)
+            with blamed(step, verb), step.problem.stream(f"server/{place.phase.name}/{verb}", round_=place.round).seeding():
+                server = checked_tree(where, getattr(step, verb)(state.server, *what, site))
+            check_kept(where, before, server)
+            server = tree.transform(server, lambda leaf: leaf.clone() if leaf.is_inference() else leaf)      # whose writes torch would not count
+            news = tree.changed(marks, server)
+            kept = {path: leaf for path, leaf in before.items() if path not in news or leaf is not server.get(path)}         # less what was written in place
+            refuse_broken(server, kept, f"server, phase {place.phase.name}, round {place.round}, {where}", f"lower {step.problem.rates()}", *what)
+            return server, {tree.root(path) for path in news}
+        with self.ledger("aggregate" if comm.is_server else "idle"):
+            server, news = comm.at_server(serving, help_with=help_with, waiting=lambda: self.ledger("idle")) or (None, None)
+        news = comm.share(news)
+        if not news:                                               # a step that gives back what it got, and as it was, has nothing new to say
+            return state
+        return replace(state, server=server, version=state.version + 1, versions=state.versions | dict.fromkeys(news, state.version + 1))
+
+    def wait(self) -> None:
+        """Wait for all ranks: what the slowest costs the others is booked as idle, not as the work that follows."""
+        with self.ledger("idle"):
+            self.world.comm.barrier()
+
+    def publish(self, step: Algorithm, state: State, readers: Mapping[str, Sequence[int]]) -> Message:
+        """What clients, by architecture, may read now."""
+        with self.ledger("publish"):
+            return self.delivery.publish(step, state, readers)
+
+    def hand_out(self, message: Message, architecture: str, clients: Sequence[int], received_out: dict[int, Versions]) -> None:
+        """Book what clients of an architecture download of a message and do not have yet, and note it as what they have."""
+        parts = message.downloads[architecture].parts
+        versions = {name: version for name, (version, _) in parts.items()}
+        for client in clients:
+            known = received_out[client]
+            self.ledger.downloaded(client, sum(count for name, (version, count) in parts.items() if known.get(name) != version))
+            received_out[client] = known | versions
+
+    def ask_in_vain(self, message: Message, state: State, lost: frozenset[int]) -> None:
+        """Book the download of clients that will not answer; they are as they were before, so that they download it again when they are asked again."""
+        for group in state.groups:
+            clients = [client for client in group.clients if client in lost]
+            if clients:
+                self.hand_out(message, group.architecture, clients, dict(state.received))
+
+    def work(self, step: Algorithm, verb: str, message: Message, state: State, place: Place, cohort: frozenset[int]) -> tuple[State, Statistics]:
+        """This rank's share of those who take part under one verb, group by group; what goes down and up is counted per client."""
+        groups, received, total = list(state.groups), dict(state.received), Statistics()
+        for position, group in enumerate(groups):
+            present = [client for client in group.clients if client in cohort]
+            if present:
+                self.hand_out(message, group.architecture, present, received)
+                with blamed(step, verb, spoken(present, "client")):
+                    groups[position], statistics = self.at_work(step, verb, group, present, message, place)
+                    with self.ledger("combine"):                   # sums in the room of one, unless they are to be added in client order
+                        total = total + statistics if self.world.comm.deterministic else (total + statistics).reduced()
+        self.ledger.uploaded(total.simulated_bytes())
+        return replace(state, groups=tuple(groups), received=received), total
+
+    def at_work(self, step: Algorithm, verb: str, parked: Group | Parked, present: Sequence[int], message: Message, place: Place
+                ) -> tuple[Group | Parked, Statistics]:
+        """A group after the work of those of its clients who take part, put away again, and what they send up."""
+        world, start = self.world, time.perf_counter()
+        with self.ledger(verb), world.problem.stream(f"{place.phase.name}/{verb}", present[0], place.round).seeding():
+            download = self.delivery.download(message, parked.architecture)
+            with counting(world.job.evaluation.flops and place.round == 0) as counter:
+                whole = parked.fetch()
+                group = whole.select(present)
+                site = world.client_site(group, place.phase, place.round)
+                with at(lambda: spoken(group.clients, "client")):
+                    update = called(step, verb, group, download, site)
+                parked = world.park(whole.updated(update.group))
+        costs = {"seconds": time.perf_counter() - start} | ({"flops": counter.flops} if counter else {})
+        share = site.sizes(group) / site.sizes(group).sum()        # a client's part of its group's, by images
+        self.ledger.measured(verb, group.clients, update.metrics)
+        self.ledger.spent(verb, group.clients, {cost: spent * share for cost, spent in costs.items()})
+        return parked, update.statistics
+
+
+def called(step: Algorithm, verb: str, group: Group, message: Tree, site: ClientSite) -> Update:
+    """What a client's verb gives, checked.
+
+    Leaves that it wrote in place are others from then on, so that whoever knew them takes note; what it keeps of the message gets memory of its own, for
+    the message is the server's.
+    """
+    own, read, where = tree.marks(group.state), tree.marks(message), named(step, verb, spoken(group.clients, "client"))
+    update = checked_update(where, getattr(step, verb)(group, message, site), group, heard=verb == "train" and step.overrides("aggregate"))
+    check_unwritten(where, read, message, "the message")
+    written, lent = tree.changed(own, group.state), {leaf.untyped_storage().data_ptr() for leaf in message.values() if leaf.numel()}
+
+    def settled(path: str, leaf: Tensor) -> Tensor:
+        if leaf.untyped_storage().data_ptr() in lent:
+            return leaf.clone(memory_format=contiguous_format)
+        return leaf.detach() if path in written and leaf is group.state.get(path) else leaf
+    return replace(update, group=replace(update.group, state={path: settled(path, leaf) for path, leaf in update.group.state.items()}))

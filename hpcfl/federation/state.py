@@ -1,0 +1,48 @@
+"""State: all that a run is between two rounds, where in the plan a round lies, and the state before the first one."""
+from dataclasses import dataclass, field
+
+from hpcfl.contract.step import Phase
+from hpcfl.federation.residency import Parked
+from hpcfl.federation.world import World
+from hpcfl.training.group import Group
+from hpcfl.tree import Tree
+
+Versions = dict[str, int]                                          # part -> version
+
+
+@dataclass(frozen=True)
+class State:
+    """All that a run is between two rounds: what a checkpoint holds.
+
+    `version` counts the changes of the server's state, `versions` has for each of its parts the one with which it came; `received` says of which versions
+    each of this rank's clients downloaded the parts, so that what a device already has is not counted as traffic again. A part is the root of a path; what a
+    step derives of the server's state for its message is one more part.
+    """
+
+    server: Tree | None                                            # on the server's rank only
+    groups: tuple[Group | Parked, ...]                             # this rank's clients, by architecture, put away where they are not at work
+    received: dict[int, Versions]
+    rows: int = 0                                                  # rounds finished, over all phases
+    version: int = 0
+    versions: Versions = field(default_factory=dict)               # of parts that have changed since the beginning
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in the plan a round lies."""
+
+    phase: Phase
+    round: int                                                     # inside the phase
+    row: int                                                       # over all phases
+    last: bool                                                     # of its phase
+
+
+def schedule(world: World) -> list[Place]:
+    """Every round of the plan in order."""
+    places = [(phase, round_) for phase in world.plan for round_ in range(phase.rounds)]
+    return [Place(phase, round_, row, round_ == phase.rounds - 1) for row, (phase, round_) in enumerate(places)]
+
+
+def begin(world: World) -> State:
+    """The state before the first round."""
+    return State(world.comm.at_server(world.found), tuple(world.join()), {client: {} for client in world.mine})

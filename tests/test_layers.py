@@ -109,6 +109,12 @@ def test_an_import_goes_down_or_stays_in_its_package(path):
             assert FLOOR[other] < FLOOR.get(room, 0), f"{room} is on floor {FLOOR.get(room, 0)} and imports {module} of floor {FLOOR[other]}"
 
 
+@pytest.mark.parametrize("path", [path for path in FILES if path.parent.name == "algorithms"], ids=lambda path: path.name)
+def test_a_method_is_written_against_the_contract(path):
+    rooms = {component(name) for name in imported(path) if name in MODULES and "." in name}
+    assert rooms <= {"algorithms", "contract", "training", "latents", "models", "data", "generators", "resize", "tree", "streams"}
+
+
 def test_no_circle_joins_two_files():
     assert circles() == []
 

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from hpcfl import tree
 from hpcfl.algorithms.fedavg import FedAvg
-from hpcfl.contract.step import ClientSite, Phase, Plan, Problem, ServerSite, Totals
+from hpcfl.contract import ClientSite, Phase, Plan, Problem, ServerSite, Totals, choice
 from hpcfl.data.shards import Shard
-from hpcfl.settings.fields import choice
 from hpcfl.training.evaluate import bind, in_batches
 from hpcfl.training.group import Group
 from hpcfl.training.turns import Turn

@@ -16,14 +16,12 @@ from hpcfl.algorithms import lg_fedavg
 from hpcfl.algorithms.fedavg import FedAvg
 from hpcfl.algorithms.lg_fedavg import COMMON, LgFedAvg
 from hpcfl.algorithms.shared_head import HEAD, SharedHead, head_of, train_head
-from hpcfl.contract.step import Algorithm, ClientSite, Phase, Plan, Problem, ServerSite, Totals, Update
+from hpcfl.contract import Algorithm, ClientSite, Phase, Plan, Problem, ServerSite, Statistics, Totals, Update, Uploads, choice, integer, real
 from hpcfl.latents import gaussians, moments
 from hpcfl.latents.moments import GlobalMoments
-from hpcfl.settings.fields import choice, integer, real
 from hpcfl.training.group import Group
 from hpcfl.training.synthetic import synthetic_epochs
 from hpcfl.tree import Tree
-from hpcfl.wire.uplink import Statistics, Uploads
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hpcfl import tree
-from hpcfl.contract.step import Algorithm, ClientSite, Phase, Plan, Problem, ServerSite, Totals, Update
+from hpcfl.contract import Algorithm, ClientSite, Phase, Plan, Problem, ServerSite, Statistics, Sums, Totals, Update
 from hpcfl.training.group import Group
 from hpcfl.training.losses import cross_entropy
 from hpcfl.tree import Tree
-from hpcfl.wire.uplink import Statistics, Sums
 
 
 @dataclass(frozen=True)

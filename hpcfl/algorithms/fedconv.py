@@ -15,19 +15,33 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpcfl import tree
-from hpcfl.contract.step import Algorithm, ClientSite, Phase, Plan, Problem, ServerSite, Totals, Update
+from hpcfl.contract import (
+    Algorithm,
+    ClientSite,
+    DataError,
+    JobError,
+    Phase,
+    Plan,
+    Problem,
+    ServerSite,
+    Statistics,
+    Totals,
+    TrainingError,
+    Update,
+    Uploads,
+    choice,
+    integer,
+    real,
+)
 from hpcfl.data.shards import epochs
-from hpcfl.errors import DataError, JobError, TrainingError
 from hpcfl.resize.averaged import Averaged
 from hpcfl.resize.derived import Made
 from hpcfl.resize.filtered import Filtered
-from hpcfl.settings.fields import choice, integer, real
 from hpcfl.training.evaluate import bind, correct, in_batches
 from hpcfl.training.group import OPTIMIZER, Group
 from hpcfl.training.losses import cross_entropy, divergence
 from hpcfl.training.turns import Turn
 from hpcfl.tree import Tree
-from hpcfl.wire.uplink import Statistics, Uploads
 
 LITTLE = 0.01                                                      # the coverage of weights that a client's model has none of
 

@@ -14,16 +14,13 @@ from torch import Tensor
 
 from hpcfl import tree
 from hpcfl.algorithms.fedavg import FedAvg
-from hpcfl.contract.step import ClientSite, Phase, Plan, Problem, ServerSite, Totals, Update
+from hpcfl.contract import ClientSite, JobError, Phase, Plan, Problem, ServerSite, Statistics, Sums, Totals, Update, Uploads, choice, integer, real
 from hpcfl.data.shards import epochs
-from hpcfl.errors import JobError
-from hpcfl.settings.fields import choice, integer, real
 from hpcfl.training.evaluate import bind, in_batches
 from hpcfl.training.group import Group
 from hpcfl.training.losses import divergence
 from hpcfl.training.turns import Turn
 from hpcfl.tree import Tree
-from hpcfl.wire.uplink import Statistics, Sums, Uploads
 
 
 @dataclass(frozen=True)

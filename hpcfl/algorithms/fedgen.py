@@ -14,14 +14,12 @@ from torch import Tensor, nn
 
 from hpcfl import tree
 from hpcfl.algorithms.shared_head import HEAD, SharedHead, head_of
-from hpcfl.contract.step import ClientSite, Phase, Plan, Problem, ServerSite, Totals, Update
-from hpcfl.settings.fields import choice, integer, real
+from hpcfl.contract import ClientSite, Phase, Plan, Problem, ServerSite, Statistics, Totals, Update, Uploads, choice, integer, real
 from hpcfl.training.evaluate import bind
 from hpcfl.training.group import OPTIMIZER, Group
 from hpcfl.training.losses import cross_entropy
 from hpcfl.training.turns import Turn
 from hpcfl.tree import Tree
-from hpcfl.wire.uplink import Statistics, Uploads
 
 
 @dataclass(frozen=True)

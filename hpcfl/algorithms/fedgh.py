@@ -10,8 +10,7 @@ import torch
 
 from hpcfl.algorithms.prototypes import describe, gathered
 from hpcfl.algorithms.shared_head import SharedHead, train_head
-from hpcfl.contract.step import ClientSite, Phase, Plan, Problem, ServerSite, Totals, Update
-from hpcfl.settings.fields import integer, real
+from hpcfl.contract import ClientSite, Phase, Plan, Problem, ServerSite, Totals, Update, integer, real
 from hpcfl.training.group import Group
 from hpcfl.training.losses import cross_entropy
 from hpcfl.tree import Tree

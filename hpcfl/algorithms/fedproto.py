@@ -5,13 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hpcfl.contract.step import Algorithm, ClientSite, Phase, Plan, Problem, ServerSite, Totals, Update
+from hpcfl.contract import Algorithm, ClientSite, Phase, Plan, Problem, ServerSite, Statistics, Sums, Totals, Update, real
 from hpcfl.latents.moments import measure
-from hpcfl.settings.fields import real
 from hpcfl.training.group import Group
 from hpcfl.training.losses import prototype_distance
 from hpcfl.tree import Tree
-from hpcfl.wire.uplink import Statistics, Sums
 
 
 @dataclass(frozen=True)

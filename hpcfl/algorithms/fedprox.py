@@ -7,8 +7,7 @@ from torch import Tensor
 
 from hpcfl import tree
 from hpcfl.algorithms.fedavg import FedAvg
-from hpcfl.contract.step import ClientSite, Phase, Plan, Problem
-from hpcfl.settings.fields import choice, real
+from hpcfl.contract import ClientSite, Phase, Plan, Problem, choice, real
 from hpcfl.training.group import Group
 from hpcfl.tree import Tree
 

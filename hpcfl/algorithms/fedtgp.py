@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from hpcfl import tree
 from hpcfl.algorithms.fedproto import loss
 from hpcfl.algorithms.prototypes import describe, gathered
-from hpcfl.contract.step import Algorithm, ClientSite, Phase, Plan, Problem, ServerSite, Totals, Update
-from hpcfl.settings.fields import choice, integer, real
+from hpcfl.contract import Algorithm, ClientSite, Phase, Plan, Problem, ServerSite, Totals, Update, choice, integer, real
 from hpcfl.training.evaluate import bind
 from hpcfl.training.group import Group
 from hpcfl.training.optimizers import Optimizer

@@ -16,23 +16,20 @@ from torch import Tensor, nn
 
 from hpcfl import tree
 from hpcfl.algorithms.latent_statistics import Describing, Latents, Local, ShareStatistics, known_to
-from hpcfl.contract.step import ClientSite, Phase, Plan, Problem, ServerSite, Totals, Update
+from hpcfl.contract import ClientSite, JobError, Phase, Plan, Problem, ServerSite, Statistics, Sums, Totals, Update, choice, flag, integer, real
 from hpcfl.data.shards import epochs
-from hpcfl.errors import JobError
 from hpcfl.generators.vtc import VTC
 from hpcfl.latents import moments
 from hpcfl.latents.announced import Known
 from hpcfl.latents.gaussians import kl
 from hpcfl.latents.matching import MATCHINGS
 from hpcfl.latents.moments import Moments
-from hpcfl.settings.fields import choice, flag, integer, real
 from hpcfl.training.evaluate import bind
 from hpcfl.training.group import Group
 from hpcfl.training.losses import cross_entropy, prototype_distance
 from hpcfl.training.synthetic import Draw, synthetic_epochs
 from hpcfl.training.turns import Turn
 from hpcfl.tree import Tree
-from hpcfl.wire.uplink import Statistics, Sums
 
 BETAS = (0.5, 0.999)                                               # Adam's for psi and sigma_k, as unofficial implementations have them
 

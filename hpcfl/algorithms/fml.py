@@ -10,15 +10,12 @@ from torch import Tensor, nn
 
 from hpcfl import tree
 from hpcfl.algorithms.fedavg import FedAvg
-from hpcfl.contract.step import Algorithm, ClientSite, Phase, Plan, Problem, ServerSite
-from hpcfl.errors import JobError
+from hpcfl.contract import Algorithm, ClientSite, JobError, Phase, Plan, Problem, ServerSite, Statistics, Sums, real, text
 from hpcfl.models import zoo
-from hpcfl.settings.fields import real, text
 from hpcfl.training.group import Group
 from hpcfl.training.losses import divergence
 from hpcfl.training.turns import Turn
 from hpcfl.tree import Tree
-from hpcfl.wire.uplink import Statistics, Sums
 
 MEME = "meme"
 

@@ -7,8 +7,7 @@ from torch import Tensor, nn
 from hpcfl import tree
 from hpcfl.algorithms import latent_statistics
 from hpcfl.algorithms.latent_statistics import Describing
-from hpcfl.contract.step import ClientSite, Phase, Plan, Problem, Update
-from hpcfl.settings.fields import choice, flag, integer, real
+from hpcfl.contract import ClientSite, Phase, Plan, Problem, Update, choice, flag, integer, real
 from hpcfl.training.group import Group
 from hpcfl.tree import Tree
 

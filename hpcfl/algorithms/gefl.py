@@ -15,16 +15,31 @@ from torch.func import vmap
 
 from hpcfl import tree
 from hpcfl.algorithms.fedavg import FedAvg, averaged
-from hpcfl.contract.step import Algorithm, ClientSite, Phase, Plan, Problem, ServerSite, Totals, Update
+from hpcfl.contract import (
+    Algorithm,
+    ClientSite,
+    DataError,
+    JobError,
+    LayoutError,
+    Phase,
+    Plan,
+    Problem,
+    ServerSite,
+    Statistics,
+    Sums,
+    Totals,
+    Update,
+    choice,
+    integer,
+    real,
+)
 from hpcfl.data.shards import Shard, epochs
-from hpcfl.errors import DataError, JobError, LayoutError
 from hpcfl.generators.class_vtc import Vtc
 from hpcfl.generators.cvae import Cvae
 from hpcfl.generators.dcgan import Dcgan
 from hpcfl.generators.ddpm import Ddpm
 from hpcfl.generators.generative import GenerativeModel
 from hpcfl.models.classifier import Shape
-from hpcfl.settings.fields import choice, integer, real
 from hpcfl.streams import Stream
 from hpcfl.training.compiling import compiles
 from hpcfl.training.evaluate import BATCH, bind
@@ -32,7 +47,6 @@ from hpcfl.training.group import OPTIMIZER, Group
 from hpcfl.training.losses import cross_entropy
 from hpcfl.training.turns import Modules, Turn
 from hpcfl.tree import Tree
-from hpcfl.wire.uplink import Statistics, Sums
 
 GENERATOR = "generator"                                            # of the networks of a generative model the one that draws
 NOISES = 4                                                         # draws of a step's noise over which a generator's loss of one image is averaged

@@ -14,16 +14,14 @@ from hpcfl import tree
 from hpcfl.algorithms import gefl
 from hpcfl.algorithms.gefl import Teaching, TrainGenerator, generative, staged
 from hpcfl.algorithms.lg_fedavg import COMMON, LgFedAvg
-from hpcfl.contract.step import Algorithm, ClientSite, Phase, Plan, Problem
+from hpcfl.contract import Algorithm, ClientSite, Phase, Plan, Problem, Statistics, Sums, integer
 from hpcfl.data.augment import Augmentation
 from hpcfl.data.shards import Shard, epochs
-from hpcfl.settings.fields import integer
 from hpcfl.streams import Stream
 from hpcfl.training.evaluate import bind, in_batches
 from hpcfl.training.group import Group
 from hpcfl.training.turns import Turn
 from hpcfl.tree import Tree
-from hpcfl.wire.uplink import Statistics, Sums
 
 EXTRACTOR = "extractor."
 

@@ -1,7 +1,7 @@
 """HeteroFL (Diao, Ding and Tarokh, ICLR 2021, arXiv 2010.01264): a client trains the leading channels of every layer, as many as its width allows."""
 from hpcfl.algorithms.submodel import Config as Config
 from hpcfl.algorithms.submodel import SubModel
-from hpcfl.contract.step import Phase, Plan, Problem
+from hpcfl.contract import Phase, Plan, Problem
 
 
 class HeteroFL(SubModel):

@@ -4,14 +4,13 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from hpcfl.contract.step import Algorithm, ClientSite, Problem, ServerSite, Totals, Update
+from hpcfl.contract import Algorithm, ClientSite, Problem, ServerSite, Statistics, Totals, Update, Uploads
 from hpcfl.latents import moments
 from hpcfl.latents.announced import HEADER, Known, announce, nothing
 from hpcfl.latents.encoders import LATENTS
 from hpcfl.latents.moments import GlobalMoments, Moments
 from hpcfl.training.group import Group
 from hpcfl.tree import Tree
-from hpcfl.wire.uplink import Statistics, Uploads
 
 Latents = dict[int, Tensor]                                        # client -> (n, p), one per training image
 Local = dict[int, Moments]                                         # client -> statistics of its latents

@@ -9,12 +9,9 @@ from dataclasses import dataclass
 
 from hpcfl import tree
 from hpcfl.algorithms.fedavg import FedAvg
-from hpcfl.contract.step import ClientSite, Phase, Plan, Problem, ServerSite
-from hpcfl.errors import JobError
-from hpcfl.settings.fields import choice
+from hpcfl.contract import ClientSite, JobError, Phase, Plan, Problem, ServerSite, Statistics, Sums, choice
 from hpcfl.training.group import Group
 from hpcfl.tree import Tree
-from hpcfl.wire.uplink import Statistics, Sums
 
 COMMON = "common"                                                  # what all clients share, beside the architectures in the server's state
 SHARED = {"features": "extractor.", "head": "head."}               # leaves of a Model that are shared

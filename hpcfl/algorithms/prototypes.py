@@ -2,10 +2,9 @@
 import torch
 from torch import Tensor
 
-from hpcfl.contract.step import ClientSite, Totals
+from hpcfl.contract import ClientSite, Statistics, Totals, Uploads
 from hpcfl.latents.moments import measure
 from hpcfl.training.group import Group
-from hpcfl.wire.uplink import Statistics, Uploads
 
 
 def describe(group: Group, site: ClientSite) -> Statistics:

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from hpcfl import tree
-from hpcfl.contract.step import Algorithm, ClientSite, ServerSite, Update
+from hpcfl.contract import Algorithm, ClientSite, ServerSite, Update
 from hpcfl.training.group import Group
 from hpcfl.training.losses import cross_entropy
 from hpcfl.training.optimizers import Optimizer

@@ -1,7 +1,7 @@
 """Standalone: every client trains on its own images and nothing is exchanged; the floor of every comparison."""
 from dataclasses import dataclass
 
-from hpcfl.contract.step import Algorithm, ClientSite, Phase, Plan, Problem, Update
+from hpcfl.contract import Algorithm, ClientSite, Phase, Plan, Problem, Update
 from hpcfl.training.group import Group
 from hpcfl.training.losses import cross_entropy
 from hpcfl.tree import Tree

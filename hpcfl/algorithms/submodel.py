@@ -10,13 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpcfl import tree
-from hpcfl.contract.step import Algorithm, ClientSite, Problem, ServerSite, Totals, Update
+from hpcfl.contract import Algorithm, ClientSite, Problem, ServerSite, Statistics, Sums, Totals, Update, choice, flag
 from hpcfl.models import zoo
 from hpcfl.resize import slices
-from hpcfl.settings.fields import choice, flag
 from hpcfl.training.group import Group
 from hpcfl.tree import Tree
-from hpcfl.wire.uplink import Statistics, Sums
 
 GLOBAL = "global"
 OF_CLASSES = ("head.weight", "head.bias")                          # leaves with a row for each class

@@ -10,7 +10,7 @@ from torch import Tensor
 from hpcfl.analysis import likeness
 from hpcfl.analysis.audit_samples import in_place, matched, part, shuffled, taken
 from hpcfl.analysis.membership_inference import calibrated, nearest, threshold_attack
-from hpcfl.contract.step import Algorithm, ClientSite, Problem
+from hpcfl.contract import Algorithm, ClientSite, Problem
 from hpcfl.data.shards import Shard
 from hpcfl.federation.state import State, schedule
 from hpcfl.federation.world import World

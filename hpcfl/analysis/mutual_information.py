@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hpcfl import tree
-from hpcfl.contract.step import Problem
+from hpcfl.contract import Problem
 from hpcfl.data.shards import Shard
 from hpcfl.errors import JobError, NonFiniteError
 from hpcfl.federation.exchange import Exchange

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from hpcfl import tree
-from hpcfl.contract.step import Problem
+from hpcfl.contract import Problem
 from hpcfl.data import shards
 from hpcfl.data.shards import Shard
 from hpcfl.errors import JobError

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from hpcfl import tree
 from hpcfl.algorithms import CONFIGS
 from hpcfl.algorithms.fedconv import Config, FedConv
-from hpcfl.contract.step import Problem, Totals
+from hpcfl.contract import Problem, Totals
 from hpcfl.data.shards import Shard, epochs
 from hpcfl.federation.exchange import Exchange
 from hpcfl.federation.ledger import Ledger

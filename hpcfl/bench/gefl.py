@@ -15,7 +15,7 @@ from torch import Tensor
 from hpcfl.algorithms import CONFIGS
 from hpcfl.algorithms.gefl import GENERATOR, generative
 from hpcfl.algorithms.gefl_f import EXTRACTOR, Config
-from hpcfl.contract.step import ClientSite, Holdings
+from hpcfl.contract import ClientSite, Holdings
 from hpcfl.data.shards import Shard, batch_sizes, epochs
 from hpcfl.federation.exchange import Exchange
 from hpcfl.federation.ledger import Ledger

@@ -15,7 +15,7 @@ from hpcfl.algorithms.fedvtc import FedVTC
 from hpcfl.bench.clients import clients
 from hpcfl.bench.fedconv import fedconv
 from hpcfl.bench.gefl import gefl
-from hpcfl.contract.step import ClientSite, ServerSite
+from hpcfl.contract import ClientSite, ServerSite
 from hpcfl.federation.exchange import Exchange
 from hpcfl.federation.ledger import Ledger
 from hpcfl.federation.loop import rounds

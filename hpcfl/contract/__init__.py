@@ -1,1 +1,10 @@
-"""What a method is: the interface that algorithms are written against."""
+"""What a method is: the interface that algorithms are written against, and all that they need of settings, errors and the wire."""
+from hpcfl.contract.problem import Problem
+from hpcfl.contract.sites import ClientSite, Holdings, ServerSite
+from hpcfl.contract.step import Algorithm, Phase, Plan, Totals, Update
+from hpcfl.errors import DataError, JobError, LayoutError, NonFiniteError, TrainingError
+from hpcfl.settings.fields import choice, flag, integer, real, text
+from hpcfl.wire.uplink import Statistics, Sums, Uploads
+
+__all__ = ["Algorithm", "ClientSite", "DataError", "Holdings", "JobError", "LayoutError", "NonFiniteError", "Phase", "Plan", "Problem", "ServerSite",
+           "Statistics", "Sums", "Totals", "TrainingError", "Update", "Uploads", "choice", "flag", "integer", "real", "text"]

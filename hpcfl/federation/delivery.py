@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from hpcfl import tree
-from hpcfl.contract.step import Algorithm
+from hpcfl.contract import Algorithm
 from hpcfl.contract.verbs import blamed, check_kept, check_unwritten, checked_models, checked_tree, named
 from hpcfl.federation.finite import refuse_broken
 from hpcfl.federation.state import State

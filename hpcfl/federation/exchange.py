@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor, contiguous_format
 
 from hpcfl import tree
-from hpcfl.contract.step import Algorithm, ClientSite, Totals, Update
+from hpcfl.contract import Algorithm, ClientSite, Totals, Update
 from hpcfl.contract.verbs import blamed, check_kept, check_unwritten, checked_shares, checked_tree, checked_update, named
 from hpcfl.errors import at
 from hpcfl.federation.delivery import Delivery, Message

@@ -1,7 +1,7 @@
 """State: all that a run is between two rounds, where in the plan a round lies, and the state before the first one."""
 from dataclasses import dataclass, field
 
-from hpcfl.contract.step import Phase
+from hpcfl.contract import Phase
 from hpcfl.federation.residency import Parked
 from hpcfl.federation.world import World
 from hpcfl.training.group import Group

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hpcfl.algorithms import PLANS
-from hpcfl.contract.step import Algorithm, ClientSite, Holdings, Phase, Problem, ServerSite
+from hpcfl.contract import Algorithm, ClientSite, Holdings, Phase, Problem, ServerSite
 from hpcfl.contract.verbs import blamed, check_plan, checked_group, checked_modules, checked_tree, named
 from hpcfl.data import corpora, partition
 from hpcfl.data.shards import Scale, Shard, load

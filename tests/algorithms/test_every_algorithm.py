@@ -8,7 +8,7 @@ from hpcfl import tree
 from hpcfl.algorithms import CONFIGS, PLANS
 from hpcfl.algorithms.fedavg import FedAvg
 from hpcfl.algorithms.fedproto import FedProto, loss
-from hpcfl.contract.step import Algorithm, ClientSite, Phase
+from hpcfl.contract import Algorithm, ClientSite, Phase
 from hpcfl.data.partition import Split
 from hpcfl.latents.moments import MODES
 from hpcfl.models import fixed_maps

@@ -9,7 +9,7 @@ import torch
 from hpcfl import tree
 from hpcfl.algorithms import feddf
 from hpcfl.algorithms.feddf import FedDF
-from hpcfl.contract.step import ClientSite
+from hpcfl.contract import ClientSite
 from hpcfl.errors import JobError
 from hpcfl.federation.ledger import Ledger
 from hpcfl.training.evaluate import bind

@@ -10,7 +10,7 @@ from torch.distributions import MultivariateNormal, kl_divergence
 
 from hpcfl import tree
 from hpcfl.algorithms.fedvtc import Config, FedVTC, FineTune
-from hpcfl.contract.step import ClientSite
+from hpcfl.contract import ClientSite
 from hpcfl.data.partition import Split
 from hpcfl.errors import JobError
 from hpcfl.federation.world import World

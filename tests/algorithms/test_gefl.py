@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from hpcfl import tree
-from hpcfl.contract.step import ClientSite
+from hpcfl.contract import ClientSite
 from hpcfl.training.turns import Modules
 from tests.support.gefl_doubles import (
     CLIENTS,

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from hpcfl import tree
 from hpcfl.algorithms.gefl_f import Headers, Maps
-from hpcfl.contract.step import Phase
+from hpcfl.contract import Phase
 from hpcfl.data.augment import Augmentation
 from hpcfl.data.shards import Shard, epochs
 from hpcfl.models import zoo

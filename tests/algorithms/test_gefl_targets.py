@@ -5,7 +5,7 @@ import torch
 
 from hpcfl import tree
 from hpcfl.algorithms.gefl import Targets
-from hpcfl.contract.step import Phase
+from hpcfl.contract import Phase
 from hpcfl.data.shards import Shard
 from hpcfl.federation.world import World
 from tests.support.gefl_doubles import CLASSES, CLIENTS, GENERATORS, PLANS, described, inside, phase_of, rows_of, watched, went

@@ -11,7 +11,7 @@ from hpcfl import tree
 from hpcfl.algorithms.fedrolex import FedRolex
 from hpcfl.algorithms.heterofl import HeteroFL
 from hpcfl.algorithms.submodel import GLOBAL, Held, Scaler, SubModel, masked_cross_entropy
-from hpcfl.contract.step import ServerSite
+from hpcfl.contract import ServerSite
 from hpcfl.errors import JobError
 from hpcfl.federation.ledger import Ledger
 from hpcfl.resize import slices

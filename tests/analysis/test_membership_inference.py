@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from hpcfl.analysis import membership_inference
 from hpcfl.analysis.membership_inference import Attack, calibrated, losses, nearest, threshold_attack
 from hpcfl.analysis.reference_models import reference_models
-from hpcfl.contract.step import Problem
+from hpcfl.contract import Problem
 from hpcfl.data.shards import Scale, Shard
 from hpcfl.errors import DataError, JobError, NonFiniteError
 from hpcfl.training.evaluate import bind

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from hpcfl import tree
-from hpcfl.contract.step import Algorithm, ClientSite, Phase, ServerSite, Update
+from hpcfl.contract import Algorithm, ClientSite, Phase, ServerSite, Update
 from hpcfl.contract.verbs import check_plan
 from hpcfl.errors import HpcflError, JobError, LayoutError
 from hpcfl.federation.delivery import Delivery

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from hpcfl.contract.step import ClientSite
+from hpcfl.contract import ClientSite
 from hpcfl.data import augment
 from hpcfl.data.augment import AUGMIX, AUTOAUGMENT, CHAINS, DEPTH, OF_BATCHES, OF_IMAGES, SEVERITY, Augmentation, augmix, crop_flip
 from hpcfl.data.shards import PLAIN, Scale, Shard, epochs

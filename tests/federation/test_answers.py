@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hpcfl.contract.step import Phase
+from hpcfl.contract import Phase
 from hpcfl.errors import JobError
 from hpcfl.federation.answers import Answers, simulate
 from hpcfl.federation.state import schedule

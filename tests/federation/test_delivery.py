@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from hpcfl import tree
-from hpcfl.contract.step import Algorithm, ClientSite, ServerSite, Update
+from hpcfl.contract import Algorithm, ClientSite, ServerSite, Update
 from hpcfl.federation.delivery import Delivery
 from hpcfl.federation.state import State
 from hpcfl.training.group import Group

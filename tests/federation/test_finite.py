@@ -7,7 +7,7 @@ import torch
 
 from hpcfl import cli
 from hpcfl.algorithms.fedavg import Config, FedAvg
-from hpcfl.contract.step import Update
+from hpcfl.contract import Update
 from hpcfl.errors import NonFiniteError
 from hpcfl.federation.finite import refuse_broken
 from hpcfl.wire import communicator

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hpcfl.algorithms import CONFIGS
-from hpcfl.contract.step import ClientSite, Holdings, Phase, Problem, ServerSite
+from hpcfl.contract import ClientSite, Holdings, Phase, Problem, ServerSite
 from hpcfl.data.shards import epochs
 from hpcfl.errors import DataError, JobError, NonFiniteError
 from hpcfl.federation.ledger import Ledger

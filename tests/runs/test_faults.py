@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from hpcfl import __version__, cli
-from hpcfl.contract.step import ClientSite
+from hpcfl.contract import ClientSite
 from hpcfl.data import store
 from hpcfl.data.embedded import digits
 from hpcfl.files import lock

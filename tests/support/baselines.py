@@ -3,7 +3,7 @@ import numpy as np
 import torch
 
 from hpcfl import tree
-from hpcfl.contract.step import Problem
+from hpcfl.contract import Problem
 from hpcfl.tree import Tree
 from tests.support.in_memory import Run, job, run, world
 

@@ -3,7 +3,7 @@ import functools
 
 import numpy as np
 
-from hpcfl.contract.step import ServerSite
+from hpcfl.contract import ServerSite
 from hpcfl.federation.ledger import Ledger
 from hpcfl.training.evaluate import features
 from hpcfl.tree import Tree

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hpcfl import tree
-from hpcfl.contract.step import ClientSite
+from hpcfl.contract import ClientSite
 from hpcfl.generators.generative import GenerativeModel
 from hpcfl.models import zoo
 from hpcfl.settings.job import Job

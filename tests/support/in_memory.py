@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hpcfl.algorithms import CONFIGS, PLANS
-from hpcfl.contract.step import Algorithm, Phase
+from hpcfl.contract import Algorithm, Phase
 from hpcfl.federation.exchange import Exchange
 from hpcfl.federation.ledger import Ledger
 from hpcfl.federation.loop import rounds

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from hpcfl import tree
 from hpcfl.algorithms.fedavg import Config, FedAvg
-from hpcfl.contract.step import Phase, Update
+from hpcfl.contract import Phase, Update
 from hpcfl.data.shards import Scale, Shard
 from hpcfl.federation.exchange import Exchange
 from hpcfl.federation.ledger import Ledger

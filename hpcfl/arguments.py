@@ -4,10 +4,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hpcfl.files.places import place
+from hpcfl.files.places import expand_home
 
 
-def numbers(text: str) -> tuple[int, ...]:
+def parse_numbers(text: str) -> tuple[int, ...]:
     """Whole numbers from 1 on, set apart by commas. Raises ValueError for anything else."""
     numbers = tuple(map(int, text.split(",")))
     if min(numbers) < 1:
@@ -15,7 +15,7 @@ def numbers(text: str) -> tuple[int, ...]:
     return numbers
 
 
-def residencies(text: str) -> tuple[str, ...]:
+def parse_residencies(text: str) -> tuple[str, ...]:
     """Names of residencies, set apart by commas. Raises ValueError for any other name."""
     from hpcfl.federation.residency import RESIDENCIES
     if not RESIDENCIES.keys() >= set(text.split(",")):
@@ -43,11 +43,11 @@ class Parser(argparse.ArgumentParser):
         return known, unknown
 
 
-def at_home(arguments: argparse.Namespace) -> argparse.Namespace:
+def expand_homes(arguments: argparse.Namespace) -> argparse.Namespace:
     """The arguments with every path that begins with ~ in the home folder that it stands for: no shell does that behind an equals sign."""
     for name, value in vars(arguments).items():
         if isinstance(value, Path):
-            setattr(arguments, name, place(value))
+            setattr(arguments, name, expand_home(value))
         elif isinstance(value, list):
-            setattr(arguments, name, [place(each) if isinstance(each, Path) else each for each in value])
+            setattr(arguments, name, [expand_home(each) if isinstance(each, Path) else each for each in value])
     return arguments

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import hpcfl
-from hpcfl.arguments import Parser, at_home, numbers, residencies
+from hpcfl.arguments import Parser, expand_homes, parse_numbers, parse_residencies
 from hpcfl.errors import EnvironmentFault, HpcflError, Interrupted
-from hpcfl.files.places import place
+from hpcfl.files.places import expand_home
 from hpcfl.runs import outlets, signals
 
 DATA_COLUMNS = ("name", "status", "train", "test", "classes", "image", "MB", "")
@@ -44,20 +44,20 @@ def _run(arguments: argparse.Namespace) -> int:
     def body() -> int:
         job = load(arguments.job, CONFIGS, arguments.set)
         if arguments.dry_run:
-            return _dry_run(job, comm, "" if arguments.alone else comm.unseen())
+            return _dry_run(job, comm, "" if arguments.alone else comm.find_launch_fault())
         engine = connect(deterministic=True, alone=arguments.alone) if job.run.deterministic else comm
         launch.run(job, engine, arguments.out, arguments.resume, tuple(arguments.may_differ), stop_requested)
         return 0
     comm = connect(checked=not arguments.dry_run, alone=arguments.alone)
     if arguments.dry_run and not arguments.alone and _one_of_many(comm):
         return 0
-    return launch.guarded(body, comm)
+    return launch.run_guarded(body, comm)
 
 
 def _one_of_many(comm) -> bool:
     """Whether this is one of ranks that do not see each other, and not the one that speaks for all."""
-    from hpcfl.wire.launchers import launched
-    told = launched()
+    from hpcfl.wire.launchers import read_launch
+    told = read_launch()
     return comm.size == 1 and told is not None and told.rank > 0
 
 
@@ -66,7 +66,7 @@ def _dry_run(job, comm, refused: str) -> int:
     from hpcfl.federation.world import World
     from hpcfl.report import averaging
     from hpcfl.runs import launch
-    world = World(job, comm, launch.device_of(job, comm))
+    world = World(job, comm, launch.choose_job_device(job, comm))
     if comm.is_server:
         print(job.to_toml())
         for remark in world.corpus.remarks:
@@ -75,7 +75,7 @@ def _dry_run(job, comm, refused: str) -> int:
             print(f"# phase {phase.name}: {phase.rounds} round(s) of {', '.join(type(step).__name__ for step in phase.steps)}")
         for client, (architecture, rank) in enumerate(zip(world.problem.architectures, world.home, strict=True)):
             print(f"# client {client}: {architecture} on rank {rank}, {len(world.split.train[client])} training images")
-        if warning := averaging.warning(job.algorithm_name, world.averages(world.steps)):
+        if warning := averaging.warning_text(job.algorithm_name, world.averages(world.steps)):
             print(f"# warning: {warning}")
         if refused:
             print(f"# hpcfl run would not start here: {refused}")
@@ -84,33 +84,33 @@ def _dry_run(job, comm, refused: str) -> int:
 
 def _slurm(arguments: argparse.Namespace) -> int:
     from hpcfl.runs import slurm
-    gpus, gpu_type = slurm.gpus_of(arguments.gpus_per_node, arguments.nodes) if arguments.gpus_per_node else (arguments.gpus, "")
+    gpus, gpu_type = slurm.parse_gpus(arguments.gpus_per_node, arguments.nodes) if arguments.gpus_per_node else (arguments.gpus, "")
     request = slurm.Request(arguments.nodes, arguments.ranks, gpus, arguments.cpus, arguments.time, arguments.lead, arguments.partition, arguments.srun,
                             arguments.account, arguments.qos, arguments.mem, gpu_type, tuple(arguments.behind))
-    job = slurm.checked(arguments.job, arguments.set, arguments.vary)
-    seeds, at_once = slurm.seeds(arguments.array) if arguments.array else ((job.run.seed,), 0)
+    job = slurm.check_job(arguments.job, arguments.set, arguments.vary)
+    seeds, at_once = slurm.parse_seeds(arguments.array) if arguments.array else ((job.run.seed,), 0)
     sweep = slurm.Sweep(seeds, tuple(map(tuple, arguments.vary)), at_once) if arguments.array or arguments.vary else None
-    text = slurm.script(arguments.job, job.run.name, request, arguments.set, arguments.out, sweep, slurm.environment())
+    text = slurm.write_script(arguments.job, job.run.name, request, arguments.set, arguments.out, sweep, slurm.find_environment())
     print(slurm.submit(text) if arguments.submit else text, end="\n" if arguments.submit else "")
     return 0
 
 
 def _report(arguments: argparse.Namespace) -> int:
     from hpcfl.report import labels, recording, summary, tables
-    runs, skipped = recording.runs_in(arguments.runs)
+    runs, skipped = recording.find_runs(arguments.runs)
     for line in skipped:
         print(f"hpcfl: skipped {line}", file=sys.stderr)
     out = arguments.out or (arguments.runs[0] if len(arguments.runs) == 1 else runs[0])
     if arguments.trace is not None:
         from hpcfl.report import timeline
-        path = timeline.write(runs, place(arguments.trace) if arguments.trace else out / "trace.json")
+        path = timeline.write(runs, expand_home(arguments.trace) if arguments.trace else out / "trace.json")
         print(f"trace: {path} (open it in ui.perfetto.dev or chrome://tracing)")
         return 0
-    groups = labels.labelled([recording.read(run) for run in runs])
-    found = {label: [summary.summary(each) for each in group] for label, group in groups.items()}
+    groups = labels.label_groups([recording.read(run) for run in runs])
+    found = {label: [summary.summarise(each) for each in group] for label, group in groups.items()}
     if arguments.json:
         several = {"runs": [{"label": label, **run} for label, group in found.items() for run in group],
-                   "over_seeds": [tables.over_seeds(label, group) for label, group in found.items()]}
+                   "over_seeds": [tables.average_seeds(label, group) for label, group in found.items()]}
         print(json.dumps(several if len(runs) > 1 else several["runs"][0], indent=1))
         return 0
     if arguments.format:
@@ -118,15 +118,15 @@ def _report(arguments: argparse.Namespace) -> int:
         return 0
     from hpcfl.report import page  # here, because matplotlib takes a second to load
     written = page.write(runs, out)
-    print(tables.text(found))
+    print(tables.to_text(found))
     print(f"\nreport: {written}")
     return 0
 
 
 def _predict(arguments: argparse.Namespace) -> int:
     from hpcfl.analysis import scaling
-    wire = scaling.wire_of(arguments.doctor, arguments.latency, arguments.bandwidth)
-    found = scaling.table(arguments.run, wire, arguments.ranks, arguments.clients, arguments.phase)
+    wire = scaling.read_wire(arguments.doctor, arguments.latency, arguments.bandwidth)
+    found = scaling.predict_table(arguments.run, wire, arguments.ranks, arguments.clients, arguments.phase)
     print(json.dumps(found, indent=1) if arguments.json else scaling.render(found))
     return 0
 
@@ -154,23 +154,23 @@ def _audit(arguments: argparse.Namespace) -> int:
 
 def _data_list(arguments: argparse.Namespace) -> int:
     from hpcfl.data import store
-    from hpcfl.wording import aligned
-    rows = store.listing()
-    print(json.dumps(rows, indent=1) if arguments.json else aligned([DATA_COLUMNS, *map(_data_row, rows)], words=2))
+    from hpcfl.wording import align_rows
+    rows = store.list_data_sets()
+    print(json.dumps(rows, indent=1) if arguments.json else align_rows([DATA_COLUMNS, *map(_data_row, rows)], words=2))
     return 0
 
 
 def _data_row(row: dict) -> tuple[str, ...]:
     """The few columns of a data set that fit a terminal; --json has the rest."""
-    from hpcfl.data.classes import listed, spread
+    from hpcfl.data.classes import list_text, range_text
     from hpcfl.data.store import OWN_TERMS
-    from hpcfl.wording import printable
+    from hpcfl.wording import printable_text
     there = "classes" in row
     numbers = [str(row[key]) if there else "" for key in ("train", "test", "classes")]
     note = {"absent": f"hpcfl data get {row['name']}", "damaged": row.get("problem", "")}.get(row["status"], "")
     if there:
         terms = [] if row.get("licence", OWN_TERMS) == OWN_TERMS else [row["licence"]]
-        note = "; ".join([printable(listed(row["names"])), f"{spread(row['counts']['train'])} training images each", *terms])
+        note = "; ".join([printable_text(list_text(row["names"])), f"{range_text(row['counts']['train'])} training images each", *terms])
     return row["name"], row["status"], *numbers, "x".join(map(str, row["shape"])) if there else "", f"{row['file_bytes'] / 1e6:.1f}" if "file_bytes" in row else "", note
 
 
@@ -184,7 +184,7 @@ def _data_import(arguments: argparse.Namespace) -> int:
     from hpcfl.data import store
     convert = store.import_npz if arguments.npz else store.import_folder
     path = convert(arguments.name, arguments.npz or arguments.folder)
-    print(f"{store.described(path)}\n{path}")
+    print(f"{store.describe_file(path)}\n{path}")
     return 0
 
 
@@ -199,33 +199,33 @@ def _bench(arguments: argparse.Namespace) -> int:
             print(json.dumps(figures, indent=1) if arguments.json else w1_vtc.render(figures))
         return 0
     comm = connect()
-    return launch.guarded(body, comm)
+    return launch.run_guarded(body, comm)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
     from hpcfl.doctor import examine
     from hpcfl.runs import launch
     from hpcfl.wire.communicator import connect
-    from hpcfl.wire.launchers import launched
+    from hpcfl.wire.launchers import read_launch
 
     def body() -> int:
         examined, code = examine.examine(comm, told, arguments.job, arguments.set, arguments.out), 0
         if examined is not None:
-            found = examine.findings(examined)
-            print(json.dumps(examine.described(examined, found), indent=1) if arguments.json else examine.render(examined, found), flush=True)
-            code = examine.exit_code(found)
+            found = examine.list_findings(examined)
+            print(json.dumps(examine.describe_findings(examined, found), indent=1) if arguments.json else examine.render(examined, found), flush=True)
+            code = examine.choose_exit_code(found)
         return comm.share(code)                                    # after the printing, which a rank that ends with another code than 0 would cut short
-    comm, told = connect(checked=False), launched()
+    comm, told = connect(checked=False), read_launch()
     if _one_of_many(comm):
         return 0
-    return launch.guarded(body, comm)
+    return launch.run_guarded(body, comm)
 
 
 def _speaking(command):
     """What goes wrong where no rank is guarded (no communicator, or none yet) is printed and becomes the exit code."""
     def wrapped(arguments: argparse.Namespace) -> int:
         try:
-            return command(at_home(arguments))
+            return command(expand_homes(arguments))
         except HpcflError as error:
             print(f"hpcfl: {error}", file=sys.stderr)
             return error.exit_code
@@ -294,7 +294,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--doctor", type=Path, metavar="FILE", help="what `mpirun -n 2 hpcfl doctor --json` printed where the ranks would be: the speed of the wire")
     predict.add_argument("--latency", type=float, metavar="S", help="seconds of an empty message between two ranks, instead of the doctor's")
     predict.add_argument("--bandwidth", type=float, metavar="B", help="bytes per second between two ranks, instead of the doctor's")
-    predict.add_argument("--ranks", type=numbers, default="1,2,4,64,512", metavar="N,N,...", help="default: 1,2,4,64,512")
+    predict.add_argument("--ranks", type=parse_numbers, default="1,2,4,64,512", metavar="N,N,...", help="default: 1,2,4,64,512")
     predict.add_argument("--clients", type=int, metavar="K", help="so many clients, those of the run over and over (default: those of the run)")
     predict.add_argument("--phase", metavar="NAME", help="of a run in phases (default: the one that took longest)")
     predict.add_argument("--json", action="store_true", help="one object on standard output")
@@ -346,10 +346,10 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--steps", type=int, default=0,
                        help="vtc: steps of each client that are timed (0: 5 on a CPU, 200 on CUDA); fedconv: steps of an epoch (0: 30, 94); "
                             "gefl: full batches that a client has (0: its images are 600)")
-    bench.add_argument("--clients", type=numbers, metavar="N[,N...]", help="gefl: clients (default: 10); clients: one case for each (default: 10,100,1000)")
-    bench.add_argument("--residency", type=residencies, metavar="R[,R...]", help="clients: where states lie (default: device,host,disk)")
+    bench.add_argument("--clients", type=parse_numbers, metavar="N[,N...]", help="gefl: clients (default: 10); clients: one case for each (default: 10,100,1000)")
+    bench.add_argument("--residency", type=parse_residencies, metavar="R[,R...]", help="clients: where states lie (default: device,host,disk)")
     bench.add_argument("--chunk", type=int, help="clients: residency.chunk (default: 0 for device, else 20)")
-    bench.add_argument("--ranks", type=numbers, metavar="N[,N...]", help="clients: started by mpirun for each case (default: 1)")
+    bench.add_argument("--ranks", type=parse_numbers, metavar="N[,N...]", help="clients: started by mpirun for each case (default: 1)")
     bench.add_argument("--epochs", type=int, default=0, help="gefl: epochs of a generator round (0: 1, published are 5)")
     bench.add_argument("--compile", action="store_true", help="vtc, sampling of gefl: compiled too where that is not done anyway (a minute on a CPU)")
     bench.add_argument("--threads", type=int, default=0, help="per rank; 0: as run.threads = 0")

@@ -68,23 +68,23 @@ class Interrupted(HpcflError):
 
 
 @contextmanager
-def at(whom: Callable[[], str]) -> Iterator[None]:
+def note_whom(whom: Callable[[], str]) -> Iterator[None]:
     """Have what goes wrong in the block note with whom it did; the innermost block knows best. What hpcfl raises on purpose says so itself."""
     try:
         yield
     except Exception as error:
-        if not isinstance(error, HpcflError) and not _at(error):
+        if not isinstance(error, HpcflError) and not _read_whom(error):
             error.add_note(f"{AT}{whom()}")
         raise
 
 
-def told(error: BaseException, rank: int) -> str:
+def error_text(error: BaseException, rank: int) -> str:
     """An error in one line: type, rank, with whom as far as that is known, and what it says; of those that hpcfl raises on purpose what they say."""
     if isinstance(error, HpcflError):
         return str(error)
     said = f": {error}" if str(error) else ""
-    return f"{type(error).__name__} on {', '.join([f'rank {rank}', *_at(error)])}{said}"
+    return f"{type(error).__name__} on {', '.join([f'rank {rank}', *_read_whom(error)])}{said}"
 
 
-def _at(error: BaseException) -> list[str]:
+def _read_whom(error: BaseException) -> list[str]:
     return [note.removeprefix(AT) for note in getattr(error, "__notes__", []) if note.startswith(AT)]

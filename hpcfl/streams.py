@@ -37,7 +37,7 @@ class Stream:
         generator.manual_seed(int(self.sequence().generate_state(1, np.uint64)[0] >> 1))
         return generator
 
-    def of(self, purpose: str) -> "Stream":
+    def branch(self, purpose: str) -> "Stream":
         """A sub-stream for another purpose of the same client and round."""
         return replace(self, purpose=f"{self.purpose}/{purpose}")
 
@@ -55,14 +55,14 @@ class Stream:
             yield
 
 
-def generators() -> tuple[torch.Generator, ...]:
+def find_generators() -> tuple[torch.Generator, ...]:
     """torch's global generators: the CPU's, and the GPUs' once CUDA is in use; to wake it would cost a run on the CPU memory of every GPU."""
     return torch.default_generator, *(torch.cuda.default_generators if torch.cuda.is_initialized() else ())
 
 
 def sow(seed: int) -> None:
     """Set the global generators of torch, NumPy and Python, and no others: torch.manual_seed would also seed a CUDA that is not yet in use."""
-    for generator in generators():
+    for generator in find_generators():
         generator.manual_seed(seed)
     np.random.seed(seed % 2 ** 32)
     random.seed(seed)
@@ -71,7 +71,7 @@ def sow(seed: int) -> None:
 @contextmanager
 def kept() -> Iterator[None]:
     """After the block the global generators are where they were before it."""
-    of_torch, of_numpy, of_python = [(generator, generator.get_state()) for generator in generators()], np.random.get_state(), random.getstate()
+    of_torch, of_numpy, of_python = [(generator, generator.get_state()) for generator in find_generators()], np.random.get_state(), random.getstate()
     try:
         yield
     finally:
@@ -81,10 +81,10 @@ def kept() -> Iterator[None]:
         random.setstate(of_python)
 
 
-def watched(seed: int) -> Callable[[], bool]:
+def sow_and_watch(seed: int) -> Callable[[], bool]:
     """Sow, and say when asked whether anybody has drawn from a global generator since; the question itself may draw."""
     def marks() -> tuple[object, ...]:
-        states = (generator.get_state().numpy().tobytes() for generator in generators())
+        states = (generator.get_state().numpy().tobytes() for generator in find_generators())
         return random.random(), np.random.random(), *states        # the states of these two take ten times as long to copy
     sow(seed)
     sown = marks()

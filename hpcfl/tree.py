@@ -46,7 +46,7 @@ def to(tree: Tree, device: torch.device | str) -> Tree:
     return transform(tree, lambda leaf: leaf.to(device, non_blocking=torch.device(device).type != "cpu"))
 
 
-def floating(tree: Tree) -> Tree:
+def select_floating(tree: Tree) -> Tree:
     """The leaves that may be averaged: integer buffers are carried, never averaged."""
     return {path: leaf for path, leaf in tree.items() if leaf.is_floating_point()}
 
@@ -113,7 +113,7 @@ def marks(tree: Tree) -> Marks:
     return {path: (leaf, _writes(leaf)) for path, leaf in tree.items()}
 
 
-def changed(before: Marks, tree: Tree) -> set[str]:
+def find_changed(before: Marks, tree: Tree) -> set[str]:
     """The paths under which a Tree has not the very tensors that it had, or where these were written since.
 
     torch counts the writes of its own operations, through views too; what NumPy or `.data` writes cannot be seen.

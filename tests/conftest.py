@@ -37,7 +37,7 @@ def compile_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
         if backend == "inductor" and shutil.which("g++") is None:
             pytest.skip("torch.compile needs a C++ compiler, and there is no g++")
         monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-        compiling.compiled.cache_clear()
+        compiling.compile_forward.cache_clear()
     return choose
 
 

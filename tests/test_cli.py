@@ -111,7 +111,7 @@ def test_threads_wait_without_spinning_from_before_torch_is_loaded(monkeypatch):
 def test_ctrl_c_ends_a_command_that_only_reads_with_one_line(monkeypatch, capsys):
     def interrupted():
         raise KeyboardInterrupt
-    monkeypatch.setattr("hpcfl.data.store.listing", interrupted)
+    monkeypatch.setattr("hpcfl.data.store.list_data_sets", interrupted)
     assert ending("data", "list") == 130 and capsys.readouterr().err == "hpcfl: interrupted from the keyboard\n"
 
 
@@ -222,7 +222,7 @@ def test_a_checkpoint_that_lies_elsewhere_in_the_plan_is_refused(rounds, place, 
 
 
 def test_models_that_no_step_touched_are_not_evaluated_again(tmp_path, monkeypatch):
-    evaluated, asked = [], Examination._asked
+    evaluated, asked = [], Examination._ask
     monkeypatch.setattr(Examination, "_asked", lambda self, group, known: evaluated.extend(group.clients) or asked(self, group, known))
     folder = carry_out(tiny("fedvtc", federation={"participation": 1.0, "rounds": 1}, evaluation={"every": 1}), tmp_path / "run")
     metrics = outcome(folder).metrics
@@ -263,13 +263,13 @@ def test_clients_that_average_with_nobody_are_named_before_and_in_the_run(client
     assert [alone in line for line in capsys.readouterr().out.splitlines() if line.startswith("# warning: ")] == [True] * bool(alone)
     folder = carry_out(job, tmp_path / "run")
     assert [alone in line for line in (folder / "log" / "rank-0000.log").read_text().splitlines() if " WARNING fedavg averages" in line] == [True] * bool(alone)
-    assert [alone in warning for warning in summary.summary(folder)["warnings"]] == [True] * bool(alone)
+    assert [alone in warning for warning in summary.summarise(folder)["warnings"]] == [True] * bool(alone)
 
 
 @pytest.mark.parametrize("case", ["fedavg", "fedvtc", "ccvr", "gaussian", "fedproto", "fml", "gefl_f", "heterofl", "fedgh"])
 def test_the_record_says_what_each_phase_does_last_and_with_how_many_clients_it_averages(case):
     job = tiny(case)
-    plan = simulation._plan(World(job, Communicator(Alone()), torch.device("cpu")))
+    plan = simulation._describe_plan(World(job, Communicator(Alone()), torch.device("cpu")))
     found = {each["phase"]: (each["refines"], each["averages"]) for each in plan}
     assert found == {"fedavg": {"rounds": ("adopt", {"cnn1": 2, "mlp2": 3})}, "fedproto": {"rounds": (None, {})}, "fml": {"rounds": (None, {"meme": 5})},
                      "fedvtc": {"rounds": (None, {}), "finetune": ("finetune", {})}, "fedgh": {"rounds": ("adopt", {})},
@@ -292,7 +292,7 @@ def test_a_global_model_that_is_not_of_its_architecture_is_refused(tmp_path, mon
 
 
 def test_the_steps_of_generator_and_classifier_are_timed_in_every_way(monkeypatch):
-    monkeypatch.setattr(w1_vtc, "WORKS", {"classifier": w1_vtc.classifying})
+    monkeypatch.setattr(w1_vtc, "WORKS", {"classifier": w1_vtc.run_classifier})
     figures = w1_vtc.vtc(Communicator(Alone()), Namespace(device="cpu", threads=1, steps=0, compile=False))
     assert [(row["work"], row["engine"], row["compile"]) for row in figures["rows"]] == [("classifier", "sequential", "off"), ("classifier", "vmap", "off")]
     assert all(row["step_s"] > 0 and row["resident_memory_bytes"] > 0 for row in figures["rows"])

@@ -9,7 +9,7 @@ from hpcfl.streams import Stream
 
 STREAM = Stream(seed=7, purpose="batches", client=3, round=5)
 OTHERS = [replace(STREAM, seed=8), replace(STREAM, purpose="noise"), replace(STREAM, client=4), replace(STREAM, round=6), Stream(7, "batches", 5, 3),
-          Stream(7, "batches"), Stream(7, "batches", 0, 0), Stream(0, "batches", 3, 5), STREAM.of("noise")]
+          Stream(7, "batches"), Stream(7, "batches", 0, 0), Stream(0, "batches", 3, 5), STREAM.branch("noise")]
 
 
 def draws(stream):

@@ -44,7 +44,7 @@ def test_clone_leaves_the_gradient_graph():
 
 
 def test_integer_leaves_are_not_floating():
-    assert tree.floating({"mean": torch.ones(1), "steps": torch.ones(1, dtype=torch.int64)}).keys() == {"mean"}
+    assert tree.select_floating({"mean": torch.ones(1), "steps": torch.ones(1, dtype=torch.int64)}).keys() == {"mean"}
 
 
 def test_row_undoes_stack():

@@ -14,7 +14,7 @@ from hpcfl import tree
 from hpcfl.algorithms.fedavg import FedAvg
 from hpcfl.contract import ClientSite, Phase, Plan, Problem, ServerSite, Totals, choice
 from hpcfl.data.shards import Shard
-from hpcfl.training.evaluate import bind, in_batches
+from hpcfl.training.evaluate import apply_in_batches, bind
 from hpcfl.training.group import Group
 from hpcfl.training.turns import Turn
 from hpcfl.tree import Tree
@@ -63,7 +63,7 @@ class AvgKD(FedAvg):
 
     def targets(self, shard: Shard, teachers: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:
         """q of every image of a shard, (n, C), from the teachers' logits in eval mode."""
-        total = F.one_hot(shard.labels, self.problem.classes) + sum(in_batches(teacher, shard).softmax(1) for teacher in teachers)
+        total = F.one_hot(shard.labels, self.problem.classes) + sum(apply_in_batches(teacher, shard).softmax(1) for teacher in teachers)
         return total.softmax(1) if self.config.target == "softmax" else total / (1 + len(teachers))
 
     def aggregate(self, server: Tree, totals: Totals, site: ServerSite) -> Tree:

@@ -15,12 +15,12 @@ from hpcfl import tree
 from hpcfl.algorithms import lg_fedavg
 from hpcfl.algorithms.fedavg import FedAvg
 from hpcfl.algorithms.lg_fedavg import COMMON, LgFedAvg
-from hpcfl.algorithms.shared_head import HEAD, SharedHead, head_of, train_head
-from hpcfl.contract import Algorithm, ClientSite, Phase, Plan, Problem, ServerSite, Statistics, Totals, Update, Uploads, choice, integer, real
+from hpcfl.algorithms.shared_head import HEAD, SharedHead, take_head, train_head
+from hpcfl.contract import Algorithm, ClientSite, Phase, Plan, Problem, ServerSite, Totals, Update, Uplink, Uploads, choice, integer, real
 from hpcfl.latents import gaussians, moments
-from hpcfl.latents.moments import GlobalMoments
+from hpcfl.latents.moments import ClassGaussians
 from hpcfl.training.group import Group
-from hpcfl.training.synthetic import synthetic_epochs
+from hpcfl.training.synthetic import draw_synthetic_epochs
 from hpcfl.tree import Tree
 
 
@@ -63,25 +63,25 @@ class Calibrate(Algorithm):
         for client in group.clients:
             measured = moments.measure(site.features(group, client), site.holdings[client].train.labels, self.problem.classes, full)
             messages[client] = moments.to_message(measured, self.config.covariance, self.config.min_count)
-        return Update(group, Statistics({scope(self.config, group.architecture): Uploads(messages)}))
+        return Update(group, Uplink({locate_head(self.config, group.architecture): Uploads(messages)}))
 
     def aggregate(self, server: Tree, totals: Totals, site: ServerSite) -> Tree:
         for where, uploads in sorted(totals.items()):
-            known = moments.aggregate([upload for _, upload in sorted(uploads.trees.items())], self.config.covariance)
-            if bool(known.has.any()):
-                server = server | tree.join(**{where: self.calibrated(head_of(tree.part(server, where)), known, where, site)})
+            gaussians_ = moments.aggregate([upload for _, upload in sorted(uploads.trees.items())], self.config.covariance)
+            if bool(gaussians_.has.any()):
+                server = server | tree.join(**{where: self.calibrate(take_head(tree.part(server, where)), gaussians_, where, site)})
         return server
 
-    def calibrated(self, head: Tree, known: GlobalMoments, where: str, site: ServerSite) -> Tree:
+    def calibrate(self, head: Tree, known: ClassGaussians, where: str, site: ServerSite) -> Tree:
         """The head, trained on from where it was, on virtual features."""
         config, device = self.config, self.problem.device
-        mean, factor, classes = known.mean.to(device), factors(known, config).to(device), known.has.nonzero().flatten().to(device)
+        mean, factor, classes = known.mean.to(device), compute_factors(known, config).to(device), known.has.nonzero().flatten().to(device)
 
         def draw(labels: Tensor, generator: torch.Generator) -> Tensor:
             eps = torch.randn(len(labels), mean.shape[1], generator=generator, device=device)
             return gaussians.draw(mean, factor, labels, eps)
         stream = site.stream(f"virtual/{where}")
-        virtual = synthetic_epochs(draw, classes, config.per_class, config.batch, config.epochs, stream, resample=False)
+        virtual = draw_synthetic_epochs(draw, classes, config.per_class, config.batch, config.epochs, stream, resample=False)
         return train_head(head, virtual, self.rule("sgd", "lr"), site, f"calibration of {where}")
 
 
@@ -96,18 +96,18 @@ class TakeHead(SharedHead):
         return {path: leaf for path, leaf in server.items() if path.partition("/")[2] in HEAD}
 
     def receive(self, message: Tree, architecture: str) -> Tree:
-        return tree.part(message, scope(self.config, architecture))
+        return tree.part(message, locate_head(self.config, architecture))
 
 
-def scope(config: Config, architecture: str) -> str:
+def locate_head(config: Config, architecture: str) -> str:
     """Where in the server's state the head lies that clients of an architecture use."""
     return COMMON if config.scope == "all" else architecture
 
 
-def factors(known: GlobalMoments, config: Config) -> Tensor:
+def compute_factors(gaussians_: ClassGaussians, config: Config) -> Tensor:
     """What noise is multiplied with, (C, p, p) or (C, p): roots of the unbiased covariances, floored; of single samples the floor alone."""
-    unbiased = (known.count / (known.count - 1).clamp(min=1)).view(-1, *[1] * (known.spread.dim() - 1)) * known.spread
-    if known.spread.dim() == 2:
+    unbiased = (gaussians_.count / (gaussians_.count - 1).clamp(min=1)).view(-1, *[1] * (gaussians_.spread.dim() - 1)) * gaussians_.spread
+    if gaussians_.spread.dim() == 2:
         return (unbiased + config.floor).sqrt()
     return gaussians.cholesky(gaussians.floor(unbiased, config.floor))
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hpcfl import tree
-from hpcfl.contract import Algorithm, ClientSite, Phase, Plan, Problem, ServerSite, Statistics, Sums, Totals, Update
+from hpcfl.contract import Algorithm, ClientSite, Phase, Plan, Problem, ServerSite, Sums, Totals, Update, Uplink
 from hpcfl.training.group import Group
 from hpcfl.training.losses import cross_entropy
 from hpcfl.tree import Tree
@@ -48,13 +48,13 @@ class FedAvg(Algorithm):
         """The local training of clients that begin with what they received."""
         return site.train_model(group, cross_entropy)
 
-    def upload(self, group: Group, site: ClientSite) -> Statistics:
+    def upload(self, group: Group, site: ClientSite) -> Uplink:
         """What goes up: the models, weighted by n_k."""
-        model = tree.floating(group.part("model"))
-        return Statistics({group.architecture: Sums.weighted(group.clients, model, site.sizes(group))})
+        model = tree.select_floating(group.part("model"))
+        return Uplink({group.architecture: Sums.weighted(group.clients, model, site.sizes(group))})
 
     def aggregate(self, server: Tree, totals: Totals, site: ServerSite) -> Tree:
-        return averaged(server, totals)
+        return average_parts(server, totals)
 
     def refine(self, group: Group, message: Tree, site: ClientSite) -> Update:
         """The cohort goes on with the average: evaluated before it are the local models, at the end of a round the models that clients hold."""
@@ -62,10 +62,10 @@ class FedAvg(Algorithm):
 
     def adopt(self, group: Group, message: Tree) -> Group:
         """The group with the global model."""
-        return group.sharing("model", tree.to(message, self.problem.device))
+        return group.with_common_part("model", tree.to(message, self.problem.device))
 
 
-def averaged(server: Tree, totals: Totals) -> Tree:
+def average_parts(server: Tree, totals: Totals) -> Tree:
     """The server's state with the mean of each part that clients sent; leaves keep their type, and what nobody sent stays as it is."""
     means = tree.join(**{name: total.mean() for name, total in totals.items()})
     return {path: means[path].to(leaf.dtype) if path in means else leaf for path, leaf in server.items()}

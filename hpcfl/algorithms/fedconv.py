@@ -24,20 +24,20 @@ from hpcfl.contract import (
     Plan,
     Problem,
     ServerSite,
-    Statistics,
     Totals,
     TrainingError,
     Update,
+    Uplink,
     Uploads,
     choice,
     integer,
     real,
 )
-from hpcfl.data.shards import epochs
+from hpcfl.data.shards import iterate_epochs
 from hpcfl.resize.averaged import Averaged
-from hpcfl.resize.derived import Made
+from hpcfl.resize.derived import Derived
 from hpcfl.resize.filtered import Filtered
-from hpcfl.training.evaluate import bind, correct, in_batches
+from hpcfl.training.evaluate import apply_in_batches, bind, count_correct
 from hpcfl.training.group import OPTIMIZER, Group
 from hpcfl.training.losses import cross_entropy, divergence
 from hpcfl.training.turns import Turn
@@ -96,13 +96,13 @@ class FedConv(Algorithm):
         with self.problem.stream("init").seeding():
             server = tree.join(**{"global": self.problem.model(self.base).state_dict()})
         for architecture in self.smaller:
-            filters = self.new_filters(self.filtered(self.base, architecture), f"filters/{architecture}")
+            filters = self.new_filters(self.build_filters(self.base, architecture), f"filters/{architecture}")
             server |= tree.join(**{f"filters/{architecture}": filters})
         return server
 
     def prepare(self, server: Tree, site: ServerSite) -> Tree:
         """Steps 1 and 2 of a round."""
-        group = single(self.base, 0, tree.to(tree.part(server, "global"), self.problem.device))
+        group = group_one(self.base, 0, tree.to(tree.part(server, "global"), self.problem.device))
         if self.config.server_epochs:
             group = self.train_public(site, group, self.problem.structure(self.base), self.config.server_epochs, self.config.server_lr, "server training",
                                       member="the global model", setting="server_lr")
@@ -117,16 +117,16 @@ class FedConv(Algorithm):
 
     def compress(self, items: Mapping[int, Tree], site: ServerSite) -> dict[int, Tree]:
         """Step 2 for some size classes: min over Q_s of CE(f(compress(W; Q_s))), and the smaller models."""
-        count, lr = self.filter_schedule(site.round)
+        count, lr = self.schedule_filters(site.round)
         results = {}
         for index, item in items.items():
             architecture, item = self.smaller[index], tree.to(item, self.problem.device)
-            module = self.filtered(self.base, architecture)
-            state = module.of(tree.part(item, "model")) | tree.part(item, "filters")
-            group, accuracy = self.tune(site, single(architecture, index, state), module, count, lr, f"compression to {architecture}",
+            module = self.build_filters(self.base, architecture)
+            state = module.derive_state(tree.part(item, "model")) | tree.part(item, "filters")
+            group, accuracy = self.tune(site, group_one(architecture, index, state), module, count, lr, f"compression to {architecture}",
                                         member="the filters")
             site.note(f"compression_accuracy {architecture}", float(accuracy))
-            results[index] = tree.join(model=made(module, group, 0), filters=filters_of(group, 0))
+            results[index] = tree.join(model=derive_model(module, group, 0), filters=take_filters(group, 0))
         return results
 
     def publish(self, server: Tree) -> Tree:
@@ -136,14 +136,14 @@ class FedConv(Algorithm):
         return {self.base: (self.base, tree.part(message, "global"))}
 
     def receive(self, message: Tree, architecture: str) -> Tree:
-        return tree.floating(tree.part(message, "global" if architecture == self.base else f"small/{architecture}"))
+        return tree.select_floating(tree.part(message, "global" if architecture == self.base else f"small/{architecture}"))
 
     def train(self, group: Group, message: Tree, site: ClientSite) -> Update:
         """Step 3; the client knows nothing of compression."""
         received = tree.repeat(tree.to(message, self.problem.device), len(group.clients))
-        group, metrics = site.train_model(group.holding("model", group.part("model") | received), cross_entropy)
-        sizes, sent = site.sizes(group), tree.floating(group.part("model"))
-        return Update(group, Statistics({"models": Uploads({client: tree.join(model=tree.row(sent, index)) | {"samples": sizes[index]}
+        group, metrics = site.train_model(group.with_part("model", group.part("model") | received), cross_entropy)
+        sizes, sent = site.sizes(group), tree.select_floating(group.part("model"))
+        return Update(group, Uplink({"models": Uploads({client: tree.join(model=tree.row(sent, index)) | {"samples": sizes[index]}
                                                             for index, client in enumerate(group.clients)})}), metrics)
 
     def aggregate(self, server: Tree, totals: Totals, site: ServerSite) -> Tree:
@@ -151,7 +151,7 @@ class FedConv(Algorithm):
         uploads = totals["models"].trees
         items = {client: tree.join(model=tree.part(upload, "model"), filters=tree.part(server, f"dilation/{client}/{self.architecture(client, site)}"))
                  for client, upload in uploads.items()}
-        dilation = 2 * self.filter_schedule(site.round)[0]         # epochs, each of about twice the work: the full model, and the filters
+        dilation = 2 * self.schedule_filters(site.round)[0]         # epochs, each of about twice the work: the full model, and the filters
         costs = {client: self.config.server_finetune + (dilation if self.architecture(client, site) != self.base else 0) for client in items}
         found = site.spread("restore", items, costs)
         previous = tree.part(server, "global")
@@ -172,42 +172,42 @@ class FedConv(Algorithm):
             by_architecture.setdefault(self.architecture(client, site), {})[client] = tree.to(item, self.problem.device)
         results: dict[int, Tree] = {}
         for architecture, members in by_architecture.items():
-            results |= self.restored(architecture, members, site)
+            results |= self.restore_group(architecture, members, site)
         return {client: results[client] for client in items}
 
-    def restored(self, architecture: str, items: Mapping[int, Tree], site: ServerSite) -> dict[int, Tree]:
+    def restore_group(self, architecture: str, items: Mapping[int, Tree], site: ServerSite) -> dict[int, Tree]:
         """The same for clients of one architecture, as one Group."""
         module = self.problem.structure(architecture)
         counters = {path: leaf for path, leaf in module.state_dict().items() if not leaf.is_floating_point()}
-        group = Group.of(architecture, {client: tree.join(model=tree.part(item, "model") | counters) for client, item in items.items()})
+        group = Group.from_states(architecture, {client: tree.join(model=tree.part(item, "model") | counters) for client, item in items.items()})
         if self.config.server_finetune:
             group = self.train_public(site, group, module, self.config.server_finetune, self.config.server_lr, "fine-tuning of returned models",
                                       member="client", setting="server_lr")
         models, filters = {client: tree.part(own, "model") for client, own in group.states().items()}, {}
         if architecture != self.base:
-            models, filters = self.dilated(architecture, models, {client: tree.part(item, "filters") for client, item in items.items()}, site)
+            models, filters = self.dilate(architecture, models, {client: tree.part(item, "filters") for client, item in items.items()}, site)
         structure = self.problem.structure(self.base)
 
         def logits(client: int) -> Tree:
-            return {"logits": in_batches(bind(structure, models[client]), site.public)} if self.config.weights == "learned" else {}
+            return {"logits": apply_in_batches(bind(structure, models[client]), site.public)} if self.config.weights == "learned" else {}
         return {client: tree.join(model=models[client], filters=filters.get(client, {})) | logits(client) for client in items}
 
-    def dilated(self, architecture: str, models: Mapping[int, Tree], filters: Mapping[int, Tree], site: ServerSite) -> tuple[dict[int, Tree], dict[int, Tree]]:
+    def dilate(self, architecture: str, models: Mapping[int, Tree], filters: Mapping[int, Tree], site: ServerSite) -> tuple[dict[int, Tree], dict[int, Tree]]:
         """Step 5: min over R_k of CE(f(dilate(w_k; R_k))), for each client; below the floor again from new filters.
 
         Raises: TrainingError naming the client that stays below the floor.
         """
-        config, module = self.config, self.filtered(architecture, self.base)
-        count, lr = self.filter_schedule(site.round)
+        config, module = self.config, self.build_filters(architecture, self.base)
+        count, lr = self.schedule_filters(site.round)
         left, found, grown, reached = sorted(models), {}, {}, {}
         for attempt in range(config.dilation_tries):
-            own = {client: module.of(models[client]) | (filters[client] if filters[client] and not attempt else
+            own = {client: module.derive_state(models[client]) | (filters[client] if filters[client] and not attempt else
                                                         self.new_filters(module, f"dilation/{architecture}/{attempt}", client))
                    for client in left}
-            group = Group.of(architecture, {client: tree.join(model=state) for client, state in own.items()})
+            group = Group.from_states(architecture, {client: tree.join(model=state) for client, state in own.items()})
             group, accuracy = self.tune(site, group, module, count, lr, f"dilation of {architecture}", member="client")
             for row, client in enumerate(group.clients):
-                grown[client], found[client], reached[client] = made(module, group, row), filters_of(group, row), float(accuracy[row])
+                grown[client], found[client], reached[client] = derive_model(module, group, row), take_filters(group, row), float(accuracy[row])
             left = [client for client in left if reached[client] < config.dilation_floor]
             if not left:
                 break
@@ -215,7 +215,7 @@ class FedConv(Algorithm):
             raise TrainingError(f"server, phase {site.phase}, round {site.round}: the dilated model of client {left[0]} ({architecture}) got {reached[left[0]]:.1f} % of the "
                                 f"public validation part right after {config.dilation_tries} tries with new filters, wanted algorithm.dilation_floor = "
                                 f"{config.dilation_floor:g} %; raise models.shrinkage, algorithm.first_epochs or data.public_fraction, or lower the floor")
-        site.measured(tuple(reached), {"dilation_accuracy": torch.tensor(list(reached.values()))})
+        site.book_metrics(tuple(reached), {"dilation_accuracy": torch.tensor(list(reached.values()))})
         return grown, found
 
     def average(self, previous: Tree, found: Mapping[int, Tree], samples: list[float], site: ServerSite) -> Tree:
@@ -223,19 +223,19 @@ class FedConv(Algorithm):
         config, device = self.config, self.problem.device
         structure = self.problem.structure(self.base)
         module = Averaged(structure, len(found), config.granularity, normalised=config.weights != "code").to(device)
-        state = module.of([tree.to(tree.part(result, "model"), device) for result in found.values()], samples)
+        state = module.derive_state([tree.to(tree.part(result, "model"), device) for result in found.values()], samples)
         loss, context = cross_entropy, {}
         if config.weights == "learned":
             loss = aggregation_loss
-            context = {"teacher": in_batches(bind(structure, tree.to(previous, device)), site.public).log_softmax(1),        # (n, C)
+            context = {"teacher": apply_in_batches(bind(structure, tree.to(previous, device)), site.public).log_softmax(1),        # (n, C)
                        "strength": torch.tensor(config.lambda_kl, device=device)}
         state["logits"] = self.first_logits(module, context, found, site)
-        group = single(self.base, 0, state)
+        group = group_one(self.base, 0, state)
         if config.weights != "mean":
             group, accuracy = self.tune(site, group, module, config.aggregation_epochs, config.aggregation_lr, "aggregation", loss, context,
                                         "the weights of the global model", "aggregation_lr")
             site.note("aggregation_accuracy", float(accuracy))
-        return made(module, group, 0)
+        return derive_model(module, group, 0)
 
     def first_logits(self, module: Averaged, context: Tree, found: Mapping[int, Tree], site: ServerSite) -> Tensor:
         """l_k = -KL(f(W_prev) || f(W_k)), the mean over the public set; N(0, 1) for `code`, zeros for `mean`.
@@ -259,7 +259,7 @@ class FedConv(Algorithm):
         """Every architecture that W is compressed to."""
         return tuple(name for name in self.problem.sizes.every if name != self.base)
 
-    def filtered(self, source: str, target: str) -> Filtered:
+    def build_filters(self, source: str, target: str) -> Filtered:
         """The module that resizes one architecture to another."""
         with self.problem.stream("structure").seeding():
             return Filtered(self.problem.structure(source), self.problem.structure(target), self.config.mlr_passes).to(self.problem.device)
@@ -270,21 +270,21 @@ class FedConv(Algorithm):
             module.reset_parameters(self.config.filter_init)
         return tree.clone({path: parameter.data for path, parameter in module.named_parameters() if parameter.requires_grad})
 
-    def filter_schedule(self, round_: int) -> tuple[int, float]:
+    def schedule_filters(self, round_: int) -> tuple[int, float]:
         """Epochs and learning rate of Q_s and R_k in a round."""
         config = self.config
         halvings = round_ // config.lr_halving if config.lr_halving else 0
         return (config.first_epochs if round_ < config.first_rounds else config.filter_epochs), max(min(config.lr_floor, config.filter_lr), config.filter_lr / 2 ** halvings)
 
     def train_public(self, site: ServerSite, group: Group, module: nn.Module, count: int, lr: float, purpose: str,
-                     loss: Callable = cross_entropy, context: Tree | None = None, member: str = "model", of: int = 0, setting: str = "filter_lr") -> Group:
-        """`count` epochs of Adam on the public set for each model of the group, of the `of` that it gets in a round if these are more.
+                     loss: Callable = cross_entropy, context: Tree | None = None, member: str = "model", out_of: int = 0, setting: str = "filter_lr") -> Group:
+        """`count` epochs of Adam on the public set for each model of the group, of the `out_of` that it gets in a round if these are more.
 
         `setting`: the one that `lr` comes from.
         """
         def batches(key: int):
-            return epochs(site.public, self.config.public_batch, count, site.stream(purpose, key))
-        steps = max(count, of) * -(-len(site.public) // self.config.public_batch)
+            return iterate_epochs(site.public, self.config.public_batch, count, site.stream(purpose, key))
+        steps = max(count, out_of) * -(-len(site.public) // self.config.public_batch)
         return site.fit(group, {"model": module}, [Turn(("model",), loss, self.rule("adam", setting, lr))], batches, context=context, keep_optimizer=True,
                         steps=steps * self.problem.job.federation.rounds, work=purpose, member=member)[0]
 
@@ -305,8 +305,8 @@ class FedConv(Algorithm):
     def validate(self, site: ServerSite, module: nn.Module, own: Tree) -> Tensor:
         """Accuracy of a model on the public validation part in percent, ()."""
         state = tree.part(own, "model")
-        predict = bind(module.structure[0], bind(module, state, "weights")()) if isinstance(module, Made) else bind(module, state)   # weights are made once
-        right = correct(predict, site.public_validation, self.problem.classes)
+        predict = bind(module.structure[0], bind(module, state, "weights")()) if isinstance(module, Derived) else bind(module, state)   # weights are made once
+        right = count_correct(predict, site.public_validation, self.problem.classes)
         return 100 * right.sum() / len(site.public_validation)
 
 
@@ -316,17 +316,17 @@ def aggregation_loss(modules, batch: Tree, context: Tree) -> Tensor:
     return F.nll_loss(student, batch["y"]) + context["strength"] * divergence(context["teacher"][batch["index"]], student)
 
 
-def single(architecture: str, key: int, model: Tree) -> Group:
+def group_one(architecture: str, key: int, model: Tree) -> Group:
     """A group of one model."""
     return Group(architecture, (key,), tree.transform(tree.join(model=model), lambda leaf: leaf.unsqueeze(0)))
 
 
-def made(module: Made, group: Group, row: int) -> Tree:
+def derive_model(module: Derived, group: Group, row: int) -> Tree:
     """The classifier that one row of a group of Made modules stands for, as a state_dict."""
     return tree.clone(bind(module, tree.part(tree.row(group.state, row), "model"), "weights")())
 
 
-def filters_of(group: Group, row: int) -> Tree:
+def take_filters(group: Group, row: int) -> Tree:
     """The filters of one row of a group of Filtered modules."""
     return {path: leaf for path, leaf in tree.part(tree.row(group.state, row), "model").items() if path.startswith("filters.")}
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from hpcfl import tree
 from hpcfl.algorithms.fedavg import FedAvg
-from hpcfl.contract import ClientSite, JobError, Phase, Plan, Problem, ServerSite, Statistics, Sums, Totals, Update, Uploads, choice, integer, real
-from hpcfl.data.shards import epochs
-from hpcfl.training.evaluate import bind, in_batches
+from hpcfl.contract import ClientSite, JobError, Phase, Plan, Problem, ServerSite, Sums, Totals, Update, Uplink, Uploads, choice, integer, real
+from hpcfl.data.shards import iterate_epochs
+from hpcfl.training.evaluate import apply_in_batches, bind
 from hpcfl.training.group import Group
 from hpcfl.training.losses import divergence
 from hpcfl.training.turns import Turn
@@ -53,9 +53,9 @@ class FedDF(FedAvg):
         update = super().train(group, message, site)
         if self.config.teachers == "architectures":
             return update
-        sizes, models = site.sizes(group), tree.floating(update.group.part("model"))
+        sizes, models = site.sizes(group), tree.select_floating(update.group.part("model"))
         uploads = {client: tree.join(model=tree.row(models, index)) | {"samples": sizes[index]} for index, client in enumerate(group.clients)}
-        return Update(update.group, Statistics({"models": Uploads(uploads)}), update.metrics)
+        return Update(update.group, Uplink({"models": Uploads(uploads)}), update.metrics)
 
     def aggregate(self, server: Tree, totals: Totals, site: ServerSite) -> Tree:
         every = self.problem.sizes.every
@@ -65,7 +65,7 @@ class FedDF(FedAvg):
         else:
             uploads = totals["models"].trees
             owned = {client: self.problem.architecture(client, site.row) for client in uploads}
-            averages = super().aggregate(server, sums(uploads, owned), site)
+            averages = super().aggregate(server, sum_uploads(uploads, owned), site)
             teachers = {client: (owned[client], tree.part(upload, "model")) for client, upload in uploads.items()}
         answers = site.spread("answer", {key: tree.join(model=model) | {"architecture": torch.tensor(every.index(name))}
                                          for key, (name, model) in teachers.items()})
@@ -81,21 +81,21 @@ class FedDF(FedAvg):
         for key, item in items.items():
             structure = self.problem.structure(self.problem.sizes.every[int(item["architecture"])])
             predict = bind(structure, tree.to(tree.part(item, "model"), self.problem.device))
-            found[key] = {name: in_batches(predict, shard) for name, shard in shards.items() if len(shard)}
+            found[key] = {name: apply_in_batches(predict, shard) for name, shard in shards.items() if len(shard)}
         return found
 
     def distil(self, items: Mapping[int, Tree], site: ServerSite) -> dict[int, Tree]:
         """Some averages taught by the ensemble, as they were when closest to it on what is held out, or without that at the end."""
-        return {index: self.taught(index, tree.to(item, self.problem.device), site) for index, item in items.items()}
+        return {index: self.teach(index, tree.to(item, self.problem.device), site) for index, item in items.items()}
 
-    def taught(self, index: int, item: Tree, site: ServerSite) -> Tree:
+    def teach(self, index: int, item: Tree, site: ServerSite) -> Tree:
         """One of them, at best what it was before; training ends early when `patience` steps have brought nothing."""
         config, architecture, teacher = self.config, self.problem.sizes.every[index], tree.part(item, "teacher")
         group = Group(architecture, (index,), tree.repeat(tree.join(model=tree.part(item, "model")), 1))
         best, reached, lowest = group, 0, self.distance(group, teacher, site)
         for done in range(0, config.steps, config.stage):
             count = min(config.stage, config.steps - done)
-            group = self.stage(group, done, count, teacher["public"], site)
+            group = self.train_stage(group, done, count, teacher["public"], site)
             distance = self.distance(group, teacher, site)
             if distance < lowest or "held_out" not in teacher:
                 best, reached, lowest = group, done + count, distance
@@ -105,10 +105,10 @@ class FedDF(FedAvg):
         site.note(f"distillation_divergence {architecture}", lowest)
         return tree.row(best.part("model"), 0)
 
-    def stage(self, group: Group, done: int, count: int, teacher: Tensor, site: ServerSite) -> Group:
+    def train_stage(self, group: Group, done: int, count: int, teacher: Tensor, site: ServerSite) -> Group:
         """`count` steps of Adam on public images, its moments going on from the stage before."""
         def batches(index: int) -> Iterator[Tree]:
-            passes = epochs(site.public, self.config.batch, count, site.stream(f"distillation {done}", index))
+            passes = iterate_epochs(site.public, self.config.batch, count, site.stream(f"distillation {done}", index))
             for batch in islice(passes, count):
                 yield {"x": batch["x"], "teacher": teacher[batch["index"]]}
         lr = self.config.lr * (1 + math.cos(math.pi * done / self.config.steps)) / 2
@@ -121,10 +121,10 @@ class FedDF(FedAvg):
         """KL(ensemble || student) on what is held out of the public images, where there is any, else on the others."""
         part, shard = ("held_out", site.public_validation) if "held_out" in teacher else ("public", site.public)
         predict = bind(self.problem.structure(group.architecture), tree.row(group.part("model"), 0))
-        return float(divergence(teacher[part], in_batches(predict, shard).log_softmax(1)))
+        return float(divergence(teacher[part], apply_in_batches(predict, shard).log_softmax(1)))
 
 
-def sums(uploads: Mapping[int, Tree], owned: Mapping[int, str]) -> Totals:
+def sum_uploads(uploads: Mapping[int, Tree], owned: Mapping[int, str]) -> Totals:
     """The sums that FedAvg averages by, of whole uploads; owned: client -> its architecture."""
     members = {name: [client for client in uploads if owned[client] == name] for name in sorted(set(owned.values()))}
     return {name: Sums.weighted(clients, tree.stack([tree.part(uploads[client], "model") for client in clients]),

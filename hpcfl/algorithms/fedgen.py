@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpcfl import tree
-from hpcfl.algorithms.shared_head import HEAD, SharedHead, head_of
-from hpcfl.contract import ClientSite, Phase, Plan, Problem, ServerSite, Statistics, Totals, Update, Uploads, choice, integer, real
+from hpcfl.algorithms.shared_head import HEAD, SharedHead, take_head
+from hpcfl.contract import ClientSite, Phase, Plan, Problem, ServerSite, Totals, Update, Uplink, Uploads, choice, integer, real
 from hpcfl.training.evaluate import bind
 from hpcfl.training.group import OPTIMIZER, Group
 from hpcfl.training.losses import cross_entropy
@@ -105,7 +105,7 @@ class FedGen(SharedHead):
     def publish(self, server: Tree) -> Tree:
         """The head, and the generator once it has learned something."""
         generator = {path: leaf for path, leaf in server.items() if path.startswith("generator/") and leaf.is_floating_point()}
-        return head_of(server) | {"has": server["has"]} | (generator if bool(server["has"].any()) else {})
+        return take_head(server) | {"has": server["has"]} | (generator if bool(server["has"].any()) else {})
 
     def train(self, group: Group, message: Tree, site: ClientSite) -> Update:
         group = self.adopt(group, message)
@@ -116,8 +116,8 @@ class FedGen(SharedHead):
         uploads = {}
         for client, own in group.states().items():
             counts = torch.bincount(site.holdings[client].train.labels, minlength=self.problem.classes)
-            uploads[client] = head_of(tree.part(own, "model")) | {"counts": counts}
-        return Update(group, Statistics({"heads": Uploads(uploads)}), metrics)
+            uploads[client] = take_head(tree.part(own, "model")) | {"counts": counts}
+        return Update(group, Uplink({"heads": Uploads(uploads)}), metrics)
 
     def train_with(self, message: Tree, group: Group, site: ClientSite) -> tuple[Group, Tree]:
         """Local training with a generator that has learned something."""
@@ -132,7 +132,7 @@ class FedGen(SharedHead):
         def batches(client: int) -> Iterator[Tree]:
             random = site.stream("generator", client).torch(device)
             for batch in site.epochs(client, training.epochs, training.batch, augmentation):
-                wished = labels(there, config.per_batch, random)
+                wished = draw_labels(there, config.per_batch, random)
                 yield batch | {"wished": wished, "z_wished": draw(self.noise(len(wished), random), wished),
                                "z": draw(self.noise(len(batch["y"]), random), batch["y"])}
         return site.fit(group, [Turn(("model",), client_loss, self.problem.optimizer())], batches, context=weights | {"has": has}, steps=site.steps(group))
@@ -158,7 +158,7 @@ class FedGen(SharedHead):
         def batches(row: int) -> Iterator[Tree]:
             random = site.stream("generator").torch(device)
             for _ in range(config.server_steps):
-                yield {"y": labels(there, config.server_batch, random), "noise": self.noise(config.server_batch, random)}
+                yield {"y": draw_labels(there, config.server_batch, random), "noise": self.noise(config.server_batch, random)}
         state = {path: leaf for path, leaf in server.items() if path.startswith(("generator/", f"{OPTIMIZER}/"))}
         group = Group("generator", (0,), tree.repeat(tree.to(state, device), 1))
         rule = self.rule("adam", "server_lr", config.server_lr * config.decay ** site.round, weight_decay=config.server_decay)
@@ -185,7 +185,7 @@ class FedGen(SharedHead):
 NOISES = {"normal": torch.randn, "uniform": torch.rand}
 
 
-def labels(there: Tensor, count: int, random: torch.Generator) -> Tensor:
+def draw_labels(there: Tensor, count: int, random: torch.Generator) -> Tensor:
     """Labels (count,) drawn evenly from the classes that there are."""
     return there[torch.randint(len(there), (count,), generator=random, device=there.device)]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hpcfl.algorithms.prototypes import describe, gathered
+from hpcfl.algorithms.prototypes import describe_classes, gather_prototypes
 from hpcfl.algorithms.shared_head import SharedHead, train_head
 from hpcfl.contract import ClientSite, Phase, Plan, Problem, ServerSite, Totals, Update, integer, real
 from hpcfl.training.group import Group
@@ -34,10 +34,10 @@ class FedGH(SharedHead):
 
     def train(self, group: Group, message: Tree, site: ClientSite) -> Update:
         group, metrics = site.train_model(self.adopt(group, message), cross_entropy)
-        return Update(group, describe(group, site), metrics)
+        return Update(group, describe_classes(group, site), metrics)
 
     def aggregate(self, server: Tree, totals: Totals, site: ServerSite) -> Tree:
-        config, (means, classes) = self.config, gathered(totals, self.problem.device)
+        config, (means, classes) = self.config, gather_prototypes(totals, self.problem.device)
 
         def batches() -> Iterator[Tree]:
             generator = site.stream("pairs").torch()

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hpcfl.contract import Algorithm, ClientSite, Phase, Plan, Problem, ServerSite, Statistics, Sums, Totals, Update, real
+from hpcfl.contract import Algorithm, ClientSite, Phase, Plan, Problem, ServerSite, Sums, Totals, Update, Uplink, real
 from hpcfl.latents.moments import measure
 from hpcfl.training.group import Group
 from hpcfl.training.losses import prototype_distance
@@ -42,7 +42,7 @@ class FedProto(Algorithm):
         moments = [measure(site.features(group, client), site.holdings[client].train.labels, self.problem.classes, full=False) for client in group.clients]
         means = {"prototypes": torch.stack([m.mean for m in moments]).float()}              # (K, C, p)
         counts = {"prototypes": torch.stack([m.count for m in moments]).unsqueeze(2)}       # (K, C, 1)
-        return Update(group, Statistics({"prototypes": Sums.weighted(group.clients, means, counts)}), metrics)
+        return Update(group, Uplink({"prototypes": Sums.weighted(group.clients, means, counts)}), metrics)
 
     def aggregate(self, server: Tree, totals: Totals, site: ServerSite) -> Tree:
         total = totals["prototypes"]

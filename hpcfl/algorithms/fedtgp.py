@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hpcfl import tree
 from hpcfl.algorithms.fedproto import loss
-from hpcfl.algorithms.prototypes import describe, gathered
+from hpcfl.algorithms.prototypes import describe_classes, gather_prototypes
 from hpcfl.contract import Algorithm, ClientSite, Phase, Plan, Problem, ServerSite, Totals, Update, choice, integer, real
 from hpcfl.training.evaluate import bind
 from hpcfl.training.group import Group
@@ -55,7 +55,7 @@ def contrastive_loss(modules, batch: Tree, context: Tree) -> Tensor:
     return F.cross_entropy(-(distances + own * context["margin"]), batch["y"])
 
 
-def margin(means: Tensor, classes: Tensor, rule: str, limit: float) -> Tensor:
+def compute_margin(means: Tensor, classes: Tensor, rule: str, limit: float) -> Tensor:
     """delta = min(the margin between classes, limit), (), from clients' prototypes (n, p) of the classes (n,); 0 for a single class.
 
     A class lies at the unweighted mean of its prototypes.
@@ -93,10 +93,10 @@ class FedTGP(Algorithm):
         context = {"prototypes": prototypes, "has": has.bool(), "weight": torch.ones_like(prototypes[0]),
                    "strength": torch.tensor(self.config.strength, device=prototypes.device)}
         group, metrics = site.train_model(group, loss, context)
-        return Update(group, describe(group, site), metrics)
+        return Update(group, describe_classes(group, site), metrics)
 
     def aggregate(self, server: Tree, totals: Totals, site: ServerSite) -> Tree:
-        config, (means, classes) = self.config, gathered(totals, self.problem.device)
+        config, (means, classes) = self.config, gather_prototypes(totals, self.problem.device)
 
         def batches(row: int) -> Iterator[Tree]:
             generator = site.stream("prototypes").torch()
@@ -109,7 +109,7 @@ class FedTGP(Algorithm):
         own = self.problem.optimizer()
         rule = self.rule("sgd", "server_lr") if config.server_lr else Optimizer("sgd", own.lr, rate_setting=own.rate_setting)
         turn = Turn(("prototypes",), contrastive_loss, rule)
-        delta = margin(means, classes, config.margin, config.margin_limit)
+        delta = compute_margin(means, classes, config.margin, config.margin_limit)
         steps = config.server_epochs * -(-len(classes) // config.server_batch) * self.problem.job.federation.rounds
         group, metrics = site.fit(group, {"prototypes": network}, [turn], batches, context={"margin": delta}, steps=steps, work="global prototypes",
                                   member="the network")

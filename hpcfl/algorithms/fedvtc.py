@@ -15,19 +15,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpcfl import tree
-from hpcfl.algorithms.latent_statistics import Describing, Latents, Local, ShareStatistics, known_to
-from hpcfl.contract import ClientSite, JobError, Phase, Plan, Problem, ServerSite, Statistics, Sums, Totals, Update, choice, flag, integer, real
-from hpcfl.data.shards import epochs
+from hpcfl.algorithms.latent_statistics import DescribeLatents, Latents, LocalMoments, SendMoments, read_gaussians
+from hpcfl.contract import ClientSite, JobError, Phase, Plan, Problem, ServerSite, Sums, Totals, Update, Uplink, choice, flag, integer, real
+from hpcfl.data.shards import iterate_epochs
 from hpcfl.generators.vtc import VTC
 from hpcfl.latents import moments
-from hpcfl.latents.announced import Known
+from hpcfl.latents.announced import AnnouncedGaussians
 from hpcfl.latents.gaussians import kl
 from hpcfl.latents.matching import MATCHINGS
 from hpcfl.latents.moments import Moments
 from hpcfl.training.evaluate import bind
 from hpcfl.training.group import Group
 from hpcfl.training.losses import cross_entropy, prototype_distance
-from hpcfl.training.synthetic import Draw, synthetic_epochs
+from hpcfl.training.synthetic import Draw, draw_synthetic_epochs
 from hpcfl.training.turns import Turn
 from hpcfl.tree import Tree
 
@@ -95,7 +95,7 @@ class Deviation(nn.Module):
         self.log_ratio = nn.Parameter(torch.zeros(size))
 
 
-class Generating(Describing):
+class VTCStep(DescribeLatents):
     """What the steps with a generator share: the network, its start, its averaging, and drawing from it."""
 
     config: Config
@@ -110,14 +110,14 @@ class Generating(Describing):
         if group.part("generator"):
             return group
         with self.problem.stream("generator").seeding():
-            group = group.sharing("generator", VTC(self.latent.size, self.problem.shape).state_dict())
+            group = group.with_common_part("generator", VTC(self.latent.size, self.problem.shape).state_dict())
         if self.config.sigma_source == "learnable":
-            group = group.sharing("deviation", Deviation(self.latent.size).state_dict())
+            group = group.with_common_part("deviation", Deviation(self.latent.size).state_dict())
         if self.config.frozen_head_init:
             own = site.modules["model"].head
             with self.problem.stream("head").seeding():            # nothing but the head: what comes before it differs between architectures
                 head = nn.Linear(own.in_features, own.out_features).state_dict()
-            group = group.holding("model", group.part("model") | tree.repeat({f"head.{path}": leaf for path, leaf in head.items()}, len(group.clients)))
+            group = group.with_part("model", group.part("model") | tree.repeat({f"head.{path}": leaf for path, leaf in head.items()}, len(group.clients)))
         return group
 
     def publish(self, server: Tree) -> Tree:
@@ -134,23 +134,23 @@ class Generating(Describing):
     def adopt(self, group: Group, message: Tree) -> Group:
         """The group with the averaged generator, where the message brings one."""
         generator = tree.part(message, "generator")
-        return group.sharing("generator", tree.to(generator, self.problem.device)) if generator else group
+        return group.with_common_part("generator", tree.to(generator, self.problem.device)) if generator else group
 
-    def parted(self, group: Group) -> tuple[Group, Tree]:
+    def split_group(self, group: Group) -> tuple[Group, Tree]:
         """The group as far as classifying needs it, and what only the VTC needs, where that rests: with `offload` in host memory."""
         classifying = reduce(Group.without, VTC_PARTS, group)
         resting = {path: leaf for path, leaf in group.state.items() if path not in classifying.state}
         return classifying, tree.to(resting, "cpu" if self.config.offload else self.problem.device)
 
     def draw(self, group: Group, message: Tree, site: ClientSite, per_class: int) -> tuple[Tensor, Tensor]:
-        known, client = self.known(message), group.clients[0]
-        generate, images = self.generate(self.adopt(group, message), known, site, client), []
+        gaussians, client = self.read_gaussians(message), group.clients[0]
+        generate, images = self.generate(self.adopt(group, message), gaussians, site, client), []
         generator = site.stream("sample", client).torch(self.problem.device)
         for y in range(self.problem.classes):
             images.append(generate(torch.full((per_class,), y, device=self.problem.device), generator))
-        return self.problem.scale.to_unit(torch.stack(images)), known.has
+        return self.problem.scale.to_unit(torch.stack(images)), gaussians.has
 
-    def generate(self, group: Group, known: Known, site: ClientSite, client: int) -> Draw:
+    def generate(self, group: Group, gaussians: AnnouncedGaussians, site: ClientSite, client: int) -> Draw:
         """x' = psi_k(v), v ~ N(c^y, Sigma) (3.2 generation), in the classifier's range."""
         config, own = self.config, tree.row(group.part("generator"), group.row_of[client])
         psi = bind(site.modules["generator"], tree.to(own, self.problem.device))
@@ -158,29 +158,29 @@ class Generating(Describing):
         def draw(labels: Tensor, generator: torch.Generator) -> Tensor:
             eps = torch.randn(len(labels), self.latent.size, generator=generator, device=labels.device)
             eps = eps.clamp(-config.truncate, config.truncate) if config.truncate else eps
-            v = known.draw(labels, eps)
+            v = gaussians.draw(labels, eps)
             return self.problem.scale.from_symmetric(psi(v.relu() if config.clip_nonneg else v))
         return draw
 
 
-class FedVTC(Generating):
+class FedVTC(VTCStep):
     """One round at a client: classifier, statistics (of its own latents), VTC; what goes up."""
 
     def train(self, group: Group, message: Tree, site: ClientSite) -> Update:
-        known = self.known(message)
-        group, vtc = self.parted(self.adopt(group, message))
-        group, metrics = self.train_classifier(group, known, site)
+        gaussians = self.read_gaussians(message)
+        group, vtc = self.split_group(self.adopt(group, message))
+        group, metrics = self.train_classifier(group, gaussians, site)
         latents = self.encode(group, site)
         local = self.measure(latents, site)
-        statistics = self.upload(local) if self.config.latent == "own" else Statistics()
-        if bool(known.has.any()):
+        statistics = self.upload(local) if self.config.latent == "own" else Uplink()
+        if bool(gaussians.has.any()):
             whole = replace(group, state=group.state | tree.to(vtc, self.problem.device))
-            whole, measured = self.train_generator(whole, latents, local, known, site)
-            group, vtc = self.parted(whole)
+            whole, measured = self.train_generator(whole, latents, local, gaussians, site)
+            group, vtc = self.split_group(whole)
             metrics |= measured
             if self.sends_generator(site):
                 weights = site.sizes(group) if self.config.vtc_weights == "counts" else torch.ones(len(group.clients), dtype=torch.float64)
-                statistics += Statistics({"generator": Sums.weighted(group.clients, tree.part(vtc, "generator"), weights, weights_sent=False)})
+                statistics += Uplink({"generator": Sums.weighted(group.clients, tree.part(vtc, "generator"), weights, weights_sent=False)})
         return Update(replace(group, state=group.state | vtc), statistics, metrics)
 
     def sends_generator(self, site: ClientSite) -> bool:
@@ -188,16 +188,16 @@ class FedVTC(Generating):
         config, rounds = self.config, self.problem.job.federation.rounds
         return config.vtc_sync == "fedavg" and ((site.round + 1) % config.vtc_sync_every == 0 or site.round + 1 == rounds)
 
-    def train_classifier(self, group: Group, known: Known, site: ClientSite) -> tuple[Group, dict[str, Tensor]]:
+    def train_classifier(self, group: Group, gaussians: AnnouncedGaussians, site: ClientSite) -> tuple[Group, dict[str, Tensor]]:
         """L_f = CE + lambda(t) A(z, y) (3.1); CE alone without global statistics in the features' own space."""
         config = self.config
-        if config.latent == "common" or config.alignment == 0 or not bool(known.has.any()):
+        if config.latent == "common" or config.alignment == 0 or not bool(gaussians.has.any()):
             return site.train_model(group, cross_entropy)
         strength = config.alignment * (min(1.0, site.round / config.warmup) if config.warmup else 1.0)
-        context = {"mean": known.mean, "weight": known.weight, "has": known.has, "strength": torch.tensor(strength, device=known.mean.device)}
+        context = {"mean": gaussians.mean, "weight": gaussians.weight, "has": gaussians.has, "strength": torch.tensor(strength, device=gaussians.mean.device)}
         return site.train_model(group, aligned_loss, context)
 
-    def train_generator(self, group: Group, latents: Latents, local: Local, known: Known, site: ClientSite) -> tuple[Group, dict[str, Tensor]]:
+    def train_generator(self, group: Group, latents: Latents, local: LocalMoments, gaussians: AnnouncedGaussians, site: ClientSite) -> tuple[Group, dict[str, Tensor]]:
         """E_v epochs of Adam on psi_k, and on sigma_k where it is learnable; f_k is frozen (3.3)."""
         config = self.config
         turns = [Turn(("generator",), self.generator_loss, self.rule("adam", "vtc_lr", betas=BETAS, clip=config.vtc_clip,
@@ -207,9 +207,9 @@ class FedVTC(Generating):
         deviations = {client: self.deviation(local[client]) for client in group.clients}
 
         def batches(client: int) -> Iterator[Tree]:
-            return self.generator_batches(client, latents[client], deviations[client], known, site)
-        context = {"mean": known.mean, "variance": known.variance, "precision": known.precision, "coupling": known.coupling,
-                   "least": known.mean.new_tensor(config.variance_floor ** 0.5), "weight": known.weight if config.dm_whiten else torch.ones_like(known.weight)}
+            return self.generator_batches(client, latents[client], deviations[client], gaussians, site)
+        context = {"mean": gaussians.mean, "variance": gaussians.variance, "precision": gaussians.precision, "coupling": gaussians.coupling,
+                   "least": gaussians.mean.new_tensor(config.variance_floor ** 0.5), "weight": gaussians.weight if config.dm_whiten else torch.ones_like(gaussians.weight)}
         images = max(len(site.holdings[client].train) for client in group.clients)
         steps = (config.vtc_steps or config.vtc_epochs * -(-images // config.vtc_batch)) * self.problem.job.federation.rounds
         group, measured = site.fit(group, turns, batches, context=context, keep_optimizer=config.vtc_sync == "none", steps=steps)
@@ -223,11 +223,11 @@ class FedVTC(Generating):
         variance = (scatter.sum(0) / local.count.sum()).expand_as(scatter) if pooled else scatter / local.count.clamp(min=1).unsqueeze(1)
         return variance.clamp_min(self.config.variance_floor).sqrt().float()
 
-    def generator_batches(self, client: int, z: Tensor, deviation: Tensor, known: Known, site: ClientSite) -> Iterator[Tree]:
+    def generator_batches(self, client: int, z: Tensor, deviation: Tensor, gaussians: AnnouncedGaussians, site: ClientSite) -> Iterator[Tree]:
         """Passes over the client's images with their latents and the noise of each step; latents of all known classes for L_DM."""
         config, shard, device = self.config, site.holdings[client].train, z.device
-        generator, away = site.stream("vtc", client).torch(device), known.distance(shard.labels, z)
-        there = known.has.nonzero().flatten()
+        generator, away = site.stream("vtc", client).torch(device), gaussians.distance(shard.labels, z)
+        there = gaussians.has.nonzero().flatten()
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, z.shape[1], generator=generator, device=device)
@@ -236,11 +236,11 @@ class FedVTC(Generating):
         for indices in islice(chain.from_iterable(orders), config.vtc_steps or None):
             y = shard.labels[indices]
             batch = {"x": self.problem.scale.to_symmetric(shard.pixels(indices)), "y": y, "z": z[indices], "eps": normal(len(indices)),
-                     "deviation": deviation[y], "away": away[indices], "has": known.has[y]}
+                     "deviation": deviation[y], "away": away[indices], "has": gaussians.has[y]}
             if config.dm != "off":
                 chosen = there[torch.randperm(len(there), generator=generator, device=device)[:config.dm_classes]]
                 labels = chosen.repeat_interleave(config.dm_samples)
-                batch |= {"classes": chosen, "v": known.draw(labels, normal(len(labels))), "fresh": known.draw(labels, normal(len(labels)))}
+                batch |= {"classes": chosen, "v": gaussians.draw(labels, normal(len(labels))), "fresh": gaussians.draw(labels, normal(len(labels)))}
             yield batch
 
     def generator_loss(self, modules, batch: Tree, context: Tree) -> tuple[Tensor, Tree]:
@@ -271,13 +271,13 @@ class FedVTC(Generating):
                                          context["variance"][classes].sqrt(), context["weight"][classes])
 
 
-class Means(Generating):
+class SendMeans(VTCStep):
     """Where the server sees nothing but sums (8.4), the first of two phases: counts and sums, from which the global means follow."""
 
-    def first(self, group: Group, site: ClientSite) -> Statistics:
+    def sum_first(self, group: Group, site: ClientSite) -> Uplink:
         """What each client adds to counts and sums."""
-        firsts = [moments.first_sums(z, y, self.problem.classes) for z, y in self.sent_samples(group, site)]
-        return Statistics({"first": Sums.weighted(group.clients, tree.stack(firsts), torch.ones(len(group.clients)), weights_sent=False)})
+        firsts = [moments.sum_features(z, y, self.problem.classes) for z, y in self.sent_samples(group, site)]
+        return Uplink({"first": Sums.weighted(group.clients, tree.stack(firsts), torch.ones(len(group.clients)), weights_sent=False)})
 
     def aggregate(self, server: Tree, totals: Totals, site: ServerSite) -> Tree:
         new = super().aggregate(server, {name: total for name, total in totals.items() if name == "generator"}, site)
@@ -286,26 +286,26 @@ class Means(Generating):
         return {**new, "mean": mean, **tree.join(first=first)}
 
 
-class FedVTCBySums(Means, FedVTC):
+class FedVTCBySums(SendMeans, FedVTC):
     """FedVTC's round, with sums in the place of its statistics."""
 
     def train(self, group: Group, message: Tree, site: ClientSite) -> Update:
         update = FedVTC.train(self, group, message, site)
-        kept = Statistics({name: sums for name, sums in update.statistics.parts.items() if name != "moments"})
-        return replace(update, statistics=kept + self.first(update.group, site))
+        kept = Uplink({name: sums for name, sums in update.uplink.pieces.items() if name != "moments"})
+        return replace(update, uplink=kept + self.sum_first(update.group, site))
 
 
-class ShareMeans(Means):
+class SendMeansOnce(SendMeans):
     """Common latents, once."""
 
     def publish(self, server: Tree) -> Tree:
         return {}
 
     def train(self, group: Group, message: Tree, site: ClientSite) -> Update:
-        return Update(group, self.first(group, site))
+        return Update(group, self.sum_first(group, site))
 
 
-class Scatter(Generating):
+class SendScatter(VTCStep):
     """The second of the two phases: the scatter around the global means, summed."""
 
     def publish(self, server: Tree) -> Tree:
@@ -314,33 +314,33 @@ class Scatter(Generating):
 
     def train(self, group: Group, message: Tree, site: ClientSite) -> Update:
         mean, mode = message["mean"].double().to(self.problem.device), self.config.covariance
-        around = [moments.centred_scatter(z, y, mean, mode) for z, y in self.sent_samples(group, site)]
+        around = [moments.measure_scatter(z, y, mean, mode) for z, y in self.sent_samples(group, site)]
         sums = Sums.weighted(group.clients, {"scatter": torch.stack(around)}, torch.ones(len(group.clients)), weights_sent=False)
-        return Update(group, Statistics({"scatter": sums}))
+        return Update(group, Uplink({"scatter": sums}))
 
     def aggregate(self, server: Tree, totals: Totals, site: ServerSite) -> Tree:
         first, mode = tree.part(server, "first"), self.config.covariance
         merged = moments.from_sums(first["counts"], first["sums"], totals["scatter"].values["scatter"], mode)
         kept = {path: leaf for path, leaf in server.items() if not path.startswith("first/")}
-        return kept | vars(moments.keep_previous(merged, known_to(server), mode))
+        return kept | vars(moments.keep_previous(merged, read_gaussians(server), mode))
 
 
-class FineTune(Generating):
+class FineTune(VTCStep):
     """Each client on its own: draw a class-balanced synthetic set and train f_k on it by cross-entropy, psi frozen (3.6, 3.7)."""
 
     refines = "finetune"
 
     def refine(self, group: Group, message: Tree, site: ClientSite) -> Update:
-        config, known = self.config, self.known(message)
+        config, gaussians = self.config, self.read_gaussians(message)
         whole = self.adopt(group, message)
-        classes = known.has.nonzero().flatten()
+        classes = gaussians.has.nonzero().flatten()
         if not len(classes):
             return Update(whole)
-        group, vtc = self.parted(whole)
+        group, vtc = self.split_group(whole)
 
         def batches(client: int) -> Iterator[Tree]:
-            real = (lambda epoch: epochs(site.holdings[client].train, config.finetune_batch, 1, site.stream(f"real/{epoch}", client))) if config.ft_real else None
-            return synthetic_epochs(self.generate(whole, known, site, client), classes, config.per_class, config.finetune_batch, config.finetune_epochs,
+            real = (lambda epoch: iterate_epochs(site.holdings[client].train, config.finetune_batch, 1, site.stream(f"real/{epoch}", client))) if config.ft_real else None
+            return draw_synthetic_epochs(self.generate(whole, gaussians, site, client), classes, config.per_class, config.finetune_batch, config.finetune_epochs,
                                     site.stream("finetune", client), resample=config.resample, real=real)
         rule = self.problem.optimizer()
         if config.finetune_lr:
@@ -371,11 +371,11 @@ def plan(config: Config, problem: Problem) -> Plan:
     if sums and not config.between_client:
         raise JobError("algorithm.between_client = false needs to know each client's own scatter, which algorithm.statistics = 'sums' hides; "
                        "set between_client = true, or statistics = 'uploads'")
-    scatter = (Scatter(config, problem),) if sums else ()
+    scatter = (SendScatter(config, problem),) if sums else ()
     learning = (FedVTC(config, problem),) if common else (FedVTCBySums(config, problem), *scatter) if sums else (FedVTC(config, problem),)
     each = (finetune,) if config.finetune == "every_round" else ()
     rounds = Phase("rounds", problem.job.federation.rounds, learning + each)
-    share = ShareMeans(config, problem) if sums else ShareStatistics(config, problem)
+    share = SendMeansOnce(config, problem) if sums else SendMoments(config, problem)
     first = (Phase("statistics", 1, (share, *scatter), everyone=True),) if common else ()
     last = (Phase("finetune", 1, (finetune,), everyone=True),) if config.finetune == "final" else ()
     return (*first, rounds, *last)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hpcfl import tree
 from hpcfl.algorithms.fedavg import FedAvg
-from hpcfl.contract import Algorithm, ClientSite, JobError, Phase, Plan, Problem, ServerSite, Statistics, Sums, real, text
+from hpcfl.contract import Algorithm, ClientSite, JobError, Phase, Plan, Problem, ServerSite, Sums, Uplink, real, text
 from hpcfl.models import zoo
 from hpcfl.training.group import Group
 from hpcfl.training.losses import divergence
@@ -42,7 +42,7 @@ class FML(FedAvg):
 
     def join(self, group: Group, site: ClientSite) -> Group:
         group = super().join(group, site)
-        return group if group.part(MEME) else group.sharing(MEME, self.first())
+        return group if group.part(MEME) else group.with_common_part(MEME, self.first())
 
     def found(self, site: ServerSite) -> Tree:
         return tree.join(**{MEME: self.first()})
@@ -66,8 +66,8 @@ class FML(FedAvg):
         return site.fit(group, [Turn(("model", MEME), self.loss, self.problem.optimizer())],
                         lambda client: site.epochs(client, training.epochs, training.batch, augmentation), steps=site.steps(group))
 
-    def upload(self, group: Group, site: ClientSite) -> Statistics:
-        return Statistics({MEME: Sums.weighted(group.clients, tree.floating(group.part(MEME)), site.sizes(group))})
+    def upload(self, group: Group, site: ClientSite) -> Uplink:
+        return Uplink({MEME: Sums.weighted(group.clients, tree.select_floating(group.part(MEME)), site.sizes(group))})
 
     def loss(self, modules, batch: Tree, context: Tree) -> tuple[Tensor, Tree]:
         """L_private + L_meme of one client."""
@@ -78,7 +78,7 @@ class FML(FedAvg):
         return own + common, {"private_loss": own, "meme_loss": common}
 
     def adopt(self, group: Group, message: Tree) -> Group:
-        return group.sharing(MEME, tree.to(message, self.problem.device))
+        return group.with_common_part(MEME, tree.to(message, self.problem.device))
 
 
 def plan(config: Config, problem: Problem) -> Plan:
@@ -88,7 +88,7 @@ def plan(config: Config, problem: Problem) -> Plan:
     """
     problem.augmentation()
     try:
-        zoo.entry(config.meme)
+        zoo.find_entry(config.meme)
     except JobError as error:
         raise JobError(f"algorithm.meme: {error}") from error
     return (Phase("rounds", problem.job.federation.rounds, (FML(config, problem),)),)

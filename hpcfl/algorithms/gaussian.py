@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from hpcfl import tree
 from hpcfl.algorithms import latent_statistics
-from hpcfl.algorithms.latent_statistics import Describing
+from hpcfl.algorithms.latent_statistics import DescribeLatents
 from hpcfl.contract import ClientSite, Phase, Plan, Problem, Update, choice, flag, integer, real
 from hpcfl.training.group import Group
 from hpcfl.tree import Tree
@@ -40,36 +40,36 @@ class Discriminant(nn.Module):
         return -0.5 * white.square().sum(2) - self.offset
 
 
-class Discriminating(Describing):
+class DiscriminantStep(DescribeLatents):
     """The client's model is the discriminant, whatever architecture the job gives it."""
 
     def modules(self, architecture: str) -> dict[str, nn.Module]:
         return {"model": Discriminant(self.latent.map, self.problem.scale, self.problem.classes), **self.latent.modules()}
 
     def join(self, group: Group, site: ClientSite) -> Group:
-        return group if group.part("model") else group.sharing("model", self.modules(group.architecture)["model"].state_dict())
+        return group if group.part("model") else group.with_common_part("model", self.modules(group.architecture)["model"].state_dict())
 
 
-class ShareStatistics(Discriminating, latent_statistics.ShareStatistics):
+class SendDiscriminantMoments(DiscriminantStep, latent_statistics.SendMoments):
     """Counts, means and covariances of phi(x), once."""
 
 
-class UseStatistics(Discriminating):
+class AdoptGaussians(DiscriminantStep):
     """Every client turns the message into the classifier; all have the same."""
 
     refines = "adopt"
 
     def refine(self, group: Group, message: Tree, site: ClientSite) -> Update:
-        known = self.known(message)
-        factor = known.factor.double()
-        full = (factor if factor.dim() == 3 else torch.diag_embed(factor.expand(len(factor), known.mean.shape[1]))).expand(self.problem.classes, -1, -1)
-        offset = full.diagonal(dim1=1, dim2=2).log().sum(1).masked_fill(~known.has, float("inf"))
+        gaussians = self.read_gaussians(message)
+        factor = gaussians.factor.double()
+        full = (factor if factor.dim() == 3 else torch.diag_embed(factor.expand(len(factor), gaussians.mean.shape[1]))).expand(self.problem.classes, -1, -1)
+        offset = full.diagonal(dim1=1, dim2=2).log().sum(1).masked_fill(~gaussians.has, float("inf"))
         identity = torch.eye(full.shape[1], dtype=full.dtype, device=full.device)
-        state = {"mean": known.mean, "inverse": torch.linalg.solve_triangular(full, identity, upper=False).float(), "offset": offset.float()}
-        return Update(group.sharing("model", {**tree.row(group.part("model"), 0), **state}))
+        state = {"mean": gaussians.mean, "inverse": torch.linalg.solve_triangular(full, identity, upper=False).float(), "offset": offset.float()}
+        return Update(group.with_common_part("model", {**tree.row(group.part("model"), 0), **state}))
 
 
 def plan(config: Config, problem: Problem) -> Plan:
     """Statistics once, then the classifier."""
-    return (Phase("statistics", 1, (ShareStatistics(config, problem),), everyone=True),
-            Phase("classify", 1, (UseStatistics(config, problem),), everyone=True))
+    return (Phase("statistics", 1, (SendDiscriminantMoments(config, problem),), everyone=True),
+            Phase("classify", 1, (AdoptGaussians(config, problem),), everyone=True))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from hpcfl import tree
-from hpcfl.algorithms.fedavg import FedAvg, averaged
+from hpcfl.algorithms.fedavg import FedAvg, average_parts
 from hpcfl.contract import (
     Algorithm,
     ClientSite,
@@ -25,15 +25,15 @@ from hpcfl.contract import (
     Plan,
     Problem,
     ServerSite,
-    Statistics,
     Sums,
     Totals,
     Update,
+    Uplink,
     choice,
     integer,
     real,
 )
-from hpcfl.data.shards import Shard, epochs
+from hpcfl.data.shards import Shard, iterate_epochs
 from hpcfl.generators.class_vtc import Vtc
 from hpcfl.generators.cvae import Cvae
 from hpcfl.generators.dcgan import Dcgan
@@ -78,7 +78,7 @@ class Config:
     ddim_steps: int = integer(0, 0)                                # ddpm: 0 samples ancestrally in T steps
 
 
-KINDS: dict[str, Callable[[Config, Shape, int, bool], GenerativeModel]] = {
+GENERATORS: dict[str, Callable[[Config, Shape, int, bool], GenerativeModel]] = {
     "cvae": lambda config, shape, classes, features: Cvae(shape, classes, config.latent,
                                                           value_range="features" if features else config.image_range),
     "dcgan": lambda config, shape, classes, features: Dcgan(shape, classes, config.width_g, config.width_d,
@@ -89,10 +89,10 @@ KINDS: dict[str, Callable[[Config, Shape, int, bool], GenerativeModel]] = {
 }
 
 
-def generative(config: Config, shape: Shape, classes: int, features: bool) -> GenerativeModel:
+def build_generator(config: Config, shape: Shape, classes: int, features: bool) -> GenerativeModel:
     """The configured generator of images, or of an extractor's maps. Raises: JobError for shapes and settings that it does not have."""
     try:
-        return KINDS[config.generator](config, shape, classes, features)
+        return GENERATORS[config.generator](config, shape, classes, features)
     except LayoutError as error:
         raise JobError(f"algorithm.generator = '{config.generator}' for {'maps of the common extractor' if features else 'images'}: {error}") from None
 
@@ -100,18 +100,18 @@ def generative(config: Config, shape: Shape, classes: int, features: bool) -> Ge
 class Space(Protocol):
     """What a generator makes and learns from, between the client's images and its classifier."""
 
-    kind: GenerativeModel
+    generative: GenerativeModel
 
     def batches(self, message: Tree, site: ClientSite, client: int, count: int, batch: int) -> Iterator[Tree]:
         """Shuffled batches {"x": (B, *kind.shape), "y": (B,)} of the client's own, `count` times over."""
 
-    def of_images(self, message: Tree, x: Tensor) -> Tensor:
+    def from_images(self, message: Tree, x: Tensor) -> Tensor:
         """Classifier input (B, C, H, W) as the generator would make it, (B, *kind.shape)."""
 
     def to_classifier(self, samples: Tensor) -> Tensor:
         """Samples (B, *kind.shape) as the classifier takes them."""
 
-    def shown(self, samples: Tensor) -> Tensor:
+    def to_pictures(self, samples: Tensor) -> Tensor:
         """Samples for people to look at: images in [0, 1], or what stands for them."""
 
 
@@ -120,44 +120,44 @@ class Images:
 
     def __init__(self, config: Config, problem: Problem):
         self.scale, self.matched = problem.scale, config.range_mode == "matched"
-        self.kind = generative(config, problem.shape, problem.classes, False)
+        self.generative = build_generator(config, problem.shape, problem.classes, False)
 
     def batches(self, message: Tree, site: ClientSite, client: int, count: int, batch: int) -> Iterator[Tree]:
-        for each in epochs(site.holdings[client].train, batch, count, site.stream("generator batches", client)):
-            yield {"x": self.of_images(message, each["x"]), "y": each["y"]}
+        for each in iterate_epochs(site.holdings[client].train, batch, count, site.stream("generator batches", client)):
+            yield {"x": self.from_images(message, each["x"]), "y": each["y"]}
 
-    def of_images(self, message: Tree, x: Tensor) -> Tensor:
-        return self.scale.to_unit(x) if self.kind.value_range == "unit" else self.scale.to_symmetric(x)
+    def from_images(self, message: Tree, x: Tensor) -> Tensor:
+        return self.scale.to_unit(x) if self.generative.value_range == "unit" else self.scale.to_symmetric(x)
 
     def to_classifier(self, samples: Tensor) -> Tensor:
-        return self.scale.from_symmetric(self.symmetric(samples)) if self.matched else samples
+        return self.scale.from_symmetric(self.to_symmetric(samples)) if self.matched else samples
 
-    def shown(self, samples: Tensor) -> Tensor:
-        return (self.symmetric(samples) + 1).div(2).clamp(0, 1)
+    def to_pictures(self, samples: Tensor) -> Tensor:
+        return (self.to_symmetric(samples) + 1).div(2).clamp(0, 1)
 
-    def symmetric(self, samples: Tensor) -> Tensor:
+    def to_symmetric(self, samples: Tensor) -> Tensor:
         """Samples in [-1, 1], as far as the generator keeps to its range."""
-        return 2 * samples - 1 if self.kind.value_range == "unit" else samples
+        return 2 * samples - 1 if self.generative.value_range == "unit" else samples
 
 
-class Generating(Algorithm):
+class GeneratorStep(Algorithm):
     """What both steps share: the networks of the generator and drawing from it."""
 
     config: Config
 
     def __init__(self, config: Config, problem: Problem, space: Space):
         super().__init__(config, problem)
-        self.space, self.kind = space, space.kind
-        self.structure = self.initial("structure")                 # the same for clients of every architecture
+        self.space, self.generative = space, space.generative
+        self.structure = self.initialise("structure")                 # the same for clients of every architecture
         self.networks = tuple(self.structure)                      # their names, and the parts of the server's state that hold w_g
 
     def modules(self, architecture: str) -> dict[str, nn.Module]:
         return super().modules(architecture) | self.structure
 
-    def initial(self, purpose: str) -> dict[str, nn.Module]:
+    def initialise(self, purpose: str) -> dict[str, nn.Module]:
         """New networks from one common stream."""
         with self.problem.stream(purpose).seeding():
-            return self.kind.networks()
+            return self.generative.networks()
 
     def accept(self, counts: np.ndarray) -> None:
         if len(missing := np.flatnonzero(counts.sum(0) == 0)):
@@ -167,22 +167,22 @@ class Generating(Algorithm):
             raise DataError(f"client {counts.sum(1).argmin()} has {least} training image, a generator needs {SMALLEST} for its norms; raise data.fraction or "
                             "use fewer clients")
 
-    def drawer(self, message: Tree, site: ClientSite, compile: bool = False) -> Callable[[Tensor, torch.Generator], Tensor]:
+    def build_drawer(self, message: Tree, site: ClientSite, compile: bool = False) -> Callable[[Tensor, torch.Generator], Tensor]:
         """Samples (B, *kind.shape) of labels (B,), G in eval mode and without gradients."""
         call = bind(site.modules[GENERATOR], tree.to(tree.part(message, GENERATOR), self.problem.device), compile=compile)
-        return lambda y, random: self.kind.sample(call, y, random)
+        return lambda y, random: self.generative.sample(call, y, random)
 
     def draw(self, group: Group, message: Tree, site: ClientSite, per_class: int) -> tuple[Tensor, Tensor]:
-        classes, draw = self.problem.classes, self.drawer(message, site)
+        classes, draw = self.problem.classes, self.build_drawer(message, site)
         random = site.stream("sample", group.clients[0]).torch(self.problem.device)
         samples = [draw(torch.full((per_class,), y, device=self.problem.device), random) for y in range(classes)]
-        return self.space.shown(torch.stack(samples)), torch.ones(classes, dtype=torch.bool)
+        return self.space.to_pictures(torch.stack(samples)), torch.ones(classes, dtype=torch.bool)
 
     def seen(self, group: Group, message: Tree, site: ClientSite, x: Tensor) -> Tensor:
-        return self.space.shown(self.space.of_images(message, x))
+        return self.space.to_pictures(self.space.from_images(message, x))
 
 
-class TrainGenerator(Generating):
+class TrainGenerator(GeneratorStep):
     """Generative knowledge aggregation (2.1, stage 1), rounds `first` and on of T_KA."""
 
     def __init__(self, config: Config, problem: Problem, space: Space, first: int = 0):
@@ -193,7 +193,7 @@ class TrainGenerator(Generating):
                            f"batches of {self.batch}, its norms need {SMALLEST}; set algorithm.generator_batch to at least {SMALLEST}")
 
     def found(self, site: ServerSite) -> Tree:
-        return tree.join(**{name: tree.floating(network.state_dict()) for name, network in self.initial("init/generator").items()})
+        return tree.join(**{name: tree.select_floating(network.state_dict()) for name, network in self.initialise("init/generator").items()})
 
     def publish(self, server: Tree) -> Tree:
         return {path: leaf for path, leaf in server.items() if path.startswith(tuple(f"{name}/" for name in self.networks))}
@@ -201,49 +201,49 @@ class TrainGenerator(Generating):
     def train(self, group: Group, message: Tree, site: ClientSite) -> Update:
         config, resting, received = self.config, group, tree.to(message, self.problem.device)
         for name in self.networks:                                 # batch counters, which nobody reads, are not sent
-            group = group.sharing(name, site.modules[name].state_dict() | tree.part(received, name))
+            group = group.with_common_part(name, site.modules[name].state_dict() | tree.part(received, name))
         images = site.sizes(group)
         group, metrics = site.fit(group, self.turns(site.round), lambda client: self.batches(message, site, client, self.batch), keep_optimizer=True,
-                                  channels_last=self.kind.channels_last,
+                                  channels_last=self.generative.channels_last,
                                   steps=config.generator_rounds * config.generator_epochs * int(images.max()) // self.batch)
         by_images = config.generator_weights == "images"
         weights = images if by_images else torch.ones_like(images)
-        w = {name: Sums.weighted(group.clients, tree.floating(group.part(name)), weights, weights_sent=by_images and name == GENERATOR)
+        w = {name: Sums.weighted(group.clients, tree.select_floating(group.part(name)), weights, weights_sent=by_images and name == GENERATOR)
              for name in self.networks}
         kept = {path: leaf for path, leaf in group.state.items() if path in resting.state or path.startswith(f"{OPTIMIZER}/")}
-        return Update(replace(group, state=kept), Statistics(w), {f"generator_{name}": values for name, values in metrics.items()})
+        return Update(replace(group, state=kept), Uplink(w), {f"generator_{name}": values for name, values in metrics.items()})
 
     def turns(self, round_: int) -> list[Turn]:
         """One step of each loss per batch; a rate that decays falls linearly over T_KA and is above zero in the last round."""
-        left = 1 - (self.first + round_) / self.config.generator_rounds if self.kind.decay == "linear" else 1.0
-        rules = [self.rule(**vars(rule) | {"setting": "generator_lr", "lr": (self.config.generator_lr or rule.lr) * left}) for rule in self.kind.rules()]
-        return [Turn(trained, loss, rule) for (trained, loss), rule in zip(self.kind.losses(), rules, strict=True)]
+        left = 1 - (self.first + round_) / self.config.generator_rounds if self.generative.decay == "linear" else 1.0
+        rules = [self.rule(**vars(rule) | {"setting": "generator_lr", "lr": (self.config.generator_lr or rule.lr) * left}) for rule in self.generative.rules()]
+        return [Turn(trained, loss, rule) for (trained, loss), rule in zip(self.generative.losses(), rules, strict=True)]
 
     def batches(self, message: Tree, site: ClientSite, client: int, batch: int) -> Iterator[Tree]:
         """T_g epochs of the client's own with the random draws of each step."""
         random = site.stream("generator noise", client).torch(self.problem.device)
         for each in self.space.batches(message, site, client, self.config.generator_epochs, batch):
-            yield self.kind.noise({"x": each["x"], "y": each["y"]}, random)
+            yield self.generative.noise({"x": each["x"], "y": each["y"]}, random)
 
     def aggregate(self, server: Tree, totals: Totals, site: ServerSite) -> Tree:
-        return averaged(server, totals)
+        return average_parts(server, totals)
 
     def generator_losses(self, group: Group, message: Tree, site: ClientSite, shard: Shard) -> Tensor:
         """The generator's loss of data for each image alone, in eval mode, the mean over NOISES draws of its noise."""
-        networks, device = self.initial("structure"), self.problem.device
+        networks, device = self.initialise("structure"), self.problem.device
         for name, network in networks.items():
             network.load_state_dict(tree.part(message, name), strict=False)               # batch counters are not in the message
-        modules, loss, random = Modules(networks).to(device).eval(), self.kind.data_loss(), site.stream("audit", group.clients[0]).torch(device)
+        modules, loss, random = Modules(networks).to(device).eval(), self.generative.data_loss(), site.stream("audit", group.clients[0]).torch(device)
         alone = vmap(lambda row: modules(loss, {name: leaf.unsqueeze(0) for name, leaf in row.items()}, {})[0])
 
         @torch.no_grad()
         def losses(block: slice) -> Tensor:
-            data = {"x": self.space.of_images(message, shard.pixels(block)), "y": shard.labels[block]}
-            return sum(alone(self.kind.noise(data, random)).double() for _ in range(NOISES)) / NOISES
+            data = {"x": self.space.from_images(message, shard.pixels(block)), "y": shard.labels[block]}
+            return sum(alone(self.generative.noise(data, random)).double() for _ in range(NOISES)) / NOISES
         return torch.cat([losses(slice(start, start + BATCH)) for start in range(0, len(shard), BATCH)])
 
 
-class Teaching(Generating):
+class TeachStep(GeneratorStep):
     """Target training (2.1, stage 2), what GeFL and GeFL-F share: T_s epochs on samples, then T_r on the own data, each with a new optimiser."""
 
     def __init__(self, config: Config, problem: Problem, space: Space, continued: bool):
@@ -264,12 +264,12 @@ class Teaching(Generating):
     def learn(self, group: Group, message: Tree, site: ClientSite) -> tuple[Group, dict[str, Tensor]]:
         if not self.continued:
             group = group.without(OPTIMIZER)                       # of the generator, which rests from now on
-        draw, metrics = self.drawer(message, site, self.often(group, site)), {}
+        draw, metrics = self.build_drawer(message, site, self.draws_often(group, site)), {}
         if self.config.synthetic_epochs:
-            group, drawn = site.fit(group, [self.turn()], lambda client: self.synthetic(draw, site, client),
+            group, drawn = site.fit(group, [self.turn()], lambda client: self.draw_batches(draw, site, client),
                                     steps=self.steps(group, site, self.config.synthetic_epochs))
             metrics["synthetic_loss"] = drawn["loss"]
-        group, own = self.on_own(group, message, site)
+        group, own = self.train_on_own(group, message, site)
         return group, own | metrics
 
     def turn(self) -> Turn:
@@ -280,16 +280,16 @@ class Teaching(Generating):
         """Steps that `count` epochs take in the whole run."""
         return max(1, int(site.sizes(group).max()) // self.problem.job.training.batch) * count * self.problem.job.federation.rounds
 
-    def often(self, group: Group, site: ClientSite) -> bool:
+    def draws_often(self, group: Group, site: ClientSite) -> bool:
         """Whether sampling calls G so often that it is compiled; never where one call draws a batch."""
-        calls = self.kind.calls * self.steps(group, site, self.config.synthetic_epochs) * len(group.clients)
-        return self.kind.calls > 1 and compiles(self.problem.job.run.compile, self.problem.device.type, calls)
+        calls = self.generative.calls * self.steps(group, site, self.config.synthetic_epochs) * len(group.clients)
+        return self.generative.calls > 1 and compiles(self.problem.job.run.compile, self.problem.device.type, calls)
 
-    def on_own(self, group: Group, message: Tree, site: ClientSite) -> tuple[Group, dict[str, Tensor]]:
+    def train_on_own(self, group: Group, message: Tree, site: ClientSite) -> tuple[Group, dict[str, Tensor]]:
         """T_r epochs on the client's own images."""
         return site.train_model(group, cross_entropy)
 
-    def synthetic(self, draw: Callable[[Tensor, torch.Generator], Tensor], site: ClientSite, client: int) -> Iterator[Tree]:
+    def draw_batches(self, draw: Callable[[Tensor, torch.Generator], Tensor], site: ClientSite, client: int) -> Iterator[Tree]:
         """max(1, floor(n_k / B)) batches of B samples (n_k, where that is fewer) for each of T_s epochs, y uniform over all classes (2.1)."""
         own, wanted = len(site.holdings[client].train), self.problem.job.training.batch
         size, pool = min(own, wanted), self.pool(site)
@@ -317,17 +317,17 @@ class Teaching(Generating):
         return self.drawn[1]
 
 
-class Targets(Teaching, FedAvg):
+class TrainTargets(TeachStep, FedAvg):
     """theta_m <- FedAvg within architecture m, of classifiers that learned from samples and from images."""
 
 
 def plan(config: Config, problem: Problem) -> Plan:
     """T_KA generator rounds, then T_TN target rounds; where the generator goes on training, the two overlap in rounds of both steps (2.1)."""
     space = Images(config, problem)
-    return staged(config, problem, lambda first: TrainGenerator(config, problem, space, first), lambda continued: Targets(config, problem, space, continued))
+    return plan_stages(config, problem, lambda first: TrainGenerator(config, problem, space, first), lambda continued: TrainTargets(config, problem, space, continued))
 
 
-def staged(config: Config, problem: Problem, generator: Callable[[int], Algorithm], targets: Callable[[bool], Algorithm]) -> Plan:
+def plan_stages(config: Config, problem: Problem, generator: Callable[[int], Algorithm], targets: Callable[[bool], Algorithm]) -> Plan:
     """The phases from generator training on; generator(first round), targets(whether the generator goes on training)."""
     rounds = problem.job.federation.rounds
     wanted = config.continued_rounds if config.continued_rounds >= 0 else config.generator_rounds // 2 if config.generator == "dcgan" else 0

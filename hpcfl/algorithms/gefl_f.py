@@ -12,13 +12,13 @@ from torch import Tensor
 
 from hpcfl import tree
 from hpcfl.algorithms import gefl
-from hpcfl.algorithms.gefl import Teaching, TrainGenerator, generative, staged
+from hpcfl.algorithms.gefl import TeachStep, TrainGenerator, build_generator, plan_stages
 from hpcfl.algorithms.lg_fedavg import COMMON, LgFedAvg
-from hpcfl.contract import Algorithm, ClientSite, Phase, Plan, Problem, Statistics, Sums, integer
+from hpcfl.contract import Algorithm, ClientSite, Phase, Plan, Problem, Sums, Uplink, integer
 from hpcfl.data.augment import Augmentation
-from hpcfl.data.shards import Shard, epochs
+from hpcfl.data.shards import Shard, iterate_epochs
 from hpcfl.streams import Stream
-from hpcfl.training.evaluate import bind, in_batches
+from hpcfl.training.evaluate import apply_in_batches, bind
 from hpcfl.training.group import Group
 from hpcfl.training.turns import Turn
 from hpcfl.tree import Tree
@@ -49,7 +49,7 @@ class Maps:
     def __init__(self, config: Config, problem: Problem):
         self.problem = problem
         self.model = problem.structure(problem.sizes.every[0])
-        self.kind = generative(config, self.model.maps_shape, problem.classes, True)
+        self.generative = build_generator(config, self.model.maps_shape, problem.classes, True)
 
     def batches(self, message: Tree, site: ClientSite, client: int, count: int, batch: int) -> Iterator[Tree]:
         """Of images augmented as for the classifier, but never mixed: a generator draws single classes."""
@@ -59,32 +59,32 @@ class Maps:
     def epochs(self, message: Tree, site: ClientSite, client: int, count: int, batch: int, stream: Stream, augmentation: Augmentation) -> Iterator[Tree]:
         """Shuffled batches {"x": (B, *kind.shape), "y"} of the maps of a client's training images, `count` times over; augmented ones are mapped anew."""
         if not augmentation.words:
-            return epochs(self.own(message, site, client), batch, count, stream)
-        extract, images = self.extractor(message), epochs(site.holdings[client].train, batch, count, stream, augmentation)
+            return iterate_epochs(self.encode_own(message, site, client), batch, count, stream)
+        extract, images = self.extractor(message), iterate_epochs(site.holdings[client].train, batch, count, stream, augmentation)
         return ({"x": extract(each["x"]), "y": each["y"]} for each in images)
 
-    def own(self, message: Tree, site: ClientSite, client: int) -> Shard:
+    def encode_own(self, message: Tree, site: ClientSite, client: int) -> Shard:
         """The maps of a client's training images with their labels, made once: neither images nor extractor change any more."""
         shard = site.holdings[client].train
-        maps = site.once("maps", client, lambda: in_batches(self.extractor(message), shard))
+        maps = site.once("maps", client, lambda: apply_in_batches(self.extractor(message), shard))
         return Shard(maps, shard.labels, shard.scale)
 
     def extractor(self, message: Tree) -> Callable[[Tensor], Tensor]:
         """theta^f of a message: classifier input -> maps."""
-        state = {path.removeprefix(EXTRACTOR): leaf for path, leaf in common(message).items()}
+        state = {path.removeprefix(EXTRACTOR): leaf for path, leaf in take_extractor(message).items()}
         return bind(self.model.extractor, tree.to(state, self.problem.device))
 
-    def of_images(self, message: Tree, x: Tensor) -> Tensor:
+    def from_images(self, message: Tree, x: Tensor) -> Tensor:
         return self.extractor(message)(x)
 
     def to_classifier(self, samples: Tensor) -> Tensor:
         return samples
 
-    def shown(self, samples: Tensor) -> Tensor:
+    def to_pictures(self, samples: Tensor) -> Tensor:
         return samples
 
 
-def common(message: Tree) -> Tree:
+def take_extractor(message: Tree) -> Tree:
     """theta^f in a message as published, or as a client received it."""
     return tree.part(message, COMMON) or {path: leaf for path, leaf in message.items() if path.startswith(EXTRACTOR)}
 
@@ -96,7 +96,7 @@ class TrainMapGenerator(TrainGenerator):
         return super().publish(server) | tree.join(**{COMMON: tree.part(server, COMMON)})
 
 
-class Headers(Teaching, LgFedAvg):
+class TrainHeaders(TeachStep, LgFedAvg):
     """Header training (2.2, stage iii)."""
 
     config: Config
@@ -105,15 +105,15 @@ class Headers(Teaching, LgFedAvg):
     def turn(self) -> Turn:
         return Turn(("model",), header_cross_entropy, self.problem.optimizer(), lambda path: not path.startswith(f"model/{EXTRACTOR}"))
 
-    def on_own(self, group: Group, message: Tree, site: ClientSite) -> tuple[Group, dict[str, Tensor]]:
+    def train_on_own(self, group: Group, message: Tree, site: ClientSite) -> tuple[Group, dict[str, Tensor]]:
         """T_r epochs on the maps of the client's own images; augmented images go through the extractor anew."""
         training, augmentation = self.problem.job.training, self.problem.augmentation(soft_labels=True)
         return site.fit(group, [self.turn()], lambda client: self.space.epochs(message, site, client, training.epochs, training.batch,
                                                                                site.stream("batches", client), augmentation),
                         steps=self.steps(group, site, training.epochs))
 
-    def upload(self, group: Group, site: ClientSite) -> Statistics:
-        return Statistics({group.architecture: Sums.weighted(group.clients, self.others(tree.floating(group.part("model"))), site.sizes(group))})
+    def upload(self, group: Group, site: ClientSite) -> Uplink:
+        return Uplink({group.architecture: Sums.weighted(group.clients, self.take_others(tree.select_floating(group.part("model"))), site.sizes(group))})
 
 
 def header_cross_entropy(modules, batch: Tree, context: Tree) -> Tensor:
@@ -131,4 +131,4 @@ def plan(config: Config, problem: Problem) -> Plan:
 
     def generator(first: int) -> Algorithm:
         return TrainMapGenerator(config, problem, space, first)
-    return (warmup, *staged(config, problem, generator, lambda continued: Headers(config, problem, space, continued)))
+    return (warmup, *plan_stages(config, problem, generator, lambda continued: TrainHeaders(config, problem, space, continued)))

@@ -4,19 +4,19 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from hpcfl.contract import Algorithm, ClientSite, Problem, ServerSite, Statistics, Totals, Update, Uploads
+from hpcfl.contract import Algorithm, ClientSite, Problem, ServerSite, Totals, Update, Uplink, Uploads
 from hpcfl.latents import moments
-from hpcfl.latents.announced import HEADER, Known, announce, nothing
+from hpcfl.latents.announced import HEADER, AnnouncedGaussians, announce_gaussians, make_empty
 from hpcfl.latents.encoders import LATENTS
-from hpcfl.latents.moments import GlobalMoments, Moments
+from hpcfl.latents.moments import ClassGaussians, Moments
 from hpcfl.training.group import Group
 from hpcfl.tree import Tree
 
 Latents = dict[int, Tensor]                                        # client -> (n, p), one per training image
-Local = dict[int, Moments]                                         # client -> statistics of its latents
+LocalMoments = dict[int, Moments]                                         # client -> statistics of its latents
 
 
-class Settings(Protocol):
+class LatentSettings(Protocol):
     """The settings that describing needs; FedVTC's Config and the Gaussian classifier's have them."""
 
     latent: str
@@ -29,54 +29,54 @@ class Settings(Protocol):
     server_floor: float
 
 
-class Describing(Algorithm):
+class DescribeLatents(Algorithm):
     """What all methods by statistics of latents share: what goes up, what the server makes of it, and how a client reads what comes down."""
 
-    config: Settings
+    config: LatentSettings
 
-    def __init__(self, config: Settings, problem: Problem):
+    def __init__(self, config: LatentSettings, problem: Problem):
         super().__init__(config, problem)
         self.latent = LATENTS[config.latent](config, problem)
         self.full = moments.needs_full(config.covariance)
-        self.read: tuple[Tree, Known | None] = ({}, None)          # the last message, and what it says
+        self.read: tuple[Tree, AnnouncedGaussians | None] = ({}, None)          # the last message, and what it says
 
     def modules(self, architecture: str) -> dict[str, nn.Module]:
         return super().modules(architecture) | self.latent.modules()
 
     def found(self, site: ServerSite) -> Tree:
-        return dict(vars(nothing(self.problem.classes, self.latent.size, self.config.covariance)))
+        return dict(vars(make_empty(self.problem.classes, self.latent.size, self.config.covariance)))
 
     def publish(self, server: Tree) -> Tree:
         """has, c^y and the spread as float32 (packed triangles): the down message of FedVTC's specification, 2.5."""
-        return announce(known_to(server), self.config.covariance, self.config.shrink_target, self.config.server_floor)
+        return announce_gaussians(read_gaussians(server), self.config.covariance, self.config.shrink_target, self.config.server_floor)
 
     def aggregate(self, server: Tree, totals: Totals, site: ServerSite) -> Tree:
         """Merge the clients' moments by the law of total covariance; a server that got none stays as it is."""
         if "moments" not in totals:
             return server
         merged = moments.aggregate(list(totals["moments"].trees.values()), self.config.covariance, between_client=self.config.between_client)
-        return server | vars(moments.keep_previous(merged, known_to(server), self.config.covariance))
+        return server | vars(moments.keep_previous(merged, read_gaussians(server), self.config.covariance))
 
-    def known(self, message: Tree) -> Known:
+    def read_gaussians(self, message: Tree) -> AnnouncedGaussians:
         """The global statistics of a message, ready to be drawn from; read once for all groups, verbs and chunks that it comes to."""
         told = {name: message[name] for name in ("has", "mean", "spread")}
         if self.read[1] is None or any(leaf is not self.read[0][name] for name, leaf in told.items()):
-            self.read = told, Known.of(told, self.config.covariance, self.problem.device)
+            self.read = told, AnnouncedGaussians.from_message(told, self.config.covariance, self.problem.device)
         return self.read[1]
 
     def encode(self, group: Group, site: ClientSite) -> Latents:
         """Each client's training images as latents, without augmentation and gradients."""
-        return {client: self.latent.of_training(group, site, client) for client in group.clients}
+        return {client: self.latent.encode_training(group, site, client) for client in group.clients}
 
-    def measure(self, latents: Latents, site: ClientSite) -> Local:
+    def measure(self, latents: Latents, site: ClientSite) -> LocalMoments:
         """Counts, means and scatter of each client's latents by class."""
         return {client: moments.measure(z, site.holdings[client].train.labels, self.problem.classes, self.full) for client, z in latents.items()}
 
-    def upload(self, local: Local) -> Statistics:
+    def upload(self, local: LocalMoments) -> Uplink:
         """The up message of each client: header, counts, means, spread (specification, 2.5)."""
         header = {"header": torch.zeros(HEADER, dtype=torch.int32)}
         messages = {client: header | moments.to_message(m, self.config.covariance, self.config.min_count) for client, m in local.items()}
-        return Statistics({"moments": Uploads(messages)})
+        return Uplink({"moments": Uploads(messages)})
 
     def sent_samples(self, group: Group, site: ClientSite) -> list[tuple[Tensor, Tensor]]:
         """Each client's latents (n, p) and labels (n,), without the classes that min_count keeps from being sent."""
@@ -88,7 +88,7 @@ class Describing(Algorithm):
         return samples
 
 
-class ShareStatistics(Describing):
+class SendMoments(DescribeLatents):
     """Common latents, once: every client sends counts, means and spread of phi(x), and the server merges them."""
 
     def publish(self, server: Tree) -> Tree:
@@ -98,6 +98,6 @@ class ShareStatistics(Describing):
         return Update(group, self.upload(self.measure(self.encode(group, site), site)))
 
 
-def known_to(server: Tree) -> GlobalMoments:
+def read_gaussians(server: Tree) -> ClassGaussians:
     """The statistics in the server's state."""
-    return GlobalMoments(**{name: server[name] for name in GlobalMoments.__dataclass_fields__})
+    return ClassGaussians(**{name: server[name] for name in ClassGaussians.__dataclass_fields__})

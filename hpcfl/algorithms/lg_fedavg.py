@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from hpcfl import tree
 from hpcfl.algorithms.fedavg import FedAvg
-from hpcfl.contract import ClientSite, JobError, Phase, Plan, Problem, ServerSite, Statistics, Sums, choice
+from hpcfl.contract import ClientSite, JobError, Phase, Plan, Problem, ServerSite, Sums, Uplink, choice
 from hpcfl.training.group import Group
 from hpcfl.tree import Tree
 
@@ -40,20 +40,20 @@ class LgFedAvg(FedAvg):
 
     def shapes(self, architecture: str) -> dict[str, tuple[int, ...]]:
         """The shapes of an architecture's shared leaves."""
-        return {path: tuple(leaf.shape) for path, leaf in self.common(self.problem.structure(architecture).state_dict()).items()}
+        return {path: tuple(leaf.shape) for path, leaf in self.take_common(self.problem.structure(architecture).state_dict()).items()}
 
-    def common(self, model: Tree) -> Tree:
+    def take_common(self, model: Tree) -> Tree:
         """The shared leaves of a model."""
         return {path: leaf for path, leaf in model.items() if path.startswith(SHARED[self.config.shared])}
 
-    def others(self, model: Tree) -> Tree:
+    def take_others(self, model: Tree) -> Tree:
         """The other leaves as far as they are averaged at all."""
-        shared = self.common(model)
+        shared = self.take_common(model)
         return {path: leaf for path, leaf in model.items() if path not in shared} if self.config.rest == "architecture" else {}
 
     def found(self, site: ServerSite) -> Tree:
         models, every = super().found(site), self.problem.sizes.every
-        return tree.join(**{COMMON: self.common(tree.part(models, every[0]))}, **{name: self.others(tree.part(models, name)) for name in every})
+        return tree.join(**{COMMON: self.take_common(tree.part(models, every[0]))}, **{name: self.take_others(tree.part(models, name)) for name in every})
 
     def global_models(self, message: Tree) -> Mapping[str, tuple[str, Tree]]:
         whole = self.problem.sizes.every if self.config.rest == "architecture" else ()
@@ -69,17 +69,17 @@ class LgFedAvg(FedAvg):
         """What a message says of one architecture's model."""
         return tree.part(message, COMMON) | tree.part(message, architecture)
 
-    def upload(self, group: Group, site: ClientSite) -> Statistics:
-        model, sizes = tree.floating(group.part("model")), site.sizes(group)
-        parts = {COMMON: Sums.weighted(group.clients, self.common(model), sizes)}
-        if own := self.others(model):
+    def upload(self, group: Group, site: ClientSite) -> Uplink:
+        model, sizes = tree.select_floating(group.part("model")), site.sizes(group)
+        parts = {COMMON: Sums.weighted(group.clients, self.take_common(model), sizes)}
+        if own := self.take_others(model):
             parts[group.architecture] = Sums.weighted(group.clients, own, sizes, weights_sent=False)         # n_k goes up once
-        return Statistics(parts)
+        return Uplink(parts)
 
     def adopt(self, group: Group, message: Tree) -> Group:
         """The group with what it received in place of its own."""
         received = tree.repeat(tree.to(message, self.problem.device), len(group.clients))
-        return group.holding("model", group.part("model") | received)
+        return group.with_part("model", group.part("model") | received)
 
 
 def plan(config: Config, problem: Problem) -> Plan:

@@ -22,7 +22,7 @@ class SharedHead(Algorithm):
     def found(self, site: ServerSite) -> Tree:
         """A head for features of the one common size, as the zoo initialises it."""
         with self.problem.stream("init/head").seeding():
-            return named(nn.Linear(self.problem.common_feature_size(), self.problem.classes).state_dict())
+            return prefix_head(nn.Linear(self.problem.common_feature_size(), self.problem.classes).state_dict())
 
     def publish(self, server: Tree) -> Tree:
         return server
@@ -33,16 +33,16 @@ class SharedHead(Algorithm):
 
     def adopt(self, group: Group, message: Tree) -> Group:
         """The group with the head of the message, and extractors of its own."""
-        received = tree.repeat(tree.to(head_of(message), self.problem.device), len(group.clients))
-        return group.holding("model", group.part("model") | received)
+        received = tree.repeat(tree.to(take_head(message), self.problem.device), len(group.clients))
+        return group.with_part("model", group.part("model") | received)
 
 
-def named(linear: Tree) -> Tree:
+def prefix_head(linear: Tree) -> Tree:
     """The state_dict of a linear layer under the paths that it has as the head of a model."""
     return {f"head.{name}": leaf for name, leaf in linear.items()}
 
 
-def head_of(state: Tree) -> Tree:
+def take_head(state: Tree) -> Tree:
     """The head's leaves in a model, a part of a group or a message."""
     return {path: state[path] for path in HEAD}
 
@@ -57,4 +57,4 @@ def train_head(head: Tree, batches: Iterable[Tree], optimizer: Optimizer, site: 
     turn = Turn(("model",), cross_entropy, optimizer)
     group, metrics = site.fit(group, {"model": module}, [turn], lambda row: batches, work=work, member="the head")
     site.note(f"{work} loss", float(metrics["loss"]))
-    return named(tree.clone(tree.row(group.part("model"), 0)))
+    return prefix_head(tree.clone(tree.row(group.part("model"), 0)))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpcfl import tree
-from hpcfl.contract import Algorithm, ClientSite, Problem, ServerSite, Statistics, Sums, Totals, Update, choice, flag
+from hpcfl.contract import Algorithm, ClientSite, Problem, ServerSite, Sums, Totals, Update, Uplink, choice, flag
 from hpcfl.models import zoo
 from hpcfl.resize import slices
 from hpcfl.training.group import Group
@@ -28,7 +28,7 @@ class Config:
     weighting: str = choice("images", "clients")                   # images: as FedAvg; clients: all alike, as both papers' code
 
 
-class Held(nn.Module):
+class MaskAbsentClasses(nn.Module):
     """Logits, zero for classes that a client has no images of (Diao et al., section 3.3; zero, not -infinity, as in their code)."""
 
     def __init__(self, classes: int):
@@ -74,7 +74,7 @@ class SubModel(Algorithm):
         super().__init__(config, problem)
         self.base = problem.common_base()
         self.structure = problem.structure
-        self.kept = lru_cache(maxsize=64)(self._kept)              # of a few rounds: a window moves on
+        self.kept = lru_cache(maxsize=64)(self._find_kept)              # of a few rounds: a window moves on
 
     @cached_property
     def parameters(self) -> tuple[str, ...]:
@@ -82,7 +82,7 @@ class SubModel(Algorithm):
         return tuple(path for path, _ in self.structure(self.base).named_parameters())
 
     @cached_property
-    def statistics(self) -> tuple[str, ...]:
+    def norm_buffers(self) -> tuple[str, ...]:
         """The paths of what norms measured: floating buffers."""
         return tuple(path for path, leaf in self.structure(self.base).named_buffers() if leaf.is_floating_point())
 
@@ -98,19 +98,19 @@ class SubModel(Algorithm):
             if self.config.scaler and isinstance(layer, slices.MIXING) and len(layer.weight) < len(full[f"{name}.weight"]):
                 if getattr(layer, "groups", 1) == 1:               # a depthwise layer adds up as much as ever
                     layer.register_forward_hook(Scaler(width))
-        return {"model": model, "held": Held(self.problem.classes)}
+        return {"model": model, "held": MaskAbsentClasses(self.problem.classes)}
 
     def found(self, site: ServerSite) -> Tree:
         with self.problem.stream(f"init/{self.base}").seeding():
             model = self.problem.model(self.base).state_dict()
-        statistics = {path: model[path] for path in self.statistics}
+        statistics = {path: model[path] for path in self.norm_buffers}
         return tree.join(**{GLOBAL: model, **{f"norms/{each}": statistics for each in self.problem.sizes.every}}) | {"round": torch.tensor(0)}
 
     def join(self, group: Group, site: ClientSite) -> Group:
         """A model, and which classes the client has images of."""
         counts = [torch.bincount(site.holdings[client].train.labels, minlength=self.problem.classes) for client in group.clients]
         held = torch.stack(counts) > 0 if self.config.masked_loss else torch.ones(len(counts), self.problem.classes, dtype=torch.bool)
-        return super().join(group, site).holding("held", {"classes": held})
+        return super().join(group, site).with_part("held", {"classes": held})
 
     def publish(self, server: Tree) -> Tree:
         return server
@@ -122,17 +122,17 @@ class SubModel(Algorithm):
         return (GLOBAL,)
 
     def receive(self, message: Tree, architecture: str) -> Tree:
-        own = tree.floating(tree.part(message, GLOBAL)) | tree.part(message, f"norms/{architecture}")
+        own = tree.select_floating(tree.part(message, GLOBAL)) | tree.part(message, f"norms/{architecture}")
         return slices.take(own, self.kept(architecture, int(message["round"])))
 
     def train(self, group: Group, message: Tree, site: ClientSite) -> Update:
         group, metrics = site.train_model(self.adopt(group, message), masked_cross_entropy)
-        model, held = tree.floating(group.part("model")), group.part("held")["classes"].cpu().double()
+        model, held = tree.select_floating(group.part("model")), group.part("held")["classes"].cpu().double()
         images = self.config.weighting == "images"
         each = site.sizes(group) if images else torch.ones(len(group.clients), dtype=torch.float64)
         weights = {path: each[:, None] * held if path in OF_CLASSES else each for path in model}
         sent_bytes = tree.nbytes(tree.row(model, 0)) + (COUNT_BYTES if images else 0)
-        return Update(group, Statistics({group.architecture: Sums.weighted(group.clients, model, weights, sent_bytes=sent_bytes)}), metrics)
+        return Update(group, Uplink({group.architecture: Sums.weighted(group.clients, model, weights, sent_bytes=sent_bytes)}), metrics)
 
     def aggregate(self, server: Tree, totals: Totals, site: ServerSite) -> Tree:
         model, norms = tree.part(server, GLOBAL), tree.part(server, "norms")
@@ -141,7 +141,7 @@ class SubModel(Algorithm):
             kept = self.kept(architecture, int(server["round"]))
             slices.add_to(sums, {path: total.values[path] for path in self.parameters}, kept)
             slices.add_to(counts, {path: total.counts[path].expand_as(total.values[path]) for path in self.parameters}, kept)
-            means = {path: mean for path, mean in total.mean().items() if path in self.statistics}
+            means = {path: mean for path, mean in total.mean().items() if path in self.norm_buffers}
             norms |= tree.join(**{architecture: slices.put(tree.part(norms, architecture), means, kept)})
         means = {path: torch.where(counts[path] > 0, sums[path] / counts[path], model[path]).to(model[path].dtype) for path in self.parameters}
         widest = max(self.problem.sizes.every, key=lambda architecture: zoo.split_name(architecture)[1])
@@ -154,7 +154,7 @@ class SubModel(Algorithm):
     def adopt(self, group: Group, message: Tree) -> Group:
         """The group with its slice of the global model; integer buffers stay its own."""
         received = tree.repeat(tree.to(message, self.problem.device), len(group.clients))
-        return group.holding("model", group.part("model") | received)
+        return group.with_part("model", group.part("model") | received)
 
-    def _kept(self, architecture: str, round_: int) -> slices.Axes:
-        return slices.axes(self.structure(self.base), self.structure(architecture), self.shift(round_))
+    def _find_kept(self, architecture: str, round_: int) -> slices.Axes:
+        return slices.find_axes(self.structure(self.base), self.structure(architecture), self.shift(round_))

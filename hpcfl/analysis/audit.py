@@ -10,20 +10,20 @@ import torch
 from torch import Tensor
 
 from hpcfl.analysis import audit_generator
-from hpcfl.analysis.audit_generator import Blocks, Found, attacked
-from hpcfl.analysis.audit_samples import in_place, matched, part, unseen
-from hpcfl.analysis.membership_inference import ALARMS, answers, calibrated, costs, losses
-from hpcfl.analysis.reference_models import SMALLEST, reference_models
+from hpcfl.analysis.audit_generator import Blocks, Found, attack
+from hpcfl.analysis.audit_samples import draw_replacements, find_unseen, match_classes, select_images
+from hpcfl.analysis.membership_inference import ALARMS, calibrate, compute_costs, compute_logits, compute_losses
+from hpcfl.analysis.reference_models import SMALLEST, train_references
 from hpcfl.data.shards import Shard
 from hpcfl.errors import JobError
 from hpcfl.federation.state import State
 from hpcfl.federation.world import World
 from hpcfl.runs.launch import revisit
-from hpcfl.training.evaluate import model_of
+from hpcfl.training.evaluate import bind_model
 from hpcfl.training.group import Group
-from hpcfl.wording import aligned, printable
+from hpcfl.wording import align_rows, printable_text
 
-FORMAT = 1                                                         # of audit.json, whose key "hpcfl_audit" says that the file is ours to replace
+AUDIT_FORMAT = 1                                                         # of audit.json, whose key "hpcfl_audit" says that the file is ours to replace
 FILES = ("audit.json", "audit-pairs.png")
 REFERENCES = 4                                                     # models of each architecture to calibrate by
 EPOCHS = 50                                                        # of a reference model at most
@@ -49,9 +49,9 @@ def analyse(run: str | Path, client: int | None = None, samples: int = 60, out: 
     if client is not None and not 0 <= client < world.clients:
         raise JobError(f"audit: got --client {client}, but {run} has clients 0 to {world.clients - 1}; without --client all are audited")
     _refuse_foreign(folder)
-    clients, pool = range(world.clients) if client is None else (client,), unseen(world)
+    clients, pool = range(world.clients) if client is None else (client,), find_unseen(world)
     generator, blocks = audit_generator.measure(world, state, clients, pool, samples)
-    found = {"hpcfl_audit": FORMAT, "run": str(Path(run)), "algorithm": world.job.algorithm_name, "data": world.job.data.name, "rounds": state.rows,
+    found = {"hpcfl_audit": AUDIT_FORMAT, "run": str(Path(run)), "algorithm": world.job.algorithm_name, "data": world.job.data.name, "rounds": state.rows,
              "client": client, "pool_images": len(pool), "classifiers": _classifiers(world, state, clients, pool), "generator": generator}
     return found | {"files": _write(folder, found, blocks)}
 
@@ -65,10 +65,10 @@ def render(found: Mapping[str, Any]) -> str:
     few = any(row["loss"]["resolution"] > ALARMS for row in classifiers)
     notes = ["TPR at 1 % false alarms: with fewer than 100 others, the rate without any"] if few else []
     return "\n".join([
-        f"{printable(found['run'])}: {found['algorithm']} on {printable(found['data'])} after {found['rounds']} rounds. Members: training images of {whose}; "
+        f"{printable_text(found['run'])}: {found['algorithm']} on {printable_text(found['data'])} after {found['rounds']} rounds. Members: training images of {whose}; "
         "others: as many", "official test images of the same classes; unseen: images of the training set that nobody trained on, in the place of members.",
-        "An AUC of 0.5 is guessing; 95 % intervals in brackets.", "", "Classifiers", aligned([CLASSIFIERS, *rows], words=2), *reasons, *notes, "",
-        *_generator_lines(found["generator"]), "", f"written: {', '.join(map(printable, found['files']))}"])
+        "An AUC of 0.5 is guessing; 95 % intervals in brackets.", "", "Classifiers", align_rows([CLASSIFIERS, *rows], words=2), *reasons, *notes, "",
+        *_generator_lines(found["generator"]), "", f"written: {', '.join(map(printable_text, found['files']))}"])
 
 
 def _classifiers(world: World, state: State, clients: Sequence[int], pool: Shard) -> list[Found]:
@@ -91,24 +91,24 @@ def _references(world: World, state: State, architecture: str, clients: Sequence
                                 f"{architecture}; a run with data.fraction below 1 leaves some"}
     images, passes = min(wanted, len(pool)), round(training.epochs * state.rows * world.job.federation.participation)
     epochs = max(1, min(EPOCHS, passes))
-    models = reference_models(world.problem, architecture, pool, images, epochs, REFERENCES)
+    models = train_references(world.problem, architecture, pool, images, epochs, REFERENCES)
     return models, {"reference_models": REFERENCES, "reference_images": images, "reference_epochs": epochs}
 
 
 def _classifier(world: World, group: Group, client: int, pool: Shard, references: Sequence[Reference], told: Found) -> Found:
     shard, test, stream = world.holdings[client].train, world.test, world.problem.stream("audit/members", client)
-    mine, theirs = matched(shard.labels, test.labels, len(shard), stream)
-    members, others = part(shard, mine), part(test, theirs)
-    control = in_place(pool, others, stream.of("unseen"))
-    predict = model_of(group, world.modules[group.architecture], client)
+    mine, theirs = match_classes(shard.labels, test.labels, len(shard), stream)
+    members, others = select_images(shard, mine), select_images(test, theirs)
+    control = draw_replacements(pool, others, stream.branch("unseen"))
+    predict = bind_model(group, world.modules[group.architecture], client)
     sides = (members, others, *([control] if len(control) else []))
-    logits = [answers(predict, side) for side in sides]
-    spent = [costs(said, side.labels) for said, side in zip(logits, sides, strict=True)]
+    logits = [compute_logits(predict, side) for side in sides]
+    spent = [compute_costs(said, side.labels) for said, side in zip(logits, sides, strict=True)]
     right = {name: 100 * int((said.argmax(1) == side.labels).sum()) / len(side) for name, said, side in zip(("members", "others"), logits, sides, strict=False)}
     if references:                                                 # without the control: they may have been trained on it
-        told = attacked([calibrated(cost, torch.stack([losses(reference, side) for reference in references]))
+        told = attack([calibrate(cost, torch.stack([compute_losses(reference, side) for reference in references]))
                          for cost, side in zip(spent[:2], (members, others), strict=True)]) | told
-    return {"client": client, "architecture": group.architecture, "accuracy_percent": right, "loss": attacked([-cost for cost in spent]), "calibrated": told}
+    return {"client": client, "architecture": group.architecture, "accuracy_percent": right, "loss": attack([-cost for cost in spent]), "calibrated": told}
 
 
 def _attack_text(attack: Found) -> tuple[str, str]:
@@ -136,8 +136,8 @@ def _generator_lines(found: Found) -> list[str]:
         likes.append((f"FID in {fid['space']}, {fid['images']} to {fid['members']} images", *(f"{fid[side]:.2f}" for side in ("samples", "held_out"))))
     return [f"Generator as client {found['client']} holds it in phase {found['phase']}: {found['samples']} samples against {found['members']} training images; "
             f"distances are L2 in {found['space']}",
-            aligned([("attack", "AUC", "TPR at 1 %", "AUC of unseen"), *rows], words=1), "",
-            aligned([("likeness to training images", "of samples", "of fresh real images"), *likes], words=1), *reasons,
+            align_rows([("attack", "AUC", "TPR at 1 %", "AUC of unseen"), *rows], words=1), "",
+            align_rows([("likeness to training images", "of samples", "of fresh real images"), *likes], words=1), *reasons,
             f"{found['samples_nearer_than_any_held_out_percent']:.1f} % of the samples lie nearer to a training image than any held-out image does"]
 
 
@@ -158,9 +158,9 @@ def _write(folder: Path, found: Found, blocks: Blocks) -> list[str]:
     from hpcfl.report import figures, mosaics, page  # here, because matplotlib takes a second to load
     report, pairs = (folder / name for name in FILES)
     try:
-        page.keep(report, (json.dumps(found, indent=1, allow_nan=False) + "\n").encode())
+        page.replace_file(report, (json.dumps(found, indent=1, allow_nan=False) + "\n").encode())
         if blocks:
-            page.keep(pairs, figures.png(partial(mosaics.pairs, blocks=blocks)))
+            page.replace_file(pairs, figures.to_png(partial(mosaics.draw_pairs, blocks=blocks)))
         else:
             pairs.unlink(missing_ok=True)                          # of an earlier audit
     except OSError as error:

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from hpcfl.analysis import likeness
-from hpcfl.analysis.audit_samples import in_place, matched, part, shuffled, taken
-from hpcfl.analysis.membership_inference import calibrated, nearest, threshold_attack
+from hpcfl.analysis.audit_samples import draw_images, draw_replacements, match_classes, select_images, take_by_class
+from hpcfl.analysis.membership_inference import calibrate, measure_nearest, threshold_attack
 from hpcfl.contract import Algorithm, ClientSite, Problem
 from hpcfl.data.shards import Shard
 from hpcfl.federation.state import State, schedule
 from hpcfl.federation.world import World
 from hpcfl.models import fixed_maps
-from hpcfl.training.evaluate import BATCH, in_batches
+from hpcfl.training.evaluate import BATCH, apply_in_batches
 from hpcfl.training.group import Group
 from hpcfl.tree import Tree
 
@@ -40,7 +40,7 @@ class Sampler:
     site: ClientSite
 
     @staticmethod
-    def of(world: World, state: State, client: int, verb: str) -> "Sampler | None":
+    def find(world: World, state: State, client: int, verb: str) -> "Sampler | None":
         """That of the last step so far that has a verb of its own; None where no step has."""
         able = [(step, place) for place in schedule(world)[:state.rows] for step in place.phase.steps if step.overrides(verb)]
         if not able:
@@ -55,7 +55,7 @@ class Sampler:
 
     def seen(self, shard: Shard) -> Tensor:
         """Real images in the space of the samples, (n, c, h, w)."""
-        return in_batches(lambda x: self.step.seen(self.group, self.message, self.site, x), shard)
+        return apply_in_batches(lambda x: self.step.seen(self.group, self.message, self.site, x), shard)
 
     def losses(self, shard: Shard) -> Tensor:
         """The generator's own loss of each image, (n,) float64 on the host."""
@@ -68,28 +68,28 @@ def measure(world: World, state: State, clients: Sequence[int], pool: Shard, per
     Samples, held-out test images and sets of the pool (images that nobody trained on) are equally many of each class. Distances are L2 in the space
     of the samples: brightness in [0, 1], or maps.
     """
-    sampler, judge = (Sampler.of(world, state, clients[0], verb) for verb in ("draw", "generator_losses"))
+    sampler, judge = (Sampler.find(world, state, clients[0], verb) for verb in ("draw", "generator_losses"))
     drawn = sampler.draw(per_class) if sampler else None
     if drawn is None or not bool(drawn[1].any()):
         return {"left_out": f"{world.job.algorithm_name} has no generator of images or of maps of them at this checkpoint"}, {}
     problem, test, device = world.problem, world.test, world.problem.device
     counts = torch.bincount(test.labels, minlength=problem.classes).clamp(max=per_class) * drawn[1].to(device)
-    held_out = shuffled(test, counts, problem.stream("audit/held out"))
+    held_out = draw_images(test, counts, problem.stream("audit/held out"))
     samples = torch.cat([own[:count] for own, count in zip(drawn[0].to(device), counts.tolist(), strict=True)])        # sample i of the class of held_out[i]
     images, labels = (torch.cat([getattr(world.holdings[client].train, name) for client in clients]) for name in ("images", "labels"))
     known = (counts > 0)[labels].nonzero().flatten()
-    mine, theirs = matched(labels[known], test.labels, POINTS, problem.stream("audit/points"))
-    members, others = part(Shard(images, labels, problem.scale), known[mine]), part(test, theirs)
+    mine, theirs = match_classes(labels[known], test.labels, POINTS, problem.stream("audit/points"))
+    members, others = select_images(Shard(images, labels, problem.scale), known[mine]), select_images(test, theirs)
     if len(members) < 2:
         return {"left_out": f"of the {int((counts > 0).sum())} classes that can be compared the clients have {len(members)} training images"}, {}
 
     train, fresh = sampler.seen(members), sampler.seen(held_out)
-    reals = _reals(sampler, pool, counts, problem)
+    reals = _draw_reals(sampler, pool, counts, problem)
     brightness = problem.scale.to_unit(held_out.pixels())
     views = _views(problem, fresh.shape == brightness.shape and torch.allclose(fresh, brightness, atol=SAME))
     sets = {name: [view(each) for each in (train, fresh, samples, *reals[:1])] for name, view in views.items()}
     space, last = next(iter(views)), list(views)[-1]
-    pairs = {name: likeness.closest(train, each, PAIRS) for name, each in (("samples", samples), ("held_out", fresh))}
+    pairs = {name: likeness.find_closest(train, each, PAIRS) for name, each in (("samples", samples), ("held_out", fresh))}
     indices = np.concatenate([world.split.train[client] for client in clients])[known[mine].cpu().numpy()]
     found = {
         "client": clients[0], "phase": sampler.site.phase, "space": space, "samples_per_class": per_class, "samples": len(samples), "members": len(members),
@@ -97,17 +97,17 @@ def measure(world: World, state: State, clients: Sequence[int], pool: Shard, per
         "mnd": {name: {"samples": asdict(likeness.mnd(*each[:3])), "real": asdict(likeness.mnd(*each[:2], each[3])) if reals else None}
                 for name, each in sets.items()},
         "fid": {"space": last} | _fid(*sets[last][:3], members.labels, held_out.labels),
-        "samples_nearer_than_any_held_out_percent": 100 * float((nearest(samples, train) < nearest(fresh, train).min()).double().mean()),
+        "samples_nearer_than_any_held_out_percent": 100 * float((measure_nearest(samples, train) < measure_nearest(fresh, train).min()).double().mean()),
         "closest_pairs": {name: [{"training_index": int(indices[point]), "class": int(members.labels[point]), "l2_distance": distance}
                                  for point, distance in zip(each.points.tolist(), each.distances.tolist(), strict=True)] for name, each in pairs.items()}}
     return found, _blocks(train, {"samples": samples, "held_out": fresh}, pairs)
 
 
-def _reals(sampler: Sampler, pool: Shard, counts: Tensor, problem: Problem) -> list[Tensor]:
+def _draw_reals(sampler: Sampler, pool: Shard, counts: Tensor, problem: Problem) -> list[Tensor]:
     """Sets of the pool with as many images of each class as there are samples, in their space; none where the pool is too small."""
     if bool((torch.bincount(pool.labels, minlength=len(counts)) < counts).any()):
         return []
-    return [sampler.seen(shuffled(pool, counts, problem.stream("audit/references", round_=number))) for number in range(REFERENCES)]
+    return [sampler.seen(draw_images(pool, counts, problem.stream("audit/references", round_=number))) for number in range(REFERENCES)]
 
 
 def _views(problem: Problem, images: bool) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -128,23 +128,23 @@ def _attacks(sampler: Sampler, judge: Sampler | None, members: Shard, others: Sh
     There a generator trained on other data calibrates; real images of the pool, as many as samples, stand in for it (ours).
     `unseen_auc`: the attack on images of the pool in the place of the members; it is 0.5 but for what tells the training set from the test set.
     """
-    unseen = in_place(pool, others, sampler.site.problem.stream("audit/unseen"))
+    unseen = draw_replacements(pool, others, sampler.site.problem.stream("audit/unseen"))
     sides = [members, others, *([unseen] if len(unseen) else [])]
     points = [sampler.seen(side) for side in sides]
-    distances = [nearest(each, samples) for each in points]
-    found = {"nearest": attacked([-distance for distance in distances])}
+    distances = [measure_nearest(each, samples) for each in points]
+    found = {"nearest": attack([-distance for distance in distances])}
     if reals:
-        found["nearest_calibrated"] = attacked([calibrated(distance, torch.stack([nearest(each, real) for real in reals]))
+        found["nearest_calibrated"] = attack([calibrate(distance, torch.stack([measure_nearest(each, real) for real in reals]))
                                                 for distance, each in zip(distances[:2], points[:2], strict=True)])
     else:
         found["nearest_calibrated"] = {"left_out": "too few images of a class are left that nobody trained on; take fewer --samples, "
                                                    "or a run with data.fraction below 1"}
     everything = Shard(*(torch.cat([getattr(side, name) for side in sides]) for name in ("images", "labels")), members.scale)
-    found["loss"] = attacked((-judge.losses(everything)).split([len(side) for side in sides])) if judge else {"left_out": "this generator has no loss of single images"}
+    found["loss"] = attack((-judge.losses(everything)).split([len(side) for side in sides])) if judge else {"left_out": "this generator has no loss of single images"}
     return found
 
 
-def attacked(scores: Sequence[Tensor]) -> Found:
+def attack(scores: Sequence[Tensor]) -> Found:
     """The attack on the scores of members (n,) against others (m,), and `unseen_auc`, that of a third set in the place of the members, if there is one."""
     members, others, *unseen = scores
     return asdict(threshold_attack(members, others)) | {"unseen_auc": threshold_attack(unseen[0], others).auc if unseen else None}
@@ -154,7 +154,7 @@ def _fid(train: Tensor, fresh: Tensor, samples: Tensor, members: Tensor, labels:
     """Frechet distances to the members of samples and of held-out images, as many of both (classes `labels`) as can be had in the members' class mix."""
     have, want = (each.bincount(minlength=1 + int(labels.max())).double() for each in (labels, members))
     counts = (want * (have / want)[want > 0].min() + 1e-9).long()  # the class that the samples are shortest of says how many of the others fit
-    chosen = taken(labels, torch.arange(len(labels), device=labels.device), counts)
+    chosen = take_by_class(labels, torch.arange(len(labels), device=labels.device), counts)
     if len(chosen) < 2:
         return {"left_out": f"of {len(labels)} samples {len(chosen)} are in the members' class mix; take more --samples"}
     return {"members": len(train), "images": len(chosen), "samples": likeness.fid(train, samples[chosen]), "held_out": likeness.fid(train, fresh[chosen])}

@@ -5,7 +5,7 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from hpcfl.analysis.membership_inference import nearest
+from hpcfl.analysis.membership_inference import measure_nearest
 from hpcfl.errors import DataError, NonFiniteError
 
 GUARD = 1e-6                                                       # the least distance: far below one grey level of one pixel, 1/255, where copies have 0
@@ -38,7 +38,7 @@ def mnd(train: Tensor, validation: Tensor, samples: Tensor) -> Mnd:
     fresh samples, because it is one of ratios.
     Raises: as `membership.nearest`.
     """
-    fresh, drawn = (nearest(train, others).sqrt().clamp_min(GUARD) for others in (validation, samples))
+    fresh, drawn = (measure_nearest(train, others).sqrt().clamp_min(GUARD) for others in (validation, samples))
     ratio = fresh / drawn                                          # (n,)
     return Mnd(float(ratio.mean()), float(ratio.std(correction=0)), float((ratio >= 1).double().mean()))
 
@@ -61,12 +61,12 @@ def fid(real: Tensor, generated: Tensor) -> float:
     return max(0.0, float((means[0] - means[1]).square().sum() + traces - 2 * root))
 
 
-def closest(points: Tensor, others: Tensor, count: int) -> Pairs:
+def find_closest(points: Tensor, others: Tensor, count: int) -> Pairs:
     """The `count` closest pairs of points (n, ...) and what of the others (m, ...) is nearest to each, no point and no other in two of them.
 
     Fewer where the points have fewer nearest others. Raises: as `membership.nearest`.
     """
-    distances, chosen, flat = nearest(points, others).sqrt(), {}, others.flatten(1).double()
+    distances, chosen, flat = measure_nearest(points, others).sqrt(), {}, others.flatten(1).double()
     for point in distances.argsort(stable=True).tolist():
         other = int((flat - points[point].flatten()).square().sum(1).argmin())
         chosen.setdefault(other, point)                            # points come nearest first

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hpcfl.data.shards import Shard
 from hpcfl.errors import DataError, NonFiniteError
-from hpcfl.training.evaluate import BATCH, in_batches
+from hpcfl.training.evaluate import BATCH, apply_in_batches
 
 ALARMS = 0.01                                                      # false alarms allowed where few are wanted: Carlini et al., S&P 2022, look at 1 % and less
 NORMAL = 1.959964                                                  # standard deviations to either side that hold 95 % of a normal distribution
@@ -35,22 +35,22 @@ class Attack:
     resolution: float
 
 
-def losses(predict: Callable[[Tensor], Tensor], shard: Shard, batch: int = BATCH) -> Tensor:
+def compute_losses(predict: Callable[[Tensor], Tensor], shard: Shard, batch: int = BATCH) -> Tensor:
     """Cross-entropy of each labelled image under a classifier, images -> logits (B, C), in the shard's order: (n,) float64 on the host.
 
     Raises: as `answers` and `costs`.
     """
-    return costs(answers(predict, shard, batch), shard.labels)
+    return compute_costs(compute_logits(predict, shard, batch), shard.labels)
 
 
-def answers(predict: Callable[[Tensor], Tensor], shard: Shard, batch: int = BATCH) -> Tensor:
+def compute_logits(predict: Callable[[Tensor], Tensor], shard: Shard, batch: int = BATCH) -> Tensor:
     """A classifier's logits (n, C) on a shard, to take costs and right answers from. Raises: DataError for an empty shard."""
     if len(shard) == 0:
         raise DataError("membership losses: the shard has no image; wanted at least one")
-    return in_batches(predict, shard, batch)
+    return apply_in_batches(predict, shard, batch)
 
 
-def costs(logits: Tensor, labels: Tensor) -> Tensor:
+def compute_costs(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of each image by its logits (n, C) and its label (n,): (n,) float64 on the host.
 
     Minus these are the scores of Yeom et al., CSF 2018, arXiv 1709.01604. As ln(1 + sum_j exp(z_j - z_y)) over the wrong classes j: an overfitted
@@ -64,7 +64,7 @@ def costs(logits: Tensor, labels: Tensor) -> Tensor:
     return -F.logsigmoid(logits.gather(1, own).squeeze(1) - wrong).cpu()
 
 
-def calibrated(target: Tensor, references: Tensor) -> Tensor:
+def calibrate(target: Tensor, references: Tensor) -> Tensor:
     """Scores (n,): what an image costs reference models, which never saw it, on average, minus what it costs the target; easy images no longer stand out.
 
     target (n,) and references (R, n) float64: `losses`, as Watson et al., ICLR 2022, arXiv 2111.08440; or of generators distances, `nearest` to their
@@ -77,7 +77,7 @@ def calibrated(target: Tensor, references: Tensor) -> Tensor:
     return references.mean(0) - target
 
 
-def nearest(points: Tensor, samples: Tensor) -> Tensor:
+def measure_nearest(points: Tensor, samples: Tensor) -> Tensor:
     """Squared L2 distance of each point (n, ...) to the nearest of the samples (s, ...), (n,) float64: minus it is the black-box score of GAN-Leaks.
 
     Chen et al., CCS 2020, arXiv 1909.03935. Of any type and on any device, taken in blocks of float64. The distance is exact, that of a copy 0;
@@ -99,14 +99,14 @@ def threshold_attack(members: Tensor, others: Tensor) -> Attack:
 
     Raises: DataError where either is empty or not one number per image; NonFiniteError for NaN or infinity.
     """
-    members, others = _checked("members", members), _checked("others", others)
+    members, others = _check_scores("members", members), _check_scores("others", others)
     truth = torch.cat([torch.ones(len(members)), torch.zeros(len(others))])
     alarms, found, _ = roc_curve(truth.numpy(), torch.cat([members, others]).numpy(), drop_intermediate=False)
     return Attack(float(auc(alarms, found)), _interval(members, others), float(found[alarms <= ALARMS].max()),
                   len(members), len(others), 1 / len(others))
 
 
-def _checked(name: str, scores: Tensor) -> Tensor:
+def _check_scores(name: str, scores: Tensor) -> Tensor:
     if scores.dim() != 1 or len(scores) == 0:
         raise DataError(f"threshold attack: the scores of {name} are {tuple(scores.shape)}; wanted one number for each of at least one image")
     if not bool(torch.isfinite(scores).all()):

@@ -20,7 +20,7 @@ from hpcfl.resize import slices
 from hpcfl.runs import launch
 from hpcfl.training import evaluate
 from hpcfl.tree import Tree
-from hpcfl.wording import aligned, printable
+from hpcfl.wording import align_rows, printable_text
 
 NEIGHBOURS = 3                                                     # fewer: more noise; more: coarser, reads too low (the usual choice of the papers below)
 OUTPUTS = {"logits": "forward", "features": "features"}            # what a model gives out -> the method that gives it
@@ -95,7 +95,7 @@ def compare(models: Models, build: Callable[[str], nn.Module], shard: Shard, out
     labels, images, rows = sameness(shard.labels), nearness(shard.pixels()), []
     for name, (architecture, state) in models.items():
         module = build(architecture)
-        said = {method: evaluate.in_batches(evaluate.bind(module, state, method), shard) for method in {OUTPUTS[output], "forward"}}
+        said = {method: evaluate.apply_in_batches(evaluate.bind(module, state, method), shard) for method in {OUTPUTS[output], "forward"}}
         given, logits = said[OUTPUTS[output]], said["forward"]
         if not bool(torch.isfinite(given).all() and torch.isfinite(logits).all()):
             raise NonFiniteError(f"model '{name}' ({architecture}): its {output} are not finite; the run diverged, lower its learning rates")
@@ -125,7 +125,7 @@ def prune(state: Tree, full: nn.Module, small: nn.Module) -> Tree:
     return state | {path: piece.view_as(state[path]) for path, piece in zip(paths, pieces, strict=True)}
 
 
-def contenders(server: Tree, problem: Problem) -> dict[str, tuple[str, Tree]]:
+def find_contenders(server: Tree, problem: Problem) -> dict[str, tuple[str, Tree]]:
     """The global model W of a server's state, and for each smaller architecture of the run the models of its size made of W.
 
     "convolved": what the server's filters make of it, where there are filters (small/<architecture>); "pruned": as `prune`; "sliced": leading channels,
@@ -138,18 +138,18 @@ def contenders(server: Tree, problem: Problem) -> dict[str, tuple[str, Tree]]:
         raise JobError(f"algorithm '{problem.job.algorithm_name}' keeps no global model of full size to compare smaller ones with; wanted a run of fedconv, "
                        "heterofl or fedrolex")
     base = problem.common_base()
-    made: dict[str, tuple[str, Tree]] = {"full": (base, whole)}
+    filtered: dict[str, tuple[str, Tree]] = {"full": (base, whole)}
     full = problem.structure(base)
     for architecture in (name for name in problem.sizes.every if name != base):
         small, convolved = problem.structure(architecture), tree.part(server, f"small/{architecture}")
         if convolved:
-            made[f"convolved {architecture}"] = architecture, convolved
-        made[f"pruned to {architecture}"] = base, prune(whole, full, small)
-        made[f"sliced {architecture}"] = architecture, slices.take(whole, slices.axes(full, small))
-    return made
+            filtered[f"convolved {architecture}"] = architecture, convolved
+        filtered[f"pruned to {architecture}"] = base, prune(whole, full, small)
+        filtered[f"sliced {architecture}"] = architecture, slices.take(whole, slices.find_axes(full, small))
+    return filtered
 
 
-def opened(world: World, state: State) -> State:
+def open_round(world: World, state: State) -> State:
     """The state as clients meet it in the round after: what the server does alone before them is done (fedconv trains W, tunes its filters and compresses W)."""
     places = schedule(world)
     place = places[state.rows] if state.rows < len(places) else replace(places[-1], round=places[-1].round + 1, row=state.rows)
@@ -172,18 +172,18 @@ def analyse(run: str | Path, images: int = 2000, output: str = "logits") -> dict
     problem, test = world.problem, world.test
     chosen = torch.from_numpy(problem.stream("information").numpy().permutation(len(test))[:images]).to(test.labels.device)
     shard = Shard(test.images[chosen], test.labels[chosen], test.scale)
-    models = contenders(tree.to(opened(world, state).server, problem.device), problem)
+    models = find_contenders(tree.to(open_round(world, state).server, problem.device), problem)
     return {"run": str(Path(run)), "rounds": state.rows, "images": len(shard), "output": output, "label_bits": entropy(shard.labels),
             "ceiling_bits": ceiling(len(shard)), "models": compare(models, problem.structure, shard, output)}
 
 
 def render(found: Mapping[str, Any]) -> str:
     """What `analyse` found as a table for the terminal, bits with their standard errors."""
-    head = (f"{printable(found['run'])}: {found['output']} on {found['images']} test images after {found['rounds']} rounds; "
+    head = (f"{printable_text(found['run'])}: {found['output']} on {found['images']} test images after {found['rounds']} rounds; "
             f"labels have {found['label_bits']:.2f} bits, of images at most {found['ceiling_bits']:.2f} can be seen")
     rows = [(row["model"], row["architecture"], f"{row['parameters']:,}", f"{row['accuracy']:.1f}",
              *(f"{row[kind]['bits']:.2f} ± {row[kind]['error']:.2f}" for kind in ("labels", "images"))) for row in found["models"]]
-    return f"{head}\n{aligned([HEADINGS, *rows], words=2)}"
+    return f"{head}\n{align_rows([HEADINGS, *rows], words=2)}"
 
 
 def _psi(count: int) -> float:

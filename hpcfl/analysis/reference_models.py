@@ -18,7 +18,7 @@ from hpcfl.tree import Tree
 SMALLEST = 2                                                       # images to train on: BatchNorm has no variance of one
 
 
-def reference_models(problem: Problem, architecture: str, pool: Shard, size: int, epochs: int, count: int,
+def train_references(problem: Problem, architecture: str, pool: Shard, size: int, epochs: int, count: int,
                      purpose: str = "references") -> list[Callable[[Tensor], Tensor]]:
     """`count` models of an architecture, images -> logits, each trained from scratch for `epochs` passes over `size` images of its own draw from the pool.
 
@@ -42,9 +42,9 @@ def reference_models(problem: Problem, architecture: str, pool: Shard, size: int
         order = problem.stream(f"{name}/images", model).numpy().permutation(len(pool))
         chosen = torch.from_numpy(order[:size]).to(problem.device)
         drawn = Shard(pool.images[chosen], pool.labels[chosen], pool.scale)
-        return shards.epochs(drawn, training.batch, epochs, problem.stream(f"{name}/batches", model), augmentation)
+        return shards.iterate_epochs(drawn, training.batch, epochs, problem.stream(f"{name}/batches", model), augmentation)
     group = Group(architecture, tuple(range(count)), tree.join(model=tree.stack([initial(model) for model in range(count)]))).to(problem.device)
     modules = {"model": problem.structure(architecture)}
     group, _ = problem.fit(group, modules, [Turn(("model",), cross_entropy, problem.optimizer())], batches,
-                           steps=epochs * len(shards.batch_sizes(size, training.batch)), where="reference models", member="model")
-    return [evaluate.model_of(group, modules, model) for model in group.clients]
+                           steps=epochs * len(shards.list_batch_sizes(size, training.batch)), where="reference models", member="model")
+    return [evaluate.bind_model(group, modules, model) for model in group.clients]

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from hpcfl.errors import JobError
-from hpcfl.federation.placement import place
+from hpcfl.federation.placement import place_clients
 from hpcfl.report.recording import Recording, read
 from hpcfl.wire.communicator import EXCHANGES, SMALL_CALLS
-from hpcfl.wording import aligned, counted, duration, size
+from hpcfl.wording import align_rows, byte_text, count_text, duration_text
 
 GOOD = 0.8                                                         # of the seconds of all ranks spent as one rank would spend them
 TRIES, MOST_CLIENTS = 8, 200_000                                   # numbers of clients per rank that are tried, each a fourth larger; and of all ranks
@@ -45,18 +45,18 @@ class Line:
         return min(latencies * self.latency_s + times * count * self.byte_s for latencies, times in steps)
 
 
-def tree(ranks: int) -> tuple[tuple[float, float], ...]:
+def list_tree_algorithms(ranks: int) -> tuple[tuple[float, float], ...]:
     """The algorithms of Bcast and Reduce: whole messages along a binomial tree; or halves of halves, by scatter and allgather, reduce-scatter and gather."""
     levels = math.ceil(math.log2(ranks))
     return (levels, levels), (2 * levels, 2 * (ranks - 1) / ranks)
 
 
-def root(ranks: int) -> tuple[tuple[float, float], ...]:
+def list_root_algorithms(ranks: int) -> tuple[tuple[float, float], ...]:
     """The algorithm of Gatherv, and of messages between rank 0 and each of the others: one after the other at rank 0."""
     return ((ranks - 1, ranks - 1),)
 
 
-ALGORITHMS: dict[str, Callable[[int], tuple[tuple[float, float], ...]]] = {"Bcast": tree, "Reduce": tree, "Gatherv": root}
+ALGORITHMS: dict[str, Callable[[int], tuple[tuple[float, float], ...]]] = {"Bcast": list_tree_algorithms, "Reduce": list_tree_algorithms, "Gatherv": list_root_algorithms}
 
 
 @dataclass(frozen=True)
@@ -91,13 +91,13 @@ class Round:
 
     def per_client(self) -> float:
         """Seconds of all clients in a round, over their number."""
-        return sum(typical(seconds.sum(1)) for seconds in self.work_s.values()) / self.clients
+        return sum(find_typical(seconds.sum(1)) for seconds in self.work_s.values()) / self.clients
 
     def for_all(self, wire: Wire, ranks: int, clients: float) -> dict[str, float]:
         """The seconds of a round that do not depend on who hosts whom, by cause."""
         more = clients / self.clients if self.carried["gatherv"] else 1.0
         spread = max(self.spread_s * more / ranks, self.item_s)
-        exchanges = [*moved(self.carried, ranks, clients / self.clients), ("Gatherv", more * self.carried["send"] / ranks, ranks),
+        exchanges = [*scale_collectives(self.carried, ranks, clients / self.clients), ("Gatherv", more * self.carried["send"] / ranks, ranks),
                      *[("Bcast", SMALL_BYTES, ranks)] * SMALL_CALLS]
         wire_s = sum(wire.seconds(*exchange) for exchange in exchanges)
         return {"server": self.server_s * more + spread, "wire": wire_s, "checkpoint": self.checkpoint_s}
@@ -108,26 +108,26 @@ def predict(round_: Round, wire: Wire, ranks: int, clients: int) -> dict[str, An
 
     `compute` and `evaluation` are the mean rank's, `waiting` is what the busiest rank has more; `clients_per_rank` as of `enough`.
     """
-    alone, parts = (parts_of(round_, wire, count, clients) for count in (1, ranks))
+    alone, parts = (split_seconds(round_, wire, count, clients) for count in (1, ranks))
     speed_up = sum(alone.values()) / sum(parts.values())
     return {"ranks": ranks, "round_s": sum(parts.values()), **{f"{name}_s": seconds for name, seconds in parts.items()}, "speed_up": speed_up,
-            "efficiency": speed_up / ranks, "limit": max(parts, key=parts.get), "clients_per_rank": enough(round_, wire, ranks)}
+            "efficiency": speed_up / ranks, "limit": max(parts, key=parts.get), "clients_per_rank": find_enough_clients(round_, wire, ranks)}
 
 
-def parts_of(round_: Round, wire: Wire, ranks: int, clients: int) -> dict[str, float]:
+def split_seconds(round_: Round, wire: Wire, ranks: int, clients: int) -> dict[str, float]:
     """The seconds of a round by part."""
     again = np.arange(clients) % round_.clients
-    home = np.array(place(round_.costs[again], ranks, round_.server))
+    home = np.array(place_clients(round_.costs[again], ranks, round_.server))
     mean, waiting = {}, 0.0
     for name, seconds in round_.work_s.items():
         loads = np.stack([np.bincount(home, row[again], ranks) for row in seconds])                     # (R, ranks)
-        mean[name] = typical(loads.sum(1)) / ranks
-        waiting += typical(loads.max(1)) - mean[name]
+        mean[name] = find_typical(loads.sum(1)) / ranks
+        waiting += find_typical(loads.max(1)) - mean[name]
     evaluation = mean.pop("evaluate")
     return {"compute": sum(mean.values()), "waiting": waiting, "evaluation": evaluation, **round_.for_all(wire, ranks, clients)}
 
 
-def enough(round_: Round, wire: Wire, ranks: int) -> int | None:
+def find_enough_clients(round_: Round, wire: Wire, ranks: int) -> int | None:
     """The fewest clients per rank with which so many ranks have an efficiency of GOOD; None where server, wire or an uneven placement keep them from it.
 
     Spread evenly, P ranks take a_P + b_P c seconds with c clients each: (a_1 + b_1 c) / (P (a_P + b_P c)) >= GOOD. From that c on they are placed.
@@ -143,20 +143,20 @@ def enough(round_: Round, wire: Wire, ranks: int) -> int | None:
     gained, lacking = b_1 - GOOD * ranks * b_p, GOOD * ranks * a_p - a_1
     each, tries = max(1, math.ceil(lacking / gained)) if gained > 0 else MOST_CLIENTS, 0
     while tries < TRIES and each * ranks < MOST_CLIENTS:
-        alone, parts = (sum(parts_of(round_, wire, count, each * ranks).values()) for count in (1, ranks))
+        alone, parts = (sum(split_seconds(round_, wire, count, each * ranks).values()) for count in (1, ranks))
         if alone >= GOOD * ranks * parts:
             return each
         each, tries = each + 1 + each // 4, tries + 1
     return None
 
 
-def typical(values: np.ndarray) -> float:
+def find_typical(values: np.ndarray) -> float:
     """What a round takes of something: the median over the rounds that have any of it, times their share of all rounds."""
     some = values[values > 0]
     return float(np.median(some)) * len(some) / len(values) if len(some) else 0.0
 
 
-def round_of(recording: Recording, wire: Wire, phase: str | None = None) -> Round:
+def measure_round(recording: Recording, wire: Wire, phase: str | None = None) -> Round:
     """What a run measured of a round, by default of the phase that took longest; what the collectives take on the ranks of the run is taken off.
 
     Raises: JobError for a run without rounds, without that phase, or recorded by an earlier hpcfl.
@@ -172,9 +172,9 @@ def round_of(recording: Recording, wire: Wire, phase: str | None = None) -> Roun
     if chosen not in took:
         raise JobError(f"{recording.folder}: has no phase '{chosen}', wanted one of {', '.join(took)}")
     rows, ranks, flops = phases == chosen, recording.ranks, arrays["clients/forward_flops"]
-    by_rank = {kind: array[rows] for kind, array in recording.part("seconds").items()}                  # (R, ranks) each
-    carried = {kind: typical(arrays.get(f"wire/{kind}", np.zeros(len(phases)))[rows]) for kind in EXCHANGES}
-    wall, wire_s = arrays["rounds/wall_s"][rows], {exchange[0]: wire.seconds(*exchange) for exchange in moved(carried, ranks)}
+    by_rank = {kind: array[rows] for kind, array in recording.datasets("seconds").items()}                  # (R, ranks) each
+    carried = {kind: find_typical(arrays.get(f"wire/{kind}", np.zeros(len(phases)))[rows]) for kind in EXCHANGES}
+    wall, wire_s = arrays["rounds/wall_s"][rows], {exchange[0]: wire.seconds(*exchange) for exchange in scale_collectives(carried, ranks)}
     loop = np.maximum(0, wall - sum(seconds[:, 0] for kind, seconds in by_rank.items() if kind != "checkpoint"))
     publishing = np.maximum(0, by_rank["publish"][:, 0] - wire_s["Bcast"])
     combining = np.maximum(0, by_rank["combine"] - wire_s["Reduce"] - wire_s["Gatherv"])                # adding and copying
@@ -183,17 +183,17 @@ def round_of(recording: Recording, wire: Wire, phase: str | None = None) -> Roun
         adding, collecting = collecting, combining[:, 0]           # ... or at the server
     nothing = np.zeros((len(phases), recording.clients))
     work = {"train": arrays.get("train/seconds", nothing)[rows], "refine": arrays.get("train/refine_seconds", nothing)[rows],
-            "combine": shared(adding, arrays["bytes/simulated_up"][rows]), "evaluate": shared(by_rank["evaluate"].sum(1), flops)}
-    checkpoint_s = typical(by_rank["checkpoint"].max(1))
+            "combine": share_seconds(adding, arrays["bytes/simulated_up"][rows]), "evaluate": share_seconds(by_rank["evaluate"].sum(1), flops)}
+    checkpoint_s = find_typical(by_rank["checkpoint"].max(1))
     return Round(
         chosen, int(rows.sum()), recording.clients, ranks, recording.job["federation"]["server_rank"], float(np.median(wall)) + checkpoint_s,
         costs=arrays["partition/train"].sum(1) * flops,
         work_s={name: np.nan_to_num(seconds) for name, seconds in work.items()},              # NaN: a client that took no part
-        server_s=typical(by_rank["aggregate"][:, 0] + publishing + collecting + loop), spread_s=typical(by_rank["spread"].sum(1)),
-        item_s=typical(arrays["wire/item_s"][rows]), checkpoint_s=checkpoint_s, carried=carried)
+        server_s=find_typical(by_rank["aggregate"][:, 0] + publishing + collecting + loop), spread_s=find_typical(by_rank["spread"].sum(1)),
+        item_s=find_typical(arrays["wire/item_s"][rows]), checkpoint_s=checkpoint_s, carried=carried)
 
 
-def moved(carried: dict[str, float], ranks: int, more: float = 1.0) -> list[tuple[str, float, int]]:
+def scale_collectives(carried: dict[str, float], ranks: int, more: float = 1.0) -> list[tuple[str, float, int]]:
     """A round's collectives with so many times the clients, each with the bytes of a rank and how many ranks take part."""
     def reached(kind: str) -> int:
         clients = more * carried[f"{kind}_by_client"] / max(carried[kind], 1)              # of a byte, in the mean; placed by cost they spread over the ranks
@@ -202,41 +202,41 @@ def moved(carried: dict[str, float], ranks: int, more: float = 1.0) -> list[tupl
             ("Gatherv", more * carried["gatherv"] / ranks, ranks)]
 
 
-def shared(seconds: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def share_seconds(seconds: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Seconds of each round, (R,), among clients by weights, (K,) or (R, K)."""
     return np.expand_dims(seconds, -1) * weights / np.maximum(weights.sum(-1, keepdims=True), 1)
 
 
-def fitted(told: dict[str, Any], where: Path) -> Wire:
+def fit_wire(told: dict[str, Any], where: Path) -> Wire:
     """The wire as the doctor timed it.
 
     Raises: JobError where the doctor ran on one rank.
     """
     ranks, rows = told["ranks"], told["wire"]
     if not rows:
-        raise JobError(f"{where}: the doctor ran on {counted(ranks, 'rank')}, where nothing travels; wanted its output on two ranks or more "
+        raise JobError(f"{where}: the doctor ran on {count_text(ranks, 'rank')}, where nothing travels; wanted its output on two ranks or more "
                        "(mpirun -n 2 hpcfl doctor --json), or --latency and --bandwidth")
     lines, worst = {}, 0.0
     for name, algorithms in ALGORITHMS.items():
         sizes, took = (np.array([row[key] for row in rows if row["collective"] == name], float) for key in ("rank_bytes", "median_s"))
-        lines[name] = fit(algorithms(ranks), sizes, took)
+        lines[name] = fit_line(algorithms(ranks), sizes, took)
         worst = max(worst, *(abs(lines[name].seconds(algorithms(ranks), count) / each - 1) for count, each in zip(sizes, took, strict=True)))
     hosts = {facts["host"] for facts in told["by_rank"]}
-    kind = f"the shared memory of one host ({min(hosts)}), no network" if len(hosts) == 1 else f"between {counted(len(hosts), 'host')}"
-    return Wire(lines, f"{where}: {kind}; timed on {counted(ranks, 'rank')}, fitted to within {worst:.0%}")
+    kind = f"the shared memory of one host ({min(hosts)}), no network" if len(hosts) == 1 else f"between {count_text(len(hosts), 'host')}"
+    return Wire(lines, f"{where}: {kind}; timed on {count_text(ranks, 'rank')}, fitted to within {worst:.0%}")
 
 
-def fit(steps: Sequence[tuple[float, float]], sizes: np.ndarray, took: np.ndarray) -> Line:
+def fit_line(steps: Sequence[tuple[float, float]], sizes: np.ndarray, took: np.ndarray) -> Line:
     """The line that is nearest to what messages of these sizes took, (n,) both, by relative errors; every size by the algorithm that is quickest for it."""
     chosen = np.zeros(len(sizes), int)
     for _ in range(len(sizes) + 1):                                # each size changes its algorithm once at most, or two are alike
         latencies, times = np.array(steps)[chosen].T
-        line = Line(*non_negative(np.stack([latencies / took, times * sizes / took], 1)))
+        line = Line(*solve_non_negative(np.stack([latencies / took, times * sizes / took], 1)))
         chosen = np.argmin([a * line.latency_s + b * sizes * line.byte_s for a, b in steps], 0)
     return line
 
 
-def non_negative(columns: np.ndarray) -> tuple[float, float]:
+def solve_non_negative(columns: np.ndarray) -> tuple[float, float]:
     """x >= 0 with the least |A x - 1|^2, A (n, 2) >= 0."""
     both = np.linalg.lstsq(columns, np.ones(len(columns)))[0]
     if (both >= 0).all():
@@ -245,7 +245,7 @@ def non_negative(columns: np.ndarray) -> tuple[float, float]:
     return min((float(one), 0.0), (0.0, float(other)), key=lambda x: ((columns @ x - 1) ** 2).sum())
 
 
-def wire_of(doctor: Path | None, latency_s: float | None, bandwidth: float | None) -> Wire:
+def read_wire(doctor: Path | None, latency_s: float | None, bandwidth: float | None) -> Wire:
     """The wire of a file that `hpcfl doctor --json` wrote, or of a data sheet: seconds between two ranks, bytes per second; what is given counts.
 
     Raises: JobError for a file of another kind, and where latency or bandwidth are known from neither.
@@ -255,16 +255,16 @@ def wire_of(doctor: Path | None, latency_s: float | None, bandwidth: float | Non
                        "--bandwidth of a data sheet, for example --latency 2e-6 --bandwidth 12.5e9 for HDR100 InfiniBand")
     if (latency_s is not None and not 0 <= latency_s < math.inf) or (bandwidth is not None and not 0 < bandwidth < math.inf):
         raise JobError(f"predict: --latency {latency_s} --bandwidth {bandwidth}: wanted seconds from 0 and bytes per second above 0")
-    wire = fitted(told_by(doctor), doctor) if doctor else Wire(dict.fromkeys(ALGORITHMS, Line(0.0, 0.0)), "")
+    wire = fit_wire(read_doctor(doctor), doctor) if doctor else Wire(dict.fromkeys(ALGORITHMS, Line(0.0, 0.0)), "")
     given = {} if latency_s is None else {"latency_s": latency_s}
     given |= {} if bandwidth is None else {"byte_s": 1 / bandwidth}
-    words = [] if latency_s is None else [f"latency {duration(latency_s)}"]
-    words += [] if bandwidth is None else [f"{size(bandwidth)}/s"]
+    words = [] if latency_s is None else [f"latency {duration_text(latency_s)}"]
+    words += [] if bandwidth is None else [f"{byte_text(bandwidth)}/s"]
     source = "; but ".join(filter(None, [wire.source, " and ".join(words) + " as given" if words else ""]))
     return Wire({name: replace(line, **given) for name, line in wire.lines.items()}, source)
 
 
-def told_by(path: Path) -> dict[str, Any]:
+def read_doctor(path: Path) -> dict[str, Any]:
     """What the doctor wrote.
 
     Raises: JobError for a file that is not its output.
@@ -278,14 +278,14 @@ def told_by(path: Path) -> dict[str, Any]:
     return told
 
 
-def table(run: str | Path, wire: Wire, ranks: Sequence[int], clients: int | None = None, phase: str | None = None) -> dict[str, Any]:
+def predict_table(run: str | Path, wire: Wire, ranks: Sequence[int], clients: int | None = None, phase: str | None = None) -> dict[str, Any]:
     """The prediction for each number of ranks with what it stands on, as plain data, units in the key names.
 
     Raises: as `recording.read` and `round_of`; JobError for numbers of ranks or clients below 1.
     """
     if min(ranks) < 1 or (clients is not None and clients < 1):
         raise JobError(f"predict: --ranks {','.join(map(str, ranks))} --clients {clients}: wanted numbers from 1")
-    round_ = round_of(read(run), wire, phase)
+    round_ = measure_round(read(run), wire, phase)
     return {"run": str(run), "phase": round_.phase, "rounds": round_.rounds, "clients": clients or round_.clients,
             "measured": {"ranks": round_.ranks, "clients": round_.clients, "round_s": round_.round_s, "carried_bytes": round_.carried},
             "wire": {"source": wire.source, **{name: vars(line) for name, line in wire.lines.items()}},
@@ -297,11 +297,11 @@ def render(found: dict[str, Any]) -> str:
     """The prediction for people."""
     was, parts = found["measured"], ("compute", "waiting", "evaluation", "server", "wire", "checkpoint")
     rows = [("ranks", "round", *parts, "speed-up", "efficiency", "most is", f"clients/rank for {GOOD:.0%}")]
-    rows += [(str(row["ranks"]), duration(row["round_s"]), *(duration(row[f"{part}_s"]) if row[f"{part}_s"] else "0" for part in parts),
+    rows += [(str(row["ranks"]), duration_text(row["round_s"]), *(duration_text(row[f"{part}_s"]) if row[f"{part}_s"] else "0" for part in parts),
               f"{row['speed_up']:.3g}", f"{row['efficiency']:.0%}", row["limit"], str(row["clients_per_rank"] or "none")) for row in found["predicted"]]
-    lines = {name: f"{name} {duration(line['latency_s'])} + bytes * {1e9 * line['byte_s']:.3g} ns" for name, line in found["wire"].items() if name != "source"}
+    lines = {name: f"{name} {duration_text(line['latency_s'])} + bytes * {1e9 * line['byte_s']:.3g} ns" for name, line in found["wire"].items() if name != "source"}
     return "\n".join([
-        f"{found['run']}, phase {found['phase']}: {duration(was['round_s'])} measured, over {counted(found['rounds'], 'round')} of "
-        f"{counted(was['clients'], 'client')} on {counted(was['ranks'], 'rank')}; predicted for {counted(found['clients'], 'client')}",
-        f"wire: {found['wire']['source']}", f"      {', '.join(lines.values())}", "", aligned(rows, words=0), "", "Assumed:",
+        f"{found['run']}, phase {found['phase']}: {duration_text(was['round_s'])} measured, over {count_text(found['rounds'], 'round')} of "
+        f"{count_text(was['clients'], 'client')} on {count_text(was['ranks'], 'rank')}; predicted for {count_text(found['clients'], 'client')}",
+        f"wire: {found['wire']['source']}", f"      {', '.join(lines.values())}", "", align_rows(rows, words=0), "", "Assumed:",
         *(f"* {each}" for each in found["assumptions"])])

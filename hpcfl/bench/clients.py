@@ -15,7 +15,7 @@ from typing import Any
 import hpcfl
 from hpcfl import tree
 from hpcfl.algorithms import CONFIGS
-from hpcfl.bench.gefl import Noise
+from hpcfl.bench.gefl import GeFLNoise
 from hpcfl.data.shards import Shard
 from hpcfl.errors import EnvironmentFault, JobError
 from hpcfl.federation.residency import RESIDENCIES
@@ -42,14 +42,14 @@ def clients(comm: Communicator, arguments: Namespace) -> dict[str, Any]:
     """
     cases = list(product(arguments.ranks or (comm.size,), arguments.residency or tuple(RESIDENCIES), arguments.clients or CLIENTS))
     if len(cases) == 1 and cases[0][0] == comm.size:
-        return measured(comm, arguments, *cases[0][1:])
+        return measure_case(comm, arguments, *cases[0][1:])
     if comm.size > 1:
         raise JobError(f"{len(cases)} cases under mpirun, but a peak of memory belongs to a process; give one of --clients and --residency, "
                        f"or leave mpirun out: hpcfl bench clients --ranks {comm.size}")
-    return {"rows": [apart(arguments, *case) for case in cases]}
+    return {"rows": [measure_apart(arguments, *case) for case in cases]}
 
 
-def measured(comm: Communicator, arguments: Namespace, residency: str, count: int) -> dict[str, Any]:
+def measure_case(comm: Communicator, arguments: Namespace, residency: str, count: int) -> dict[str, Any]:
     """One case, in this process."""
     repetitions, chunk = arguments.rounds or ROUNDS, CHUNK[residency] if arguments.chunk is None else arguments.chunk
     never = repetitions + 1
@@ -59,14 +59,14 @@ def measured(comm: Communicator, arguments: Namespace, residency: str, count: in
                    "training": {"batch": IMAGES}, "algorithm": {"name": "fedavg"}, "evaluation": {"every": never, "personal": False},
                    "checkpoint": {"every": never, "seconds": 0.0}}, CONFIGS)
     launch.set_threads(job, comm)
-    world = Few(job, comm, launch.choose_device(job.run.device, comm.local_rank), IMAGES)
+    world = FewImages(job, comm, launch.choose_device(job.run.device, comm.local_rank), IMAGES)
     launch.spare_threads(world)
     with ExitStack() as stack:
         folder = Path(comm.share(stack.enter_context(tempfile.TemporaryDirectory()) if comm.is_server else None))
         simulation, _ = Simulation(world, folder, Console(False, live=False), lambda: False), world.holdings
-        before = comm.gather(memory("VmRSS"))
+        before = comm.gather(read_memory("VmRSS"))
         simulation.run()
-        peaks, rows = comm.gather(memory("VmHWM")), simulation.record.rows
+        peaks, rows = comm.gather(read_memory("VmHWM")), simulation.record.rows
         comm.barrier()                                             # the folder goes when all have written
     if not comm.is_server:
         return {}
@@ -77,7 +77,7 @@ def measured(comm: Communicator, arguments: Namespace, residency: str, count: in
             "state_bytes": sum(states[name] for name in world.problem.architectures)}
 
 
-class Few(Noise):
+class FewImages(GeFLNoise):
     """Clients with noise to train on, and a few images of it to be tested by."""
 
     @cached_property
@@ -86,7 +86,7 @@ class Few(Noise):
         return self.noise(self.clients, TESTED)
 
 
-def apart(arguments: Namespace, ranks: int, residency: str, count: int) -> dict[str, Any]:
+def measure_apart(arguments: Namespace, ranks: int, residency: str, count: int) -> dict[str, Any]:
     """One case in processes of its own."""
     chunk = [] if arguments.chunk is None else ["--chunk", str(arguments.chunk)]
     command = [*(["mpirun", "-n", str(ranks)] if ranks > 1 else []), sys.executable, "-m", "hpcfl", "bench", "clients", "--clients", str(count),
@@ -103,7 +103,7 @@ def apart(arguments: Namespace, ranks: int, residency: str, count: int) -> dict[
     return json.loads(ended.stdout)
 
 
-def memory(name: str) -> int:
+def read_memory(name: str) -> int:
     """Bytes of resident memory of this process, by their name in /proc: now (VmRSS) or at most (VmHWM, which unlike getrusage knows nothing of a parent)."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
     return 1024 * int(lines[name].split()[0])

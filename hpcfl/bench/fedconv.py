@@ -15,7 +15,7 @@ from hpcfl import tree
 from hpcfl.algorithms import CONFIGS
 from hpcfl.algorithms.fedconv import Config, FedConv
 from hpcfl.contract import Problem, Totals
-from hpcfl.data.shards import Shard, epochs
+from hpcfl.data.shards import Shard, iterate_epochs
 from hpcfl.federation.exchange import Exchange
 from hpcfl.federation.ledger import Ledger
 from hpcfl.federation.state import Place, State, schedule
@@ -50,7 +50,7 @@ def fedconv(comm: Communicator, arguments: Namespace) -> dict[str, Any]:
                    "federation": {"clients": len(CLASSES_OF_SIZE), "rounds": repetitions},
                    "algorithm": {"name": "fedconv", "public_batch": BATCH, **EPOCHS}}, CONFIGS)
     launch.set_threads(job, comm)
-    rows = [{"engine": engine, **measured(Noise(replace(job, training=replace(job.training, engine=engine)), comm, device, BATCH * steps))}
+    rows = [{"engine": engine, **measure_engine(FedConvNoise(replace(job, training=replace(job.training, engine=engine)), comm, device, BATCH * steps))}
             for engine in ENGINES[device.type]]
     head = {"ranks": comm.size, "threads": torch.get_num_threads(), "device": str(device), "clients": len(CLASSES_OF_SIZE), "steps_per_epoch": steps,
             "repetitions": repetitions}
@@ -72,7 +72,7 @@ class Timed(FedConv):
         return trained
 
 
-class Noise(World):
+class FedConvNoise(World):
     """FedConv with its steps timed and a public set of random images of 28x28 pixels, so that there is no data set to get; the clients' own are never read."""
 
     def __init__(self, job: Job, comm: Communicator, device: torch.device, images: int) -> None:
@@ -91,46 +91,46 @@ class Noise(World):
         return Shard(images, torch.arange(count) % self.problem.classes, self.problem.scale).to(self.problem.device)
 
 
-def measured(world: Noise) -> dict[str, Any]:
+def measure_engine(world: FedConvNoise) -> dict[str, Any]:
     """The figures of one engine, from plain steps and rounds taken in turn; known at the server."""
     comm, ledger = world.comm, Ledger(world.problem.device)
     exchange, state = Exchange(world, ledger, lambda *_: None), State(comm.at_server(world.found), (), {})
     plain, accounts = [], []
     for place in schedule(world):
-        plain.append(plain_step(world, place.row))
+        plain.append(time_plain_step(world, place.row))
         comm.barrier()
         ledger.open()
-        state = server_phase(exchange, state, place)
+        state = run_server_phase(exchange, state, place)
         accounts.append(ledger.close())
     told = comm.gather(([account["seconds"]["idle"] for account in accounts], [dict(step.laps) for step in world.plan[0].steps]))
     if not comm.is_server:
         return {}
     laps = [each for _, booked in told for each in booked]
-    return {"plain_step_ms": milliseconds(median(plain)), **{figure: milliseconds(typical(laps, work)) for figure, work in WORKS.items()},
+    return {"plain_step_ms": to_milliseconds(median(plain)), **{figure: to_milliseconds(find_typical(laps, work)) for figure, work in WORKS.items()},
             "server_phase_s": round(median(account["wall_s"] for account in accounts), 3), "idle_s": [round(median(idle), 3) for idle, _ in told]}
 
 
-def server_phase(exchange: Exchange, state: State, place: Place) -> State:
+def run_server_phase(exchange: Exchange, state: State, place: Place) -> State:
     """All that the server and its helpers do in a round, between which clients send back what they received."""
     step, = place.phase.steps
     state = exchange.serve(step, "prepare", state, place)
-    return exchange.serve(step, "aggregate", state, place, returned(step, state) if exchange.world.comm.is_server else {})
+    return exchange.serve(step, "aggregate", state, place, return_untrained(step, state) if exchange.world.comm.is_server else {})
 
 
-def returned(step: FedConv, state: State) -> Totals:
+def return_untrained(step: FedConv, state: State) -> Totals:
     """Uploads of clients that trained nothing."""
     message = step.publish(state.server)
     return {"models": Uploads({client: tree.join(model=step.receive(message, architecture)) | {"samples": torch.tensor(100.0, dtype=torch.float64)}
                                for client, architecture in enumerate(step.problem.architectures)})}
 
 
-def plain_step(world: Noise, row: int) -> float:
+def time_plain_step(world: FedConvNoise, row: int) -> float:
     """Seconds of a step of the full model in plain PyTorch: a module, autograd, torch.optim.Adam and the default memory format, as the authors' code."""
     problem, (public, _) = world.problem, world.public
     with problem.stream("plain").seeding():
         model = problem.model(problem.common_base()).to(problem.device)
     optimizer, start = torch.optim.Adam(model.parameters(), world.job.algorithm.server_lr), time.perf_counter()
-    for batch in epochs(public, BATCH, 1, problem.stream("plain", round_=row)):
+    for batch in iterate_epochs(public, BATCH, 1, problem.stream("plain", round_=row)):
         optimizer.zero_grad()
         loss = F.cross_entropy(model(batch["x"]), batch["y"])
         loss.backward()
@@ -140,7 +140,7 @@ def plain_step(world: Noise, row: int) -> float:
     return (time.perf_counter() - start) / (len(public) // BATCH)
 
 
-def typical(laps: Sequence[Mapping[tuple[str, str], list[float]]], work: str) -> float:
+def find_typical(laps: Sequence[Mapping[tuple[str, str], list[float]]], work: str) -> float:
     """The median of each architecture's steps of one kind on any rank, and of these the mean."""
     by_architecture: dict[str, list[float]] = defaultdict(list)
     for each in laps:
@@ -149,6 +149,6 @@ def typical(laps: Sequence[Mapping[tuple[str, str], list[float]]], work: str) ->
     return mean(median(seconds) for seconds in by_architecture.values() if seconds)
 
 
-def milliseconds(seconds: float) -> float:
+def to_milliseconds(seconds: float) -> float:
     """To a microsecond."""
     return round(1000 * seconds, 3)

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hpcfl.algorithms import CONFIGS
-from hpcfl.algorithms.gefl import GENERATOR, generative
+from hpcfl.algorithms.gefl import GENERATOR, build_generator
 from hpcfl.algorithms.gefl_f import EXTRACTOR, Config
 from hpcfl.contract import ClientSite, Holdings
-from hpcfl.data.shards import Shard, batch_sizes, epochs
+from hpcfl.data.shards import Shard, iterate_epochs, list_batch_sizes
 from hpcfl.federation.exchange import Exchange
 from hpcfl.federation.ledger import Ledger
 from hpcfl.federation.loop import rounds
@@ -55,20 +55,20 @@ def gefl(comm: Communicator, arguments: Namespace) -> dict[str, Any]:
                    "federation": {"clients": clients, "rounds": repetitions + 1}, "training": {"batch": BATCH, "epochs": 5, "lr": 0.1},
                    "algorithm": {"name": "gefl_f", "generator_rounds": repetitions + 1, "generator_epochs": count}}, CONFIGS)
     launch.set_threads(job, comm)
-    world = Noise(job, comm, device, BATCH * arguments.steps or IMAGES)
-    laps, bare, rows = measured(world)
-    steps = count * len(batch_sizes(world.images, BATCH)) * max(Counter(world.home).values())
+    world = GeFLNoise(job, comm, device, BATCH * arguments.steps or IMAGES)
+    laps, bare, rows = measure_phases(world)
+    steps = count * len(list_batch_sizes(world.images, BATCH)) * max(Counter(world.home).values())
     figures = {"ranks": comm.size, "threads": torch.get_num_threads(), "device": str(device), "clients": clients, "images_per_client": world.images,
-               "generator_epochs": count, "repetitions": repetitions, "generator_round_s": seconds(laps["generator"]),
-               "generator_step_ms": round(1000 * median(laps["generator"]) / steps, 3), "header_round_s": seconds(laps["targets"])}
+               "generator_epochs": count, "repetitions": repetitions, "generator_round_s": median_seconds(laps["generator"]),
+               "generator_step_ms": round(1000 * median(laps["generator"]) / steps, 3), "header_round_s": median_seconds(laps["targets"])}
     for name, (phase, bare_s) in bare.items():
-        figures |= {f"{name}_s": seconds(bare_s), f"{name}_ratio": round(median(lap / each for lap, each in zip(laps[phase], bare_s, strict=True)), 3)}
+        figures |= {f"{name}_s": median_seconds(bare_s), f"{name}_ratio": round(median(lap / each for lap, each in zip(laps[phase], bare_s, strict=True)), 3)}
     if comm.size == 1:
-        figures |= sampling(world, repetitions, arguments.compile or device.type == "cuda")
+        figures |= time_sampling(world, repetitions, arguments.compile or device.type == "cuda")
     return figures | {"rows": rows}
 
 
-class Noise(World):
+class GeFLNoise(World):
     """GeFL-F without its warm-up, and clients with so many random images of 32x32 pixels each, so that there is no data set to get."""
 
     def __init__(self, job: Job, comm: Communicator, device: torch.device, images: int) -> None:
@@ -86,7 +86,7 @@ class Noise(World):
         return Shard(images, torch.arange(count) % self.problem.classes, self.problem.scale).to(self.problem.device)
 
 
-def measured(world: Noise) -> tuple[dict[str, list[float]], dict[str, tuple[str, list[float]]], list[dict[str, Any]]]:
+def measure_phases(world: GeFLNoise) -> tuple[dict[str, list[float]], dict[str, tuple[str, list[float]]], list[dict[str, Any]]]:
     """Seconds of each phase's rounds but its first; on one rank {bare loop: (phase, its seconds)}; and rows of what this rank did in them."""
     comm, ledger = world.comm, Ledger(world.problem.device)
     laps, accounts, bare = defaultdict(list), defaultdict(list), {name: (phase, []) for name, (phase, *_) in BARE.items()} if comm.size == 1 else {}
@@ -105,48 +105,48 @@ def measured(world: Noise) -> tuple[dict[str, list[float]], dict[str, tuple[str,
                     found.append(carry_out(world, state, place, **settings))
         comm.barrier()
         start = time.perf_counter()
-    rows = [{"phase": phase, **{f"{kind}_s": seconds([each[kind] for each in every]) for kind in KINDS_OF_WORK}} for phase, every in accounts.items()]
+    rows = [{"phase": phase, **{f"{kind}_s": median_seconds([each[kind] for each in every]) for kind in KINDS_OF_WORK}} for phase, every in accounts.items()]
     return laps, bare, rows
 
 
-def sites(world: Noise, state: State, place: Place) -> Iterator[tuple[int, str, ClientSite]]:
+def list_sites(world: GeFLNoise, state: State, place: Place) -> Iterator[tuple[int, str, ClientSite]]:
     """This rank's clients, their architectures and what they may see."""
     for group in state.groups:
         site = world.client_site(group, place.phase, place.round)
         yield from ((client, group.architecture, site) for client in group.clients)
 
 
-def bare_generator(world: Noise, state: State, place: Place, **settings: Any) -> float:
+def time_bare_generator(world: GeFLNoise, state: State, place: Place, **settings: Any) -> float:
     """Seconds in which torch.optim.Adam with these settings takes one network through the batches of a generator round."""
     (step,), device = place.phase.steps, world.problem.device
-    (rule,), ((_, loss),) = step.kind.rules(), step.kind.losses()
-    modules = Modules(step.initial("init/generator")).to(device)
+    (rule,), ((_, loss),) = step.generative.rules(), step.generative.losses()
+    modules = Modules(step.initialise("init/generator")).to(device)
     optimizer = torch.optim.Adam(modules.parameters(), lr=rule.lr, betas=rule.betas, weight_decay=rule.weight_decay, **settings)
     start = time.perf_counter()
-    for client, _, site in sites(world, state, place):
+    for client, _, site in list_sites(world, state, place):
         for batch in step.batches(state.server, site, client, BATCH):
             update(optimizer, modules(loss, batch, {})[0])
-    return elapsed(start, device)
+    return measure_elapsed(start, device)
 
 
-def bare_header(world: Noise, state: State, place: Place) -> float:
+def time_bare_header(world: GeFLNoise, state: State, place: Place) -> float:
     """Seconds in which torch.optim.SGD takes a header of each client through the samples and maps of a header round."""
     (step,), device, training = place.phase.steps, world.problem.device, world.job.training
-    generator = step.initial("init/generator")[GENERATOR].to(device).eval()
-    models = {client: world.problem.structure(architecture) for client, architecture, _ in sites(world, state, place)}
+    generator = step.initialise("init/generator")[GENERATOR].to(device).eval()
+    models = {client: world.problem.structure(architecture) for client, architecture, _ in list_sites(world, state, place)}
 
     @torch.no_grad()
     def draw(y: Tensor, random: torch.Generator) -> Tensor:
-        return step.kind.sample(generator, y, random)
+        return step.generative.sample(generator, y, random)
     start = time.perf_counter()
-    for client, _, site in sites(world, state, place):
+    for client, _, site in list_sites(world, state, place):
         header = [leaf for path, leaf in models[client].named_parameters() if not path.startswith(EXTRACTOR)]
-        own = epochs(step.space.own(state.server, site, client), BATCH, training.epochs, site.stream("batches", client))
-        for batches in (step.synthetic(draw, site, client), own):
+        own = iterate_epochs(step.space.encode_own(state.server, site, client), BATCH, training.epochs, site.stream("batches", client))
+        for batches in (step.draw_batches(draw, site, client), own):
             optimizer = torch.optim.SGD(header, lr=training.lr)
             for batch in batches:
                 update(optimizer, F.cross_entropy(models[client].header(batch["x"]), batch["y"]))
-    return elapsed(start, device)
+    return measure_elapsed(start, device)
 
 
 def update(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
@@ -156,11 +156,11 @@ def update(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     optimizer.step()
 
 
-def sampling(world: Noise, repetitions: int, compiling: bool) -> dict[str, float]:
+def time_sampling(world: GeFLNoise, repetitions: int, compiling: bool) -> dict[str, float]:
     """{"ddpm_samples_per_s": ...} of networks as they are initialised, all kinds in turn; where wanted, compiled too if they sample in many calls."""
     problem, device = world.problem, world.problem.device
     shape, y = problem.structure(problem.sizes.every[0]).maps_shape, torch.arange(DRAWN[device.type], device=device) % problem.classes
-    kinds = {name: generative(Config(**settings), shape, problem.classes, True) for name, settings in SAMPLED.items()}
+    kinds = {name: build_generator(Config(**settings), shape, problem.classes, True) for name, settings in SAMPLED.items()}
     ways, laps = [(name, kind, False) for name, kind in kinds.items()], defaultdict(list)
     ways += [(f"{name}_compiled", kind, True) for name, kind in kinds.items() if compiling and kind.calls > 1]
     calls = {}
@@ -174,21 +174,21 @@ def sampling(world: Noise, repetitions: int, compiling: bool) -> dict[str, float
         for name, kind, _ in ways:
             random, start = problem.stream("sample", round_=number).torch(device), time.perf_counter()
             kind.sample(calls[name], y, random)
-            laps[name].append(elapsed(start, device))
+            laps[name].append(measure_elapsed(start, device))
     return {f"{name}_samples_per_s": round(len(y) / median(each), 2) for name, each in laps.items()}
 
 
-def elapsed(start: float, device: torch.device) -> float:
+def measure_elapsed(start: float, device: torch.device) -> float:
     """Seconds since then, when the device has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
 
 
-def seconds(laps: list[float]) -> float:
+def median_seconds(laps: list[float]) -> float:
     """Their median, to a tenth of a millisecond."""
     return round(median(laps), 4)
 
 
-BARE = {"generator_bare": ("generator", bare_generator, {}), "generator_bare_fused": ("generator", bare_generator, {"fused": True}),
-        "header_bare": ("targets", bare_header, {})}               # figure -> (phase, loop, its settings)
+BARE = {"generator_bare": ("generator", time_bare_generator, {}), "generator_bare_fused": ("generator", time_bare_generator, {"fused": True}),
+        "header_bare": ("targets", time_bare_header, {})}               # figure -> (phase, loop, its settings)

@@ -26,7 +26,7 @@ from hpcfl.settings.job import Job, resolve
 from hpcfl.training.group import Group
 from hpcfl.training.losses import cross_entropy
 from hpcfl.wire.communicator import Alone, Communicator, connect
-from hpcfl.wording import aligned
+from hpcfl.wording import align_rows
 
 
 def w1(comm: Communicator, arguments: Namespace) -> dict[str, float]:
@@ -65,26 +65,26 @@ def vtc(comm: Communicator, arguments: Namespace) -> dict[str, Any]:
                    "algorithm": {"name": "fedvtc", "vtc_steps": PASS * -(-steps // PASS)}}, CONFIGS)
     launch.set_threads(job, comm)
     compiling = ("off", "on") if arguments.compile or device.type == "cuda" else ("off",)
-    rows = [measured(work, engine, compile, job, device) for work in WORKS for engine in ("sequential", "vmap") for compile in compiling]
+    rows = [measure_work(work, engine, compile, job, device) for work in WORKS for engine in ("sequential", "vmap") for compile in compiling]
     return {"device": str(device), "threads": torch.get_num_threads(), "clients": CLIENTS, "steps": job.algorithm.vtc_steps, "rows": rows}
 
 
-def measured(work: str, engine: str, compile: str, job: Job, device: torch.device) -> dict[str, Any]:
+def measure_work(work: str, engine: str, compile: str, job: Job, device: torch.device) -> dict[str, Any]:
     """One way to do one kind of work: the first passes (with the compilation, where there is one), and then the steps that count."""
     job = replace(job, run=replace(job.run, compile=compile), training=replace(job.training, engine=engine))
     world = World(job, Communicator(Alone()), device)
     group, phase = world.join()[0], world.plan[0]
     carry_out = WORKS[work](phase.steps[0], group, world.client_site(group, phase, 0), world.server_site(phase, 0, Ledger(device)))
-    first_s = timed(carry_out, device)
+    first_s = time_call(carry_out, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    step_s = timed(carry_out, device) / (job.algorithm.vtc_steps * CLIENTS)
+    step_s = time_call(carry_out, device) / (job.algorithm.vtc_steps * CLIENTS)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
     return {"work": work, "engine": engine, "compile": compile, "first_s": round(first_s, 3), "step_s": round(step_s, 6), "steps_per_s": round(1 / step_s, 1),
             "peak_memory_bytes" if device.type == "cuda" else "resident_memory_bytes": peak}
 
 
-def timed(carry_out: Callable[[], object], device: torch.device) -> float:
+def time_call(carry_out: Callable[[], object], device: torch.device) -> float:
     """Seconds until the device has finished."""
     start = time.perf_counter()
     carry_out()
@@ -93,15 +93,15 @@ def timed(carry_out: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def generating(step: FedVTC, group: Group, site: ClientSite, server_site: ServerSite) -> Callable[[], object]:
+def run_generator(step: FedVTC, group: Group, site: ClientSite, server_site: ServerSite) -> Callable[[], object]:
     """The generator's training on the statistics of untrained features, as in the first round that has any."""
     latents = step.encode(group, site)
     local = step.measure(latents, site)
     server = step.aggregate(step.found(server_site), Communicator(Alone()).combine(step.upload(local)), server_site)
-    return partial(step.train_generator, group, latents, local, step.known(step.publish(server)), site)
+    return partial(step.train_generator, group, latents, local, step.read_gaussians(step.publish(server)), site)
 
 
-def classifying(step: FedVTC, group: Group, site: ClientSite, server_site: ServerSite) -> Callable[[], object]:
+def run_classifier(step: FedVTC, group: Group, site: ClientSite, server_site: ServerSite) -> Callable[[], object]:
     """The classifier's training by cross-entropy."""
     return partial(site.train_model, group, cross_entropy)
 
@@ -111,12 +111,12 @@ def render(figures: Mapping[str, Any]) -> str:
     lines = [f"{key:<32} {value}" for key, value in figures.items() if key != "rows"]
     rows = figures.get("rows", [])
     table = [tuple(rows[0]), *(tuple(map(str, row.values())) for row in rows)] if rows else []
-    return "\n".join([*lines, *([aligned(table, words=3)] if table else [])])
+    return "\n".join([*lines, *([align_rows(table, words=3)] if table else [])])
 
 
 ROUNDS = 15                                                        # of w1 that are timed
 CLIENTS, PASS = 4, 5                                               # clients, and batches in one pass over a client's images
 IMAGES = CLIENTS * PASS * 64                                       # of the 1,437 digits, so that all batches have one shape
 FEW_STEPS = {"cpu": PASS, "cuda": 200}
-WORKS = {"vtc": generating, "classifier": classifying}
+WORKS = {"vtc": run_generator, "classifier": run_classifier}
 BENCHES = {"w1": w1, "vtc": vtc, "fedconv": fedconv, "gefl": gefl, "clients": clients}

@@ -62,7 +62,7 @@ class Problem:
 
     def optimizer(self) -> Optimizer:
         """The local optimiser as the [training] section describes it."""
-        return Optimizer.of(self.job.training)
+        return Optimizer.from_settings(self.job.training)
 
     def augmentation(self, soft_labels: bool = False) -> Augmentation:
         """What the [training] section does to training images; `soft_labels`: whether the loss takes labels (B, classes) as well as (B,).

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from hpcfl.contract.problem import Problem
 from hpcfl.data.augment import Augmentation
-from hpcfl.data.shards import PLAIN, Shard, epochs
+from hpcfl.data.shards import PLAIN, Shard, iterate_epochs
 from hpcfl.streams import Stream
-from hpcfl.training.evaluate import features
+from hpcfl.training.evaluate import extract_features
 from hpcfl.training.group import Group
 from hpcfl.training.losses import cross_entropy
 from hpcfl.training.turns import Turn
@@ -57,11 +57,11 @@ class ClientSite:
 
     def epochs(self, client: int, count: int, batch: int, augmentation: Augmentation = PLAIN) -> Iterable[Tree]:
         """Shuffled batches {"x": (B, C, H, W), "y": (B,)} of a client's training part, `count` times over; as they are unless augmented."""
-        return epochs(self.holdings[client].train, batch, count, self.stream("batches", client), augmentation)
+        return iterate_epochs(self.holdings[client].train, batch, count, self.stream("batches", client), augmentation)
 
     def features(self, group: Group, client: int) -> Tensor:
         """z = g_k(x) of a client's training images, (n, p), in eval mode and without gradients. Raises: NonFiniteError naming the client."""
-        return features(group, self.modules, client, self.holdings[client].train, f"phase {self.phase}, round {self.round}", self.problem.optimizer().advice)
+        return extract_features(group, self.modules, client, self.holdings[client].train, f"phase {self.phase}, round {self.round}", self.problem.optimizer().advice)
 
     def fit(self, group: Group, turns: Sequence[Turn], batches: Callable[[int], Iterable[Tree]], *, context: Tree | None = None,
             frozen_norm: bool = False, keep_optimizer: bool = False, steps: int = 0, channels_last: bool | None = None) -> tuple[Group, dict[str, Tensor]]:
@@ -101,7 +101,7 @@ class ServerSite:
     row: int                                                       # the round, counted over all phases
     spread: Callable[..., dict[int, Tree]]
     note: Callable[[str, float], None]
-    measured: Callable[[Sequence[int], Mapping[str, Tensor]], None]
+    book_metrics: Callable[[Sequence[int], Mapping[str, Tensor]], None]
 
     def stream(self, purpose: str, client: int = -1) -> Stream:
         """The server's random stream of one purpose in this round; `client`: whose model it works on."""

@@ -16,9 +16,9 @@ from hpcfl.training.group import Group
 from hpcfl.training.optimizers import Optimizer
 from hpcfl.tree import Tree
 from hpcfl.wire.communicator import Total
-from hpcfl.wire.uplink import Statistics, Uploads
+from hpcfl.wire.uplink import Uplink, Uploads
 
-Totals = Mapping[str, Total | Uploads]                             # what the server makes of all clients' Statistics
+Totals = Mapping[str, Total | Uploads]                             # what the server makes of all clients' Uplinks
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Update:
     """What a step made of a group: its new state, what it sends up, and one number per client for each metric, name -> (K,)."""
 
     group: Group
-    statistics: Statistics = field(default_factory=Statistics)
+    uplink: Uplink = field(default_factory=Uplink)
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
@@ -67,7 +67,7 @@ class Algorithm(ABC):
         def initial(client: int) -> Tree:
             with self.problem.stream("init", client).seeding():
                 return self.problem.model(group.architecture).state_dict()
-        return group if group.part("model") else group.holding("model", tree.stack([initial(client) for client in group.clients]))
+        return group if group.part("model") else group.with_part("model", tree.stack([initial(client) for client in group.clients]))
 
     def prepare(self, server: Tree, site: ServerSite) -> Tree:
         """The server's state as clients are to find it in this round: what it works out alone before it tells them anything."""

@@ -12,8 +12,8 @@ from hpcfl.contract.step import Algorithm, Phase, Update
 from hpcfl.errors import HpcflError, JobError, LayoutError
 from hpcfl.training.group import OPTIMIZER, Group
 from hpcfl.tree import Marks, Tree
-from hpcfl.wire.uplink import Statistics
-from hpcfl.wording import spoken
+from hpcfl.wire.uplink import Uplink
+from hpcfl.wording import numbers_text
 
 VERBS = ("modules", "accept", "found", "join", "prepare", "publish", "global_models", "receive", "train", "aggregate", "refine", "draw", "seen")
 WORKING = ("prepare", "train", "aggregate", "refine")              # what a round is made of: a step without any of them does nothing
@@ -60,9 +60,9 @@ def _check_verbs(where: str, kind: type[Algorithm]) -> None:
 
 
 @contextmanager
-def blamed(step: Algorithm, verb: str, whose: str = "") -> Iterator[None]:
+def blame(step: Algorithm, verb: str, whose: str = "") -> Iterator[None]:
     """What goes wrong in the block is said to be the verb's: in the words of an error of ours, and as a note under the traceback of any other."""
-    where = named(step, verb, whose)
+    where = verb_text(step, verb, whose)
     try:
         yield
     except LayoutError as error:
@@ -76,18 +76,18 @@ def blamed(step: Algorithm, verb: str, whose: str = "") -> Iterator[None]:
         raise
 
 
-def named(step: Algorithm, verb: str, whose: str = "") -> str:
+def verb_text(step: Algorithm, verb: str, whose: str = "") -> str:
     """A verb in errors: 'FedAvg.train, clients 0, 3'."""
     return f"{type(step).__name__}.{verb}{whose and ', '}{whose}"
 
 
-def checked_tree(where: str, found: Any) -> Tree:
+def require_tree(where: str, found: Any) -> Tree:
     """A Tree that a verb gave. Raises LayoutError for anything else."""
     if not isinstance(found, dict):
-        raise LayoutError(f"{where}: gave {_kind(found)}, wanted a Tree, a dict from path to Tensor")
+        raise LayoutError(f"{where}: gave {_type_text(found)}, wanted a Tree, a dict from path to Tensor")
     for path, leaf in found.items():
         if not isinstance(path, str) or not isinstance(leaf, Tensor):
-            raise LayoutError(f"{where}: gave {path!r}: {_kind(leaf)} in its Tree, wanted a path and a Tensor")
+            raise LayoutError(f"{where}: gave {path!r}: {_type_text(leaf)} in its Tree, wanted a path and a Tensor")
     return found
 
 
@@ -96,81 +96,81 @@ def check_kept(where: str, before: Tree, after: Tree, free: str = "") -> None:
     for path in before.keys() & after.keys():
         old, new = before[path], after[path]
         if (old.shape != new.shape or old.dtype != new.dtype) and not (free and path.startswith(free)):
-            raise LayoutError(f"{where}: gave '{path}' as {_described(new)}, wanted {_described(old)} as before; "
+            raise LayoutError(f"{where}: gave '{path}' as {_leaf_text(new)}, wanted {_leaf_text(old)} as before; "
                               + ("cast it, .to(dtype), before it is returned" if old.shape == new.shape else "a leaf keeps its shape for the whole run"))
 
 
 def check_unwritten(where: str, before: Marks, now: Tree, what: str) -> None:
     """Refuse what was written in place into tensors that others read. Raises: LayoutError."""
-    if written := tree.changed(before, now):
+    if written := tree.find_changed(before, now):
         raise LayoutError(f"{where}: changed '{min(written)}' of {what} in place, which others read; work on a copy, for example tree.clone(...)")
 
 
-def checked_models(where: str, found: Any) -> Mapping[str, tuple[str, Tree]]:
+def require_models(where: str, found: Any) -> Mapping[str, tuple[str, Tree]]:
     """What `global_models` gave. Raises LayoutError for anything else than name -> (architecture, Tree)."""
     if not isinstance(found, Mapping) or not all(isinstance(each, tuple) and len(each) == 2 and isinstance(each[0], str) for each in found.values()):
-        raise LayoutError(f"{where}: gave {_kind(found)}, wanted a dict from name to (architecture, Tree)")
+        raise LayoutError(f"{where}: gave {_type_text(found)}, wanted a dict from name to (architecture, Tree)")
     for name, (_, model) in found.items():
-        checked_tree(f"{where}, '{name}'", model)
+        require_tree(f"{where}, '{name}'", model)
     return found
 
 
-def checked_modules(where: str, found: Any) -> Mapping[str, nn.Module]:
+def require_modules(where: str, found: Any) -> Mapping[str, nn.Module]:
     """What `modules` gave. Raises LayoutError for anything else than name -> Module."""
     if not isinstance(found, Mapping) or not all(isinstance(name, str) and isinstance(module, nn.Module) for name, module in found.items()):
-        raise LayoutError(f"{where}: gave {_kind(found)}, wanted a dict from name to torch.nn.Module")
+        raise LayoutError(f"{where}: gave {_type_text(found)}, wanted a dict from name to torch.nn.Module")
     return found
 
 
-def checked_group(where: str, found: Any, before: Group) -> Group:
+def require_group(where: str, found: Any, before: Group) -> Group:
     """A Group that a verb gave for another. Raises LayoutError for anything else, and where clients, paths, shapes or types are not those of `before`."""
     if not isinstance(found, Group):
-        raise LayoutError(f"{where}: gave {_kind(found)}, wanted a Group")
+        raise LayoutError(f"{where}: gave {_type_text(found)}, wanted a Group")
     if (found.architecture, found.clients) != (before.architecture, before.clients):
-        got, wanted = (f"{group.architecture}, {spoken(group.clients, 'client')}" for group in (found, before))
+        got, wanted = (f"{group.architecture}, {numbers_text(group.clients, 'client')}" for group in (found, before))
         raise LayoutError(f"{where}: gave a Group of {got}, wanted {wanted}")
-    checked_tree(where, found.state)
+    require_tree(where, found.state)
     check_kept(where, before.state, found.state, f"{OPTIMIZER}/")
     return found
 
 
-def checked_update(where: str, found: Any, before: Group, heard: bool) -> Update:
+def require_update(where: str, found: Any, before: Group, heard: bool) -> Update:
     """What a client's verb gave. `heard`: whether anybody waits for what it sends up.
 
     Raises: LayoutError for anything else than an Update with the same clients, statistics of these clients and one number per client for each metric.
     """
     if not isinstance(found, Update):
-        raise LayoutError(f"{where}: gave {_kind(found)}, wanted an Update(group, statistics, metrics)")
-    checked_group(where, found.group, before)
-    if not isinstance(found.statistics, Statistics):
-        raise LayoutError(f"{where}: sends up {_kind(found.statistics)}, wanted Statistics")
-    if found.statistics.parts and not heard:
-        names = ", ".join(map(repr, sorted(found.statistics.parts)))
+        raise LayoutError(f"{where}: gave {_type_text(found)}, wanted an Update(group, statistics, metrics)")
+    require_group(where, found.group, before)
+    if not isinstance(found.uplink, Uplink):
+        raise LayoutError(f"{where}: sends up {_type_text(found.uplink)}, wanted an Uplink")
+    if found.uplink.pieces and not heard:
+        names = ", ".join(map(repr, sorted(found.uplink.pieces)))
         raise LayoutError(f"{where}: sends up {names}, but nobody takes it: only what train sends is aggregated, by a step that has "
                           "aggregate. Send it from train, give the step an aggregate, or send nothing")
-    if foreign := found.statistics.simulated_bytes().keys() - set(before.clients):
+    if foreign := found.uplink.simulated_bytes().keys() - set(before.clients):
         raise LayoutError(f"{where}: sends up for client {min(foreign)}, wanted its own clients alone")
     for name, values in found.metrics.items():
         if not isinstance(values, Tensor) or tuple(values.shape) != (len(before.clients),):
-            got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else _kind(values)
+            got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else _type_text(values)
             raise LayoutError(f"{where}: gave metric '{name}' as {got}, wanted a Tensor ({len(before.clients)},), one number for each client")
     return found
 
 
-def checked_shares(where: str, found: Any, items: Collection[int]) -> dict[int, Tree]:
+def require_results(where: str, found: Any, items: Collection[int]) -> dict[int, Tree]:
     """Results of spread work. Raises LayoutError for anything else than a Tree for each of the items."""
     if not isinstance(found, dict) or found.keys() != set(items):
-        got = f"results for {sorted(found)}" if isinstance(found, dict) else _kind(found)
+        got = f"results for {sorted(found)}" if isinstance(found, dict) else _type_text(found)
         raise LayoutError(f"{where}: gave {got}, wanted a dict with a Tree for each of {sorted(items)}")
-    return {key: checked_tree(f"{where}, item {key}", each) for key, each in found.items()}
+    return {key: require_tree(f"{where}, item {key}", each) for key, each in found.items()}
 
 
-def _kind(found: Any) -> str:
+def _type_text(found: Any) -> str:
     """What something is, for people who expected something else."""
     if isinstance(found, tuple):
         return f"a tuple of {', '.join(type(each).__name__ for each in found) or 'nothing'}"
     return "None" if found is None else f"a {type(found).__name__}"
 
 
-def _described(leaf: Tensor) -> str:
+def _leaf_text(leaf: Tensor) -> str:
     return f"{tuple(leaf.shape)} {str(leaf.dtype).removeprefix('torch.')}"

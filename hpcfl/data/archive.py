@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 
 import hpcfl
-from hpcfl.data.classes import called
+from hpcfl.data.classes import name_classes
 from hpcfl.data.sources import Labelled
 from hpcfl.errors import DataError
 from hpcfl.files import hdf5
@@ -40,7 +40,7 @@ class Header:
     notes: tuple[str, ...]                                         # what is otherwise than in the source
 
 
-def digest(data: Labelled) -> str:
+def compute_digest(data: Labelled) -> str:
     """SHA-256 over the bytes of training images, training labels, test images, test labels (labels as little-endian int64)."""
     hasher = hashlib.sha256()
     for part in PARTS:
@@ -51,25 +51,25 @@ def digest(data: Labelled) -> str:
 
 def write(draft: Draft, name: str, data: Labelled, source: str, licence: str) -> None:
     """Write a data set to a new file. Raises as `draft.check`."""
-    with hdf5.filling(draft, hdf5.FORMAT) as file:
+    with hdf5.filling(draft, hdf5.LIBVER) as file:
         for part in PARTS:
             images, labels = getattr(data, f"{part}_images"), getattr(data, f"{part}_labels")
             rows = max(1, min(len(images), CHUNK_BYTES // images[0].nbytes))
             file.create_dataset(f"{part}/images", data=images, chunks=(rows, *images.shape[1:]), fletcher32=True)
             draft.check()
             file.create_dataset(f"{part}/labels", data=labels.astype("<i8"), chunks=labels.shape, fletcher32=True)
-        names = np.array([name.encode(errors="backslashreplace") for name in called(data.names, data.classes)])
+        names = np.array([name.encode(errors="backslashreplace") for name in name_classes(data.names, data.classes)])
         counts = {part: np.bincount(getattr(data, f"{part}_labels"), minlength=data.classes) for part in PARTS}
         for key, values in {"names": names, **counts}.items():
             file.create_dataset(f"classes/{key}", data=values, chunks=values.shape, fletcher32=True)
-        texts = {"name": name, "source": source, "licence": licence, "sha256": digest(data), "hpcfl_version": hpcfl.__version__,
+        texts = {"name": name, "source": source, "licence": licence, "sha256": compute_digest(data), "hpcfl_version": hpcfl.__version__,
                  "notes": "\n".join(data.notes) or "none"}
         # Of fixed length: texts of variable length lie in a heap without checksums, and HDF5 may never come back from reading a damaged one.
         file.attrs.update({key: np.bytes_(text.encode(errors="backslashreplace")) for key, text in texts.items()}, classes=data.classes)
     draft.check()
 
 
-def header(path: Path) -> Header:
+def read_header(path: Path) -> Header:
     """Open an archive, check its layout, and tell what it holds; reads no images.
 
     Raises: DataError naming the file where it is missing, truncated, not laid out as `write` does it, or leads to other files.
@@ -108,13 +108,13 @@ def verify(path: Path) -> None:
                         f"the file was damaged or changed{WAY_OUT}")
 
 
-def labels(path: Path, part: str) -> np.ndarray:
+def read_labels(path: Path, split: str) -> np.ndarray:
     """All labels of a part ("train" or "test"), (N,) int64. Raises DataError as `header` does, and for a label outside the classes."""
     with hdf5.reading(path, DataError, WAY_OUT) as file:
-        return _labels(file, part, _classes(path, file.attributes))
+        return _labels(file, split, _classes(path, file.attributes))
 
 
-def images(path: Path, part: str, indices: np.ndarray | None = None) -> np.ndarray:
+def read_images(path: Path, split: str, indices: np.ndarray | None = None) -> np.ndarray:
     """Images of a part, (n, C, H, W) uint8, in the order of the indices (repeats allowed); all of them by default.
 
     Every chunk is checked against its checksum (HDF5's Fletcher-32) as it is read.
@@ -122,11 +122,11 @@ def images(path: Path, part: str, indices: np.ndarray | None = None) -> np.ndarr
     Raises: DataError naming the file where a checksum does not hold; IndexError for an index outside the part.
     """
     with hdf5.reading(path, DataError, WAY_OUT) as file:
-        dataset = _images(file, part)
+        dataset = _images(file, split)
         return file.values(dataset) if indices is None else _gather(file, dataset, np.asarray(indices, dtype=np.int64))
 
 
-def values(path: Path) -> tuple[int, int]:
+def read_value_range(path: Path) -> tuple[int, int]:
     """The least and the greatest value of all pixels; reads the whole archive. Raises DataError as `images` does."""
     with hdf5.reading(path, DataError, WAY_OUT) as file:
         pieces = ((dataset, start, _rows_per_read(dataset)) for dataset in (_images(file, part) for part in PARTS)
@@ -168,26 +168,26 @@ def _classes(path: Path, attributes: Mapping[str, Any]) -> int:
     return int(count)
 
 
-def _images(file: hdf5.Reader, part: str) -> h5py.Dataset:
-    dataset = file.dataset(f"{part}/images")
+def _images(file: hdf5.Reader, split: str) -> h5py.Dataset:
+    dataset = file.dataset(f"{split}/images")
     if dataset.dtype != np.uint8 or dataset.ndim != 4 or 0 in dataset.shape or dataset.chunks is None:
-        raise DataError(f"{file.path}: {part}/images is {dataset.dtype} of shape {dataset.shape}; wanted chunked uint8 (N, C, H, W){WAY_OUT}")
+        raise DataError(f"{file.path}: {split}/images is {dataset.dtype} of shape {dataset.shape}; wanted chunked uint8 (N, C, H, W){WAY_OUT}")
     return dataset
 
 
-def _labels(file: hdf5.Reader, part: str, classes: int) -> np.ndarray:
-    dataset, count = file.dataset(f"{part}/labels"), len(_images(file, part))
+def _labels(file: hdf5.Reader, split: str, classes: int) -> np.ndarray:
+    dataset, count = file.dataset(f"{split}/labels"), len(_images(file, split))
     if dataset.dtype != np.int64 or dataset.shape != (count,):
-        raise DataError(f"{file.path}: {part}/labels is {dataset.dtype} of shape {dataset.shape}; wanted int64 ({count},){WAY_OUT}")
+        raise DataError(f"{file.path}: {split}/labels is {dataset.dtype} of shape {dataset.shape}; wanted int64 ({count},){WAY_OUT}")
     found = file.values(dataset)
     if found.min() < 0 or found.max() >= classes:
-        raise DataError(f"{file.path}: {part}/labels reach from {found.min()} to {found.max()}; wanted 0..{classes - 1}{WAY_OUT}")
+        raise DataError(f"{file.path}: {split}/labels reach from {found.min()} to {found.max()}; wanted 0..{classes - 1}{WAY_OUT}")
     return found
 
 
 def _names(file: hdf5.Reader, classes: int) -> tuple[str, ...]:
     if "classes" not in file.members():                            # of an earlier hpcfl
-        return called((), classes)
+        return name_classes((), classes)
     dataset = file.dataset("classes/names")
     if dataset.dtype.kind != "S" or dataset.shape != (classes,):
         raise DataError(f"{file.path}: classes/names is {dataset.dtype} of shape {dataset.shape}; wanted text ({classes},){WAY_OUT}")

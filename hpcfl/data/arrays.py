@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-from hpcfl.data.sources import DAMAGED, Labelled, checked
+from hpcfl.data.sources import DAMAGED, Labelled, build_labelled
 from hpcfl.errors import DataError
-from hpcfl.wording import cause
+from hpcfl.wording import cause_text
 
 NEAR = 1e-3 / 255                                                  # closer to a level than this is that level
 
@@ -27,7 +27,7 @@ def read_npz(path: Path) -> Labelled:
             with np.load(file, allow_pickle=False) as archive:
                 arrays = {name: archive[name] for name in names if name in stored}
     except DAMAGED as error:
-        raise DataError(f"{path}: cannot be read as .npz ({cause(error)}); it is missing, truncated, damaged or holds pickled objects. "
+        raise DataError(f"{path}: cannot be read as .npz ({cause_text(error)}); it is missing, truncated, damaged or holds pickled objects. "
                         "Write it again with numpy.savez(file, x_train=..., y_train=..., x_test=..., y_test=...)") from error
     missing = [name for name in names if name not in arrays]
     if missing:
@@ -35,13 +35,13 @@ def read_npz(path: Path) -> Labelled:
     if extra := sorted(stored.difference(names)):
         raise DataError(f"{path}: holds {', '.join(extra)} too, and only {', '.join(names)} are read (who owns which image is a matter of data.partition); "
                         "save the file without what is not read")
-    images = {name: _pixels(arrays[name], f"{path}: {name}") for name in ("x_train", "x_test")}
-    labels = {name: _integers(arrays[name], f"{path}: {name}") for name in ("y_train", "y_test")}
+    images = {name: _to_pixels(arrays[name], f"{path}: {name}") for name in ("x_train", "x_test")}
+    labels = {name: _to_integers(arrays[name], f"{path}: {name}") for name in ("y_train", "y_test")}
     notes = tuple(f"{name} {note}" for name, (_, note) in images.items() if note)
-    return checked(str(path), images["x_train"][0], labels["y_train"], images["x_test"][0], labels["y_test"], notes=notes)
+    return build_labelled(str(path), images["x_train"][0], labels["y_train"], images["x_test"][0], labels["y_test"], notes=notes)
 
 
-def _pixels(array: np.ndarray, where: str) -> tuple[np.ndarray, str]:
+def _to_pixels(array: np.ndarray, where: str) -> tuple[np.ndarray, str]:
     """Images as uint8 (N, C, H, W) and what was done to them, or DataError."""
     note = ""
     if np.issubdtype(array.dtype, np.floating):
@@ -71,7 +71,7 @@ def _from_unit(array: np.ndarray, where: str) -> tuple[np.ndarray, str]:
     return rounded.astype(np.uint8), f"was {array.dtype} in [0, 1] and became uint8, 255 times as large{between}"
 
 
-def _integers(array: np.ndarray, where: str) -> np.ndarray:
+def _to_integers(array: np.ndarray, where: str) -> np.ndarray:
     if array.ndim == 2 and array.shape[1] == 1:
         array = array[:, 0]
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):

@@ -82,7 +82,7 @@ CIFAR10 = (                                                        # Cubuk et al
 def crop_flip(images: Tensor, draws: np.ndarray) -> Tensor:
     """A crop of the size of each image from the image with PAD pixels of black around it, mirrored for half of the images: the usual pipeline of CIFAR."""
     count, channels, height, width = images.shape
-    top, left = _whole(draws[:, :2], 2 * PAD + 1).T
+    top, left = _to_whole(draws[:, :2], 2 * PAD + 1).T
     rows = torch.from_numpy(top[:, None] + np.arange(height)).to(images.device)                                           # (B, H)
     columns = torch.from_numpy(left[:, None] + np.where(draws[:, 2:] < 0.5, np.arange(width)[::-1], np.arange(width))).to(images.device)       # (B, W)
     places = (rows[:, :, None] * (width + 2 * PAD) + columns[:, None]).view(count, 1, -1)
@@ -93,12 +93,12 @@ def crop_flip(images: Tensor, draws: np.ndarray) -> Tensor:
 def autoaugment(images: Tensor, draws: np.ndarray) -> Tensor:
     """AutoAugment (Cubuk et al., CVPR 2019, arXiv 1805.09501) with the policy learned on CIFAR-10: one of 25 pairs of operations for each image."""
     names = list(AUTOAUGMENT)
-    pair = _whole(draws[:, 0], len(CIFAR10))
+    pair = _to_whole(draws[:, 0], len(CIFAR10))
     for turn in (0, 1):
         operation = np.array([names.index(each[turn][0]) for each in CIFAR10])[pair]
         chance, level = (np.array([each[turn][column] for each in CIFAR10])[pair] for column in (1, 2))
         acts, negative = draws[:, 1 + 2 * turn] < chance, draws[:, 2 + 2 * turn] < 0.5
-        images = _changed(images, AUTOAUGMENT, operation, level, negative, acts, "nearest")
+        images = _change(images, AUTOAUGMENT, operation, level, negative, acts, "nearest")
     return images
 
 
@@ -118,8 +118,8 @@ def augmix(images: Tensor, draws: np.ndarray) -> Tensor:
         changed = images
         for step in range(DEPTH):
             operation, level, sign = steps[:, chain, step].T
-            changed = _changed(changed, AUGMIX, _whole(operation, len(AUGMIX)), _whole(level, SEVERITY), sign < 0.5,
-                               step <= _whole(depth[:, chain], DEPTH), "bilinear")
+            changed = _change(changed, AUGMIX, _to_whole(operation, len(AUGMIX)), _to_whole(level, SEVERITY), sign < 0.5,
+                               step <= _to_whole(depth[:, chain], DEPTH), "bilinear")
         mixed.addcmul_(shares[:, 1 + chain], changed.to(mixed.dtype))
     return mixed.round_().clamp_(0, 255).to(torch.uint8)
 
@@ -153,7 +153,7 @@ class Augmentation:
         """
         for word in self.words:
             if word in OF_IMAGES and len(images):
-                images = self._each(word, images, stream.of(word).numpy())
+                images = self._each(word, images, stream.branch(word).numpy())
         return images
 
     def _each(self, word: str, images: Tensor, generator: np.random.Generator) -> Tensor:
@@ -170,7 +170,7 @@ class Augmentation:
         """
         for word in self.words:
             if word in OF_BATCHES:
-                with stream.of(word).seeding():
+                with stream.branch(word).seeding():
                     x, y = _mixer(OF_BATCHES[word], self.classes, self.alpha)(x, y)
         return x, y
 
@@ -181,7 +181,7 @@ def _mixer(name: str, classes: int, alpha: float) -> Callable[[Tensor, Tensor], 
     return getattr(v2, name)(num_classes=classes, alpha=alpha)
 
 
-def _changed(images: Tensor, operations: Mapping[str, Operation], operation: np.ndarray, level: np.ndarray, negative: np.ndarray, acts: np.ndarray,
+def _change(images: Tensor, operations: Mapping[str, Operation], operation: np.ndarray, level: np.ndarray, negative: np.ndarray, acts: np.ndarray,
              interpolation: str) -> Tensor:
     """The images after one operation each, (B,) its number, level and sign; where it does not act, as they were. Like cases go together."""
     kinds = list(operations.values())
@@ -196,6 +196,6 @@ def _changed(images: Tensor, operations: Mapping[str, Operation], operation: np.
     return torch.cat(changed).index_select(0, back)
 
 
-def _whole(uniform: np.ndarray, count: int) -> np.ndarray:
+def _to_whole(uniform: np.ndarray, count: int) -> np.ndarray:
     """Whole numbers below `count` from uniform ones in [0, 1)."""
     return (uniform * count).astype(np.int64)

@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 
 from hpcfl.data import archive, store
-from hpcfl.data.classes import remarks
+from hpcfl.data.classes import list_remarks
 from hpcfl.data.embedded import EMBEDDED
 from hpcfl.data.sources import PUBLISHED, Labelled
 from hpcfl.errors import DataError
@@ -42,20 +42,20 @@ def open_corpus(name: str) -> Corpus:
     """
     if name in EMBEDDED:
         return _in_memory(name, EMBEDDED[name]())
-    path = store.path(name)
+    path = store.find_path(name)
     if not path.exists():
         raise DataError(_absent(name))
     header = store.check(path)
-    train_labels, test_labels = (archive.labels(path, part) for part in archive.PARTS)
+    train_labels, test_labels = (archive.read_labels(path, part) for part in archive.PARTS)
     return Corpus(name, header.classes, header.shape, train_labels, test_labels, header.sha256, header.source,
-                  (*header.notes, *remarks(header.names, header.counts)), partial(archive.images, path))
+                  (*header.notes, *list_remarks(header.names, header.counts)), partial(archive.read_images, path))
 
 
 def _absent(name: str) -> str:
-    where = f"data set '{name}' is not in the cache {store.folder()}"
+    where = f"data set '{name}' is not in the cache {store.find_folder()}"
     if name in PUBLISHED:
         return f"{where}; get it with: hpcfl data get {name} [--from DIR]"
-    return (f"{where} and is none of {', '.join((*EMBEDDED, *PUBLISHED))}{store.nearest(name, (*EMBEDDED, *PUBLISHED))}; "
+    return (f"{where} and is none of {', '.join((*EMBEDDED, *PUBLISHED))}{store.suggest_name(name, (*EMBEDDED, *PUBLISHED))}; "
             f"a published one comes with: hpcfl data get NAME [--from DIR], your own with: hpcfl data import {name} --npz FILE")
 
 
@@ -63,4 +63,4 @@ def _in_memory(name: str, data: Labelled) -> Corpus:
     def read(part: str, indices: np.ndarray | None) -> np.ndarray:
         images = getattr(data, f"{part}_images")
         return images.copy() if indices is None else images[np.asarray(indices, dtype=np.int64)]
-    return Corpus(name, data.classes, data.train_images.shape[1:], data.train_labels, data.test_labels, archive.digest(data), "built in", (), read)
+    return Corpus(name, data.classes, data.train_images.shape[1:], data.train_labels, data.test_labels, archive.compute_digest(data), "built in", (), read)

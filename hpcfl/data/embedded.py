@@ -9,7 +9,7 @@ from hpcfl.errors import DataError
 from hpcfl.streams import Stream
 
 
-def digits() -> Labelled:
+def load_digits() -> Labelled:
     """Scikit-learn's 1,797 real 8x8 digits: 1,437 to train, 360 to test.
 
     Every fifth image in order of class is a test image, so the split is the same everywhere and stratified (ours: it depends on no library's
@@ -29,11 +29,11 @@ def digits() -> Labelled:
     return Labelled(images[~test], labels[~test], images[test], labels[test], 10)
 
 
-def random() -> Labelled:
+def draw_random() -> Labelled:
     """Noise for benchmarks: 1,000 training and 200 test images of 3x32x32 in 10 balanced classes, the same everywhere."""
     train, test = (Stream(0, f"random/{part}").numpy().integers(0, 256, (count, 3, 32, 32), dtype=np.uint8)
                    for part, count in (("train", 1000), ("test", 200)))
     return Labelled(train, np.arange(1000) % 10, test, np.arange(200) % 10, 10)
 
 
-EMBEDDED = {"digits": digits, "random": random}
+EMBEDDED = {"digits": load_digits, "random": draw_random}

@@ -12,7 +12,7 @@ TRIES = 10_000                                                     # redraws (0.
 
 
 @dataclass(frozen=True, eq=False)
-class Split:
+class Partition:
     """Indices into the official training set, ascending int64 arrays that share no index.
 
     `train`, `validation` and `test` have one array per client; `public` and `public_validation` belong to the server.
@@ -24,12 +24,12 @@ class Split:
     public: np.ndarray
     public_validation: np.ndarray
 
-    def counts(self, labels: np.ndarray, classes: int, part: str = "train") -> np.ndarray:
+    def counts(self, labels: np.ndarray, classes: int, split: str = "train") -> np.ndarray:
         """How many images of each class each client has in a part ("train", "validation" or "test"), (K, C) int64."""
-        return np.stack([np.bincount(labels[indices], minlength=classes) for indices in getattr(self, part)]).astype(np.int64)
+        return np.stack([np.bincount(labels[indices], minlength=classes) for indices in getattr(self, split)]).astype(np.int64)
 
 
-def split(labels: np.ndarray, clients: int, data: Data, seed: int) -> Split:
+def partition_samples(labels: np.ndarray, clients: int, data: Data, seed: int) -> Partition:
     """Deal the training set with labels (N,) to the clients and the server.
 
     In order: the federation owns the share `fraction`; the server takes `public_fraction` of it, of which the share `validation` only selects; the
@@ -39,24 +39,24 @@ def split(labels: np.ndarray, clients: int, data: Data, seed: int) -> Split:
     Raises: DataError for what cannot be: more clients than images, a floor out of reach, an empty shard (naming the client).
     """
     labels, stream = np.asarray(labels), Stream(seed, "partition")
-    owned, _ = _carve(labels, np.arange(len(labels)), round(data.fraction * len(labels)), stream.of("fraction"))
-    public, private = _carve(labels, owned, round(data.public_fraction * len(owned)), stream.of("public"))
-    public_validation, public = _carve(labels, public, round(data.validation_fraction * len(public)), stream.of("public validation"))
+    owned, _ = _carve(labels, np.arange(len(labels)), round(data.fraction * len(labels)), stream.branch("fraction"))
+    public, private = _carve(labels, owned, round(data.public_fraction * len(owned)), stream.branch("public"))
+    public_validation, public = _carve(labels, public, round(data.validation_fraction * len(public)), stream.branch("public validation"))
     if data.public_fraction > 0 and len(public) == 0:
         raise DataError(f"data.public_fraction = {data.public_fraction:g} of {len(owned)} images leaves the server none; raise it or data.fraction")
     if clients > len(private):
         raise DataError(f"{clients} clients share {len(private)} images; wanted one each at least: fewer federation.clients or more data.fraction")
-    dealt = SCHEMES[data.partition](labels[private], clients, data, stream.of("clients").numpy())
-    parts = [_holdings(labels, private[positions], client, data, stream) for client, positions in enumerate(dealt)]
+    dealt = SCHEMES[data.partition](labels[private], clients, data, stream.branch("clients").numpy())
+    parts = [_divide_holding(labels, private[positions], client, data, stream) for client, positions in enumerate(dealt)]
     train, validation, test = zip(*parts, strict=True)
-    return Split(train, validation, test, public, public_validation)
+    return Partition(train, validation, test, public, public_validation)
 
 
-def _holdings(labels: np.ndarray, shard: np.ndarray, client: int, data: Data, stream: Stream) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _divide_holding(labels: np.ndarray, shard: np.ndarray, client: int, data: Data, stream: Stream) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One client's training, validation and test indices."""
-    own, total = replace(stream.of("holdings"), client=client), len(shard)
-    test, rest = _carve(labels, shard, round(data.test_fraction * total), own.of("test"))
-    validation, train = _carve(labels, rest, min(len(rest), round(data.validation_fraction * total)), own.of("validation"))
+    own, total = replace(stream.branch("holdings"), client=client), len(shard)
+    test, rest = _carve(labels, shard, round(data.test_fraction * total), own.branch("test"))
+    validation, train = _carve(labels, rest, min(len(rest), round(data.validation_fraction * total)), own.branch("validation"))
     if len(train) == 0:
         raise DataError(f"client {client} has {len(shard)} images, {len(test)} for test and {len(validation)} for validation, so none to train on; "
                         "use fewer clients, a milder data.partition, or smaller data.test_fraction and data.validation_fraction")
@@ -87,7 +87,7 @@ def _dirichlet(labels: np.ndarray, clients: int, data: Data, generator: np.rando
 
     def draw() -> np.ndarray:
         shares = generator.dirichlet(np.full(clients, data.alpha), size=len(members))                # (C, K)
-        return _cuts(shares, totals)
+        return _find_cuts(shares, totals)
     cuts = _redraw(draw, clients, data, f"data.alpha = {data.alpha:g}", "raise data.alpha")
     pieces = [np.split(member, cut[:-1]) for member, cut in zip(members, cuts, strict=True)]
     return [np.concatenate([piece[client] for piece in pieces]) for client in range(clients)]
@@ -124,12 +124,12 @@ def _lognormal(labels: np.ndarray, clients: int, data: Data, generator: np.rando
     def draw() -> np.ndarray:
         logs = data.spread * generator.standard_normal(clients)
         weights = np.exp(logs - logs.max())                        # (K,)
-        return _cuts((weights / weights.sum())[None], np.array([len(labels)]))
+        return _find_cuts((weights / weights.sum())[None], np.array([len(labels)]))
     cuts = _redraw(draw, clients, data, f"data.spread = {data.spread:g}", "lower data.spread")
     return np.split(generator.permutation(len(labels)), cuts[0, :-1])
 
 
-def _cuts(shares: np.ndarray, totals: np.ndarray) -> np.ndarray:
+def _find_cuts(shares: np.ndarray, totals: np.ndarray) -> np.ndarray:
     """Where to cut rows of `totals` (C,) items by shares (C, K) that sum to one: ends of the pieces, (C, K) int64."""
     cuts = np.floor(np.cumsum(shares, axis=1) * totals[:, None]).astype(np.int64)
     cuts[:, -1] = totals

@@ -41,7 +41,7 @@ class Scale:
             raise DataError(f"normalization = 'standard' with mean {self.mean} and std {self.std}; wanted one positive std per channel: use Scale.fit")
 
     @classmethod
-    def fit(cls, images: np.ndarray, normalization: str, size: int = 0) -> "Scale":
+    def from_images(cls, images: np.ndarray, normalization: str, size: int = 0) -> "Scale":
         """The Scale whose mean and standard deviation are those of uint8 images (n, C, H, W) before resizing, exact and in any order of images.
 
         A channel that is constant gets standard deviation 1. Raises: DataError where there is no image.
@@ -70,18 +70,18 @@ class Scale:
 
     def from_symmetric(self, x: Tensor) -> Tensor:
         """Images in [-1, 1] (a generator's output, (B, C, H, W)) in the classifier's range; gradients pass."""
-        centre, spread = self._affine(x)
-        return x * (0.5 / spread) + (0.5 - centre) / spread
+        centre, deviation = self._affine(x)
+        return x * (0.5 / deviation) + (0.5 - centre) / deviation
 
     def to_symmetric(self, x: Tensor) -> Tensor:
         """Classifier input (B, C, H, W) in [-1, 1], undoing `from_symmetric`; gradients pass."""
-        centre, spread = self._affine(x)
-        return x * (2 * spread) + (2 * centre - 1)
+        centre, deviation = self._affine(x)
+        return x * (2 * deviation) + (2 * centre - 1)
 
     def to_unit(self, x: Tensor) -> Tensor:
         """Classifier input (B, C, H, W) as brightness in [0, 1]; what lies outside by rounding or because a generator drew it there is cut off."""
-        centre, spread = self._affine(x)
-        return (x * spread + centre).clamp(0.0, 1.0)
+        centre, deviation = self._affine(x)
+        return (x * deviation + centre).clamp(0.0, 1.0)
 
     def _affine(self, x: Tensor, unit: float = 1.0) -> tuple[float | Tensor, float | Tensor]:
         """Centre and spread in multiples of `unit`: numbers, or (C, 1, 1) tensors beside x, filled there: a copy from the host would wait for the device."""
@@ -134,7 +134,7 @@ def load(corpus: Corpus, parts: Sequence[np.ndarray], scale: Scale, device: torc
     return tuple(Shard(own, y, scale) for own, y in zip(images, labels, strict=True))
 
 
-def epochs(shard: Shard, batch: int, epochs: int, stream: Stream, augmentation: Augmentation = PLAIN) -> Iterator[Tree]:
+def iterate_epochs(shard: Shard, batch: int, epochs: int, stream: Stream, augmentation: Augmentation = PLAIN) -> Iterator[Tree]:
     """Shuffled batches {"x": float (B, C, H, W), "y": int64 (B,), "index": int64 (B,) in the shard} of a shard, every image once per epoch.
 
     The order follows from the stream alone, on any device. The last batch of an epoch may be smaller; one of a single image joins the batch
@@ -143,15 +143,15 @@ def epochs(shard: Shard, batch: int, epochs: int, stream: Stream, augmentation: 
     """
     generator = stream.torch()
     for epoch in range(epochs):
-        own = stream.of(f"augmentation {epoch}")
+        own = stream.branch(f"augmentation {epoch}")
         seen = replace(shard, images=augmentation.images(shard.images, own))
         order = torch.randperm(len(shard), generator=generator).to(shard.labels.device)
-        for step, chosen in enumerate(order.split(batch_sizes(len(shard), batch))):
-            x, y = augmentation.mixed(seen.pixels(chosen), shard.labels.index_select(0, chosen), own.of(f"batch {step}"))
+        for step, chosen in enumerate(order.split(list_batch_sizes(len(shard), batch))):
+            x, y = augmentation.mixed(seen.pixels(chosen), shard.labels.index_select(0, chosen), own.branch(f"batch {step}"))
             yield {"x": x, "y": y, "index": chosen}
 
 
-def batch_sizes(total: int, batch: int) -> list[int]:
+def list_batch_sizes(total: int, batch: int) -> list[int]:
     """Sizes of the batches of one epoch; a last one of a single image joins the one before it."""
     sizes = [batch] * (total // batch) + [total % batch] * (total % batch > 0)
     return [*sizes[:-2], batch + 1] if batch > 1 and len(sizes) > 1 and sizes[-1] == 1 else sizes

@@ -16,7 +16,7 @@ import numpy as np
 
 from hpcfl.data import classes
 from hpcfl.errors import DataError
-from hpcfl.wording import cause, counted
+from hpcfl.wording import cause_text, count_text
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 GREY_MODES = ("1", "L")                                            # Pillow's names; a data set of only these keeps one channel
@@ -57,7 +57,7 @@ def read_folder(path: Path) -> Labelled:
     """
     with _files(path) as files:
         test = "test" if any(name.startswith("test/") for name in files.names) else "val"
-        return _decoded(files, files.by_class("train"), files.by_class(test), _left_out(files, test))
+        return _decode_all(files, files.by_class("train"), files.by_class(test), _find_left_out(files, test))
 
 
 def read_tiny_imagenet(path: Path) -> Labelled:
@@ -73,10 +73,10 @@ def read_tiny_imagenet(path: Path) -> Labelled:
         rows = [line.split("\t") for line in files.read(annotations).decode("utf-8", "replace").splitlines() if line]
         if any(len(row) < 2 for row in rows):
             raise DataError(f"{path}: {annotations} is damaged: every line should hold a file name and a class, separated by a tab")
-        return _decoded(files, files.by_class("train"), [(f"val/images/{row[0]}", row[1]) for row in rows])
+        return _decode_all(files, files.by_class("train"), [(f"val/images/{row[0]}", row[1]) for row in rows])
 
 
-def _left_out(files: "_Files", test: str) -> tuple[str, ...]:
+def _find_left_out(files: "_Files", test: str) -> tuple[str, ...]:
     """What of a folder is not read, with the folders that look like a class and are none."""
     read = {name for part in ("train", test) for name, _ in files.by_class(part)}
     held = {name.rpartition("/")[0] for name in read}
@@ -84,11 +84,11 @@ def _left_out(files: "_Files", test: str) -> tuple[str, ...]:
                    and not any(f"{below}/".startswith(f"{folder}/") for below in held))
     rest = sorted(files.names - read)
     notes = [f"{folder}/ holds no {', '.join(IMAGE_SUFFIXES)} file and is left out (a link to a folder is not followed)" for folder in empty]
-    notes += [f"{counted(len(rest), 'file')} left out, in no folder of a class or of no kind that is read: {classes.listed(rest)}"] if rest else []
+    notes += [f"{count_text(len(rest), 'file')} left out, in no folder of a class or of no kind that is read: {classes.list_text(rest)}"] if rest else []
     return tuple(notes)
 
 
-def _decoded(files: "_Files", train: Sequence[tuple[str, str]], test: Sequence[tuple[str, str]], notes: tuple[str, ...] = ()) -> Labelled:
+def _decode_all(files: "_Files", train: Sequence[tuple[str, str]], test: Sequence[tuple[str, str]], notes: tuple[str, ...] = ()) -> Labelled:
     """Labelled from lists of (file name, class name)."""
     for part, samples in (("train/", train), ("test/ or val/", test)):
         if not samples:
@@ -104,7 +104,7 @@ def _decoded(files: "_Files", train: Sequence[tuple[str, str]], test: Sequence[t
     if changed := sorted(modes - {"RGB"}) if channels == 3 else []:
         notes = (*notes, f"images of Pillow's kinds {', '.join(changed)} became RGB, without transparency where they had any")
     labels = [np.array([number[name] for _, name in samples], dtype=np.int64) for samples in (train, test)]
-    return checked(str(files.where), train_images[:, :channels], labels[0], test_images[:, :channels], labels[1], tuple(number), notes)
+    return build_labelled(str(files.where), train_images[:, :channels], labels[0], test_images[:, :channels], labels[1], tuple(number), notes)
 
 
 def _stack(files: "_Files", samples: Sequence[tuple[str, str]], size: tuple[int, int]) -> tuple[np.ndarray, set[str]]:
@@ -129,7 +129,7 @@ def _decode(files: "_Files", name: str) -> tuple[np.ndarray, str]:
                 raise DataError(f"{files.where}: {name} has pixels of kind '{image.mode}'; wanted 8-bit grey or colour")
             return np.asarray(image.convert("RGB")).transpose(2, 0, 1), image.mode
     except (*DAMAGED, KeyError, Image.DecompressionBombError) as error:
-        raise DataError(f"{files.where}: {name} cannot be read as an image ({cause(error)}); it is missing, truncated or damaged") from error
+        raise DataError(f"{files.where}: {name} cannot be read as an image ({cause_text(error)}); it is missing, truncated or damaged") from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,9 +141,9 @@ class _Files:
     folders: frozenset[str]
     read: Callable[[str], bytes]
 
-    def by_class(self, part: str) -> list[tuple[str, str]]:
+    def by_class(self, split: str) -> list[tuple[str, str]]:
         """The image files part/CLASS/... with their CLASS, in order of class and name."""
-        found = [name for name in self.names if name.startswith(f"{part}/") and name.count("/") >= 2 and name.lower().endswith(IMAGE_SUFFIXES)]
+        found = [name for name in self.names if name.startswith(f"{split}/") and name.count("/") >= 2 and name.lower().endswith(IMAGE_SUFFIXES)]
         return sorted(((name, name.split("/")[1]) for name in found), key=lambda sample: (sample[1], sample[0]))
 
 
@@ -157,7 +157,7 @@ def _files(path: Path) -> Iterator[_Files]:
     try:
         archive = zipfile.ZipFile(path)
     except DAMAGED as error:
-        raise DataError(f"{path}: is neither a folder nor a readable .zip ({cause(error)})") from error
+        raise DataError(f"{path}: is neither a folder nor a readable .zip ({cause_text(error)})") from error
     with archive:
         root, names, folders = _below_train(path, archive.namelist())
         yield _Files(path, names, folders, lambda name: archive.read(root + name))
@@ -182,7 +182,7 @@ def _read_idx_set(kind: str, path: Path) -> Labelled:
     arrays = {name: _read_idx(_find_idx(path, kind, name), md5) for name, md5 in official.items()}
     images = {part: arrays[f"{part}-images-idx3-ubyte"][:, None] for part in ("train", "t10k")}      # (N, 1, H, W)
     labels = {part: arrays[f"{part}-labels-idx1-ubyte"].astype(np.int64) for part in ("train", "t10k")}
-    return checked(f"{path} ({kind})", images["train"], labels["train"], images["t10k"], labels["t10k"])
+    return build_labelled(f"{path} ({kind})", images["train"], labels["train"], images["t10k"], labels["t10k"])
 
 
 def _find_idx(path: Path, kind: str, name: str) -> Path:
@@ -206,7 +206,7 @@ def _read_idx(path: Path, md5: str) -> np.ndarray:
         shape = struct.unpack(f">{axes}i", content[4:4 + 4 * axes])
         return np.frombuffer(content, dtype=np.uint8, offset=4 + 4 * axes).reshape(shape)
     except (*DAMAGED, IndexError) as error:
-        raise DataError(f"{path}: cannot be read as an IDX file ({cause(error)}); it is truncated or damaged") from error
+        raise DataError(f"{path}: cannot be read as an IDX file ({cause_text(error)}); it is truncated or damaged") from error
 
 
 def _read_torchvision(kind: str, train: dict, test: dict, path: Path) -> Labelled:
@@ -215,11 +215,11 @@ def _read_torchvision(kind: str, train: dict, test: dict, path: Path) -> Labelle
     try:
         parts = [getattr(datasets, kind)(path, download=False, **which) for which in (train, test)]
     except DAMAGED as error:
-        raise DataError(f"{path}: {kind} is not there or not whole ({cause(error)}); --from wants the folder that torchvision calls root, "
+        raise DataError(f"{path}: {kind} is not there or not whole ({cause_text(error)}); --from wants the folder that torchvision calls root, "
                         "with the unpacked official files") from error
     images = [part.data if part.data.shape[1] == 3 else part.data.transpose(0, 3, 1, 2) for part in parts]
     labels = [np.asarray(part.labels if hasattr(part, "labels") else part.targets, dtype=np.int64) for part in parts]
-    return checked(f"{path} ({kind})", images[0], labels[0], images[1], labels[1], tuple(getattr(parts[0], "classes", ())))
+    return build_labelled(f"{path} ({kind})", images[0], labels[0], images[1], labels[1], tuple(getattr(parts[0], "classes", ())))
 
 
 def _download_torchvision(kind: str, wanted: Sequence[dict], folder: Path) -> None:
@@ -233,7 +233,7 @@ def _download_tiny_imagenet(folder: Path) -> None:
     download_url(f"{TINY_IMAGENET}/tiny-imagenet-200.zip", folder, md5="90528d7ca1a48142e341f4ef8d21d0de")
 
 
-def checked(where: str, train_images: np.ndarray, train_labels: np.ndarray, test_images: np.ndarray, test_labels: np.ndarray,
+def build_labelled(where: str, train_images: np.ndarray, train_labels: np.ndarray, test_images: np.ndarray, test_labels: np.ndarray,
             names: tuple[str, ...] = (), notes: tuple[str, ...] = ()) -> Labelled:
     """The data set with its classes numbered; `names`: of classes that are numbered already, else their labels."""
     for part, images, labels in (("training", train_images, train_labels), ("test", test_images, test_labels)):
@@ -241,7 +241,7 @@ def checked(where: str, train_images: np.ndarray, train_labels: np.ndarray, test
             raise DataError(f"{where}: {len(images)} {part} images and {len(labels)} {part} labels; wanted equally many, at least one")
         if images.shape[1:] != train_images.shape[1:] or 0 in images.shape:
             raise DataError(f"{where}: {part} images are {images.shape[1:]}, training images {train_images.shape[1:]}; wanted one size, not empty")
-    train_labels, test_labels, labels, renumbered = classes.numbered(where, train_labels, test_labels)
+    train_labels, test_labels, labels, renumbered = classes.number_labels(where, train_labels, test_labels)
     brightest = max(train_images.max(), test_images.max())
     dark = [f"no value is above {brightest} of 255: the images are nearly black; save them as 0 to 255, or as floats in [0, 1]"] if brightest < 2 else []
     return Labelled(np.ascontiguousarray(train_images), train_labels, np.ascontiguousarray(test_images), test_labels, len(labels),

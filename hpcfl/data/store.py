@@ -19,33 +19,33 @@ import numpy as np
 import platformdirs
 
 from hpcfl.data import archive, arrays, sources
-from hpcfl.data.classes import called, remarks, spread
+from hpcfl.data.classes import list_remarks, name_classes, range_text
 from hpcfl.data.embedded import EMBEDDED
 from hpcfl.data.sources import PUBLISHED, Labelled
 from hpcfl.errors import DataError
 from hpcfl.files.atomic import replacing
-from hpcfl.files.places import place
-from hpcfl.wording import printable
+from hpcfl.files.places import expand_home
+from hpcfl.wording import printable_text
 
 OWN_TERMS = "as the source says"                                   # of data that somebody imported
 ROWS = 20                                                          # classes that are shown one by one
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)          # a file system without locks: two conversions then do the same work twice
 
 
-def folder() -> Path:
+def find_folder() -> Path:
     """The cache folder: $HPCFL_DATA, else the user's cache folder of the platform."""
     named = os.environ.get("HPCFL_DATA")
-    return place(named) if named else Path(platformdirs.user_cache_dir("hpcfl"))
+    return expand_home(named) if named else Path(platformdirs.user_cache_dir("hpcfl"))
 
 
-def path(name: str) -> Path:
+def find_path(name: str) -> Path:
     """Where a data set lies or would lie in the cache.
 
     Raises: DataError for a name that is not lower-case letters, digits, '_' and '-'.
     """
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,99}", name):
         raise DataError(f"data set name {name!r} is not allowed; wanted up to 100 lower-case letters, digits, '_' and '-', for example 'cifar10'")
-    return folder() / f"{name}.h5"
+    return find_folder() / f"{name}.h5"
 
 
 def get(name: str, source: str | Path | None = None) -> Path:
@@ -55,15 +55,15 @@ def get(name: str, source: str | Path | None = None) -> Path:
     is not the published data set, or holds other data than `source`.
     """
     if name not in PUBLISHED:
-        raise DataError(f"'{name}' cannot be fetched{nearest(name, PUBLISHED)}; there are {', '.join(PUBLISHED)}. "
+        raise DataError(f"'{name}' cannot be fetched{suggest_name(name, PUBLISHED)}; there are {', '.join(PUBLISHED)}. "
                         + ("It is built in: just use it" if name in EMBEDDED else f"Own data: hpcfl data import {name} --npz FILE"))
-    target, published = path(name), PUBLISHED[name]
+    target, published = find_path(name), PUBLISHED[name]
     if not target.exists():
         with _alone(name):
             if not target.exists():                                # another process may have been faster
                 origin = published.origin if source is None else f"{published.origin} ({source})"
-                _install(target, _fetched(name, published, source), origin, published.licence)
-    elif source is not None and check(target).sha256 != archive.digest(published.read(_existing(Path(source)))):
+                _install(target, _fetch(name, published, source), origin, published.licence)
+    elif source is not None and check(target).sha256 != archive.compute_digest(published.read(_require_existing(Path(source)))):
         raise DataError(f"{target}: '{name}' is there already, from {check(target).source}, and holds other data than {source}; it is left as it was. "
                         f"Delete that file and run again: hpcfl data get {name} --from {source}")
     check(target)
@@ -86,33 +86,33 @@ def import_folder(name: str, directory: str | Path) -> Path:
     return _import(name, Path(directory), sources.read_folder)
 
 
-def listing() -> list[dict[str, Any]]:
+def list_data_sets() -> list[dict[str, Any]]:
     """Every data set that is embedded, cached or can be fetched, one dict each.
 
     Keys: name and status ("embedded", "cached", "damaged", "absent"); for the first two also train, test, classes, shape, names and counts of the classes; for
     cached ones file_bytes, sha256, notes, path; source and licence where known; problem for damaged ones.
     """
     rows: list[dict[str, Any]] = [{"name": name, "status": "embedded", **_sizes(make())} for name, make in EMBEDDED.items()]
-    cached = {file.stem: file for file in sorted(folder().glob("*.h5"))}
+    cached = {file.stem: file for file in sorted(find_folder().glob("*.h5"))}
     rows += [_row(name, file) for name, file in cached.items()]
     absent = {name: published for name, published in PUBLISHED.items() if name not in cached}
     rows += [{"name": name, "status": "absent", "source": published.origin, "licence": published.licence} for name, published in absent.items()]
     return rows
 
 
-def described(target: Path) -> str:
+def describe_file(target: Path) -> str:
     """What a file in the cache holds, for people: images, values, classes with their counts, and what is otherwise than in the source."""
     header = check(target)
-    low, high = archive.values(target)
+    low, high = archive.read_value_range(target)
     width = max(len("class"), *map(len, header.names[:ROWS]))
     rows = list(zip(header.names, *header.counts.values(), strict=True))
     lines = [f"{header.name}: {header.train} training and {header.test} test images of {' x '.join(map(str, header.shape))} (channels x height x width), "
              f"uint8 from {low} to {high}, from {header.source}", f"  {'class':<{width}}  train  test"]
     lines += [f"  {name:<{width}}  {train:>5}  {test:>4}" for name, train, test in rows[:ROWS]]
     if rest := rows[ROWS:]:
-        lines.append(f"  and {len(rest)} more, with {spread([row[1] for row in rest])} training and {spread([row[2] for row in rest])} test images each")
-    lines += [f"note: {note}" for note in (*header.notes, *remarks(header.names, header.counts))]
-    return "\n".join(map(printable, lines))
+        lines.append(f"  and {len(rest)} more, with {range_text([row[1] for row in rest])} training and {range_text([row[2] for row in rest])} test images each")
+    lines += [f"note: {note}" for note in (*header.notes, *list_remarks(header.names, header.counts))]
+    return "\n".join(map(printable_text, lines))
 
 
 def check(target: Path) -> archive.Header:
@@ -123,7 +123,7 @@ def check(target: Path) -> archive.Header:
 
     Raises: DataError naming the file, also where it has the name of a published data set and holds another.
     """
-    header = archive.header(target)
+    header = archive.read_header(target)
     published = PUBLISHED.get(target.stem)
     if published and not (header.name == target.stem and header.source.startswith(published.origin)):
         raise DataError(f"{target}: is not the published '{target.stem}': it was made as '{header.name}' from {header.source}; to keep it, import it under "
@@ -135,16 +135,16 @@ def check(target: Path) -> archive.Header:
     return header
 
 
-def nearest(name: str, known) -> str:
+def suggest_name(name: str, known) -> str:
     """"; did you mean 'NAME'?" or nothing."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
-def _fetched(name: str, published: sources.Published, source: str | Path | None) -> Labelled:
+def _fetch(name: str, published: sources.Published, source: str | Path | None) -> Labelled:
     if source is not None:
-        return published.read(_existing(Path(source)))
-    with tempfile.TemporaryDirectory(dir=folder(), prefix=f".{name}.") as scratch:
+        return published.read(_require_existing(Path(source)))
+    with tempfile.TemporaryDirectory(dir=find_folder(), prefix=f".{name}.") as scratch:
         try:
             published.download(Path(scratch))
         except (OSError, RuntimeError) as error:                   # urllib's errors are OSErrors; torchvision raises RuntimeError
@@ -159,19 +159,19 @@ def _import(name: str, source: Path, read: Callable[[Path], Labelled]) -> Path:
     if name in PUBLISHED:
         raise DataError(f"'{name}' is the name of a published data set; import under another name, for example own_{name}. "
                         f"The published one: hpcfl data get {name} [--from DIR]")
-    target = path(name)
-    data = read(_existing(source))
+    target = find_path(name)
+    data = read(_require_existing(source))
     with _alone(name):
         if not target.exists():
             _install(target, data, str(source.resolve()), OWN_TERMS)
     header = check(target)
-    if (header.sha256, header.names) != (archive.digest(data), called(data.names, data.classes)):
+    if (header.sha256, header.names) != (archive.compute_digest(data), name_classes(data.names, data.classes)):
         raise DataError(f"{target}: '{name}' already holds other data, or names its classes otherwise; it is left as it was. "
                         "Choose another name, or delete that file first")
     return target
 
 
-def _existing(source: Path) -> Path:
+def _require_existing(source: Path) -> Path:
     if not source.exists():
         raise DataError(f"{source}: does not exist")
     return source
@@ -181,16 +181,16 @@ def _existing(source: Path) -> Path:
 def _alone(name: str) -> Iterator[None]:
     """No other process converts the same data set meanwhile; the lock ends with the process, however that ends."""
     try:
-        folder().mkdir(parents=True, exist_ok=True)
-        lock = open(folder() / f".{name}.lock", "w", encoding="utf-8")
+        find_folder().mkdir(parents=True, exist_ok=True)
+        lock = open(find_folder() / f".{name}.lock", "w", encoding="utf-8")
     except OSError as error:
-        raise _unwritable(error) from error
+        raise _explain_unwritable(error) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError as error:
             if error.errno not in NO_LOCKS:
-                raise _unwritable(error) from error
+                raise _explain_unwritable(error) from error
         yield
 
 
@@ -198,13 +198,13 @@ def _install(target: Path, data: Labelled, source: str, licence: str) -> None:
     """Write under a temporary name, flush, read back, rename: the file is there whole or not at all."""
     for left in target.parent.glob(f".{target.stem}.*.part"):      # of a process that was killed; we hold the lock
         left.unlink(missing_ok=True)
-    with replacing(target, _unwritable) as draft:
+    with replacing(target, _explain_unwritable) as draft:
         archive.write(draft, target.stem, data, source, licence)
         archive.verify(draft.path)
 
 
-def _unwritable(error: OSError) -> DataError:
-    return DataError(f"the cache {folder()} cannot be written ({error.strerror or error}); free space there, or name another folder: export HPCFL_DATA=FOLDER")
+def _explain_unwritable(error: OSError) -> DataError:
+    return DataError(f"the cache {find_folder()} cannot be written ({error.strerror or error}); free space there, or name another folder: export HPCFL_DATA=FOLDER")
 
 
 def _stamp(target: Path) -> str:
@@ -224,7 +224,7 @@ def _write_stamp(stamp: Path, content: str) -> None:
 def _sizes(data: Labelled) -> dict[str, Any]:
     counts = {part: np.bincount(getattr(data, f"{part}_labels"), minlength=data.classes).tolist() for part in archive.PARTS}
     return {"train": len(data.train_labels), "test": len(data.test_labels), "classes": data.classes, "shape": list(data.train_images.shape[1:]),
-            "names": list(called(data.names, data.classes)), "counts": counts}
+            "names": list(name_classes(data.names, data.classes)), "counts": counts}
 
 
 def _row(name: str, file: Path) -> dict[str, Any]:

@@ -48,7 +48,7 @@ class Examined:
 Check = Callable[[Examined], Finding | None]                       # None where there is nothing to say
 
 
-def alike(facts: Iterable[Facts], trait: Callable[[Facts], str]) -> dict[str, list[int]]:
+def group_by_trait(facts: Iterable[Facts], trait: Callable[[Facts], str]) -> dict[str, list[int]]:
     """Trait -> the ranks that have it."""
     found: dict[str, list[int]] = {}
     for each in facts:

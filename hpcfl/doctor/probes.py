@@ -26,7 +26,7 @@ import torch
 import hpcfl
 from hpcfl.errors import EnvironmentFault, HpcflError
 from hpcfl.runs import launch
-from hpcfl.runs.host_limits import launcher_cores, memory_left_bytes, quota_cores, thread_limit
+from hpcfl.runs.host_limits import read_launcher_cores, read_memory_left_bytes, read_quota_cores, read_thread_limit
 from hpcfl.wire.communicator import Communicator
 from hpcfl.wire.launchers import OF_THE_JOB
 
@@ -83,23 +83,23 @@ def attempt(function: Callable, *arguments: Any) -> tuple[Any, str]:
 def look_around(comm: Communicator, wanted: str, cores: float) -> Facts:
     """The facts of this rank, which is to use the device that run.device = `wanted` gives it and has so many cores."""
     first = comm.local_rank == 0
-    device, fault = attempt(tried_device, wanted, comm.local_rank)
+    device, fault = attempt(try_device, wanted, comm.local_rank)
     kind = device.type if device else "cpu"
     of_gpu = torch.cuda.get_device_properties(device) if kind == "cuda" else None
     compiler, compiler_fault = attempt(try_compiler, kind) if first else (None, None)
-    quota = quota_cores()
+    quota = read_quota_cores()
     return Facts(
-        rank=comm.rank, host=platform.node(), local_rank=comm.local_rank, versions=versions(comm), parallel_hdf5=bool(h5py.get_config().mpi),
+        rank=comm.rank, host=platform.node(), local_rank=comm.local_rank, versions=find_versions(comm), parallel_hdf5=bool(h5py.get_config().mpi),
         device=str(device or ""), device_fault=fault, device_name=of_gpu.name if of_gpu else platform.processor() or platform.machine(),
         device_id=str(getattr(of_gpu, "uuid", device.index)) if of_gpu else "", visible_gpus=torch.cuda.device_count() if torch.cuda.is_available() else 0,
         has_driver=DRIVER.exists(), device_free_bytes=torch.cuda.mem_get_info(device)[0] if of_gpu else None,
-        cores=cores, bound_cores=tuple(sorted(launch.bound_cores())), launcher_cores=launcher_cores(), quota_cores=quota if quota < math.inf else None,
-        memory_left_bytes=memory_left_bytes(), resident_bytes=psutil.Process().memory_info().rss, compiler=compiler, compiler_fault=compiler_fault,
-        device_buffers=(try_device_buffers(str(device)) if of_gpu else "") if first else None, mpirun=mpirun() if first else None,
-        thread_limit=limit if (limit := thread_limit()) < math.inf else None, load=psutil.getloadavg()[0], host_cores=os.cpu_count() or 1)
+        cores=cores, bound_cores=tuple(sorted(launch.find_bound_cores())), launcher_cores=read_launcher_cores(), quota_cores=quota if quota < math.inf else None,
+        memory_left_bytes=read_memory_left_bytes(), resident_bytes=psutil.Process().memory_info().rss, compiler=compiler, compiler_fault=compiler_fault,
+        device_buffers=(try_device_buffers(str(device)) if of_gpu else "") if first else None, mpirun=ask_mpirun() if first else None,
+        thread_limit=limit if (limit := read_thread_limit()) < math.inf else None, load=psutil.getloadavg()[0], host_cores=os.cpu_count() or 1)
 
 
-def versions(comm: Communicator) -> dict[str, str]:
+def find_versions(comm: Communicator) -> dict[str, str]:
     """Of all that a run is made of; what is not installed is absent."""
     mpi4py, _ = attempt(metadata.version, "mpi4py")
     found = {"hpcfl": hpcfl.__version__, "python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__, "h5py": h5py.__version__,
@@ -107,7 +107,7 @@ def versions(comm: Communicator) -> dict[str, str]:
     return {name: version for name, version in found.items() if version}
 
 
-def tried_device(wanted: str, local_rank: int) -> torch.device:
+def try_device(wanted: str, local_rank: int) -> torch.device:
     """The device of this rank, after a sum on it. Raises: as `launch.choose_device`, and what the device raises."""
     device = launch.choose_device(wanted, local_rank)
     torch.ones(8, device=device).sum().item()
@@ -152,7 +152,7 @@ def try_device_buffers(device: str) -> str:
     return "yes" if ended.returncode == 0 else ended.stderr.strip().rpartition("\n")[2] or f"exit code {ended.returncode}"
 
 
-def mpirun() -> str:
+def ask_mpirun() -> str:
     """What the mpirun in PATH says it is; empty where there is none."""
     if shutil.which("mpirun") is None:
         return ""
@@ -173,17 +173,17 @@ def time_wire(comm: Communicator) -> list[dict[str, Any]]:
         for name, carry_out in comm.collectives(size).items():
             start = time.perf_counter()
             for _ in range(WARMING):
-                lap(comm, carry_out)
+                time_lap(comm, carry_out)
             each_s = (time.perf_counter() - start) / WARMING       # the waiting for each other included, which may take longer
             count = comm.share(max(FEWEST_LAPS, min(MOST_LAPS, int(LAPS_S / each_s))))
-            told = comm.gather([lap(comm, carry_out) for _ in range(count)])
+            told = comm.gather([time_lap(comm, carry_out) for _ in range(count)])
             if comm.is_server:
                 slowest = [max(laps) for laps in zip(*told, strict=True)]
                 rows.append({"collective": name, "rank_bytes": size, "median_s": round(median(slowest), 9), "repetitions": count})
     return rows
 
 
-def lap(comm: Communicator, carry_out: Callable[[], object]) -> float:
+def time_lap(comm: Communicator, carry_out: Callable[[], object]) -> float:
     """Seconds that one collective call takes here once all ranks are there."""
     comm.barrier()
     start = time.perf_counter()

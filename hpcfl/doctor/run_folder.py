@@ -53,28 +53,28 @@ def examine(comm: Communicator, folder: Path) -> FolderFacts | None:
     entered, fault = comm.share(attempt(enter, folder) if comm.is_server else None)
     if fault:
         return FolderFacts(str(folder), fault) if comm.is_server else None
-    place, made, disk = entered
+    place, new_folders, disk = entered
     try:
-        found = examined(comm, Path(place))
+        found = examine_folder(comm, Path(place))
         comm.barrier()                                             # nobody is at work in there any more
     finally:
         if comm.is_server:
             shutil.rmtree(place, ignore_errors=True)
-            for each in made:
+            for each in new_folders:
                 attempt(os.rmdir, each)                            # unless somebody has begun to use it
     return FolderFacts(str(folder), **disk, **found) if comm.is_server else None
 
 
 def enter(folder: Path) -> tuple[str, list[str], dict[str, Any]]:
     """A new folder below the given one with a file in it, the folders that had to be made for it, innermost first, and what is known of the disk."""
-    made = [str(each) for each in (folder, *folder.parents) if not each.exists()]
+    new_folders = [str(each) for each in (folder, *folder.parents) if not each.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     place = tempfile.mkdtemp(prefix=".doctor-", dir=folder)
     Path(place, SIGN).touch()
-    return place, made, {"file_system": file_system(folder), "free_bytes": shutil.disk_usage(place).free}
+    return place, new_folders, {"file_system": find_file_system(folder), "free_bytes": shutil.disk_usage(place).free}
 
 
-def examined(comm: Communicator, place: Path) -> dict[str, Any]:
+def examine_folder(comm: Communicator, place: Path) -> dict[str, Any]:
     """The other facts at the server, found out step by step: no rank goes on before all have told how they fared; one that sees nothing writes nothing."""
     _, blind = attempt(wait_for, (place / SIGN).is_file, f"what rank 0 wrote does not appear within {SEEN_WITHIN_S:g} s")
     files = [place / f"rank-{rank:04d}.h5" for rank in range(comm.size)]
@@ -182,7 +182,7 @@ def wait_for(appears: Callable[[], bool], otherwise: str) -> None:
         time.sleep(0.02)
 
 
-def file_system(folder: Path) -> str:
+def find_file_system(folder: Path) -> str:
     """The kind of file system that a folder lies in: "ext4", "nfs4", "lustre"; empty where the system does not tell."""
     path = folder.resolve()
     above = [disk for disk in psutil.disk_partitions(all=True) if path.is_relative_to(disk.mountpoint)]

@@ -33,7 +33,7 @@ class Answers:
         return tuple(client for client in self.cohort if client not in answered)
 
 
-def simulate(settings: Federation, stream: Callable[[str], Stream], cohort: Sequence[int]) -> Answers:
+def simulate_answers(settings: Federation, stream: Callable[[str], Stream], cohort: Sequence[int]) -> Answers:
     """The answers of a cohort, `stream` being the round's streams by purpose; what a client does does not depend on who else is asked.
 
     The server waits for the last of those who answer, and if anybody is missing until the deadline, where there is one.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hpcfl import tree
 from hpcfl.contract import Algorithm
-from hpcfl.contract.verbs import blamed, check_kept, check_unwritten, checked_models, checked_tree, named
+from hpcfl.contract.verbs import blame, check_kept, check_unwritten, require_models, require_tree, verb_text
 from hpcfl.federation.finite import refuse_broken
 from hpcfl.federation.state import State
 from hpcfl.tree import Tree
@@ -60,18 +60,18 @@ class Delivery:
 
     def publish(self, step: Algorithm, state: State, readers: Mapping[str, Collection[int]]) -> Message:
         """The message of a step, its downloads at the ranks that host the readers; readers: architecture -> clients."""
-        message, told = self._current(step, state), {}
+        message, told = self._find_current(step, state), {}
         wanted = {architecture: {self.home[client] for client in clients} for architecture, clients in readers.items()}
         if all(ranks <= message.ranks.get(architecture, set()) for architecture, ranks in wanted.items()):
             return message
         if self.comm.is_server:
             before = tree.marks(state.server)
             for architecture in wanted.keys() - message.trees.keys():
-                where = named(step, "receive", f"for {architecture}")
-                with blamed(step, "receive", f"for {architecture}"), step.problem.stream("receive", round_=state.version).seeding():
-                    message.trees[architecture] = checked_tree(where, step.receive(message.whole, architecture))
+                where = verb_text(step, "receive", f"for {architecture}")
+                with blame(step, "receive", f"for {architecture}"), step.problem.stream("receive", round_=state.version).seeding():
+                    message.trees[architecture] = require_tree(where, step.receive(message.whole, architecture))
                 check_unwritten(where, before, state.server, "the server's state")
-                told[architecture] = self._described(message.trees[architecture], state)
+                told[architecture] = self._describe(message.trees[architecture], state)
         message.downloads |= self.comm.share(told)
         self._move({architecture: (ranks, len(readers[architecture])) for architecture, ranks in wanted.items()}, message.downloads, message.trees)
         for architecture, ranks in wanted.items():
@@ -81,23 +81,23 @@ class Delivery:
 
     def download(self, message: Message, architecture: str) -> Tree:
         """What clients of an architecture download of a message, at a rank that hosts some of its readers."""
-        return self._taken(message.downloads[architecture])
+        return self._take(message.downloads[architecture])
 
     def global_models(self, step: Algorithm, state: State) -> dict[str, tuple[str, Tree, int, int]]:
         """The federation's own models as a step has them: name -> (architecture, model, number of this rank among those who work with it, their number).
 
         Who holds a model works with it; one that nobody holds whole is moved to all ranks. A rank that has no part in a model does not get its name.
         """
-        message, told, models = self._current(step, state), {}, {}
+        message, told, models = self._find_current(step, state), {}, {}
         if self.comm.is_server:
-            with blamed(step, "global_models"):
-                models = checked_models(named(step, "global_models"), step.global_models(message.whole))
-            downloads = {name: self._described(model, state) for name, (_, model) in models.items()}
-            told = {name: (models[name][0], download, self._holders(download)) for name, download in downloads.items()}
+            with blame(step, "global_models"):
+                models = require_models(verb_text(step, "global_models"), step.global_models(message.whole))
+            downloads = {name: self._describe(model, state) for name, (_, model) in models.items()}
+            told = {name: (models[name][0], download, self._find_holders(download)) for name, download in downloads.items()}
         told = self.comm.share(told)
         self._move({name: (set(ranks), len(self.home)) for name, (_, _, ranks) in told.items()}, {name: download for name, (_, download, _) in told.items()},
                    {name: model for name, (_, model) in models.items()})
-        return {name: (architecture, self._taken(download), ranks.index(self.comm.rank), len(ranks))
+        return {name: (architecture, self._take(download), ranks.index(self.comm.rank), len(ranks))
                 for name, (architecture, download, ranks) in told.items() if self.comm.rank in ranks}
 
     def forget(self, steps: Collection[Algorithm]) -> None:
@@ -113,21 +113,21 @@ class Delivery:
         self.held = {key: leaf for key, leaf in self.held.items() if key in read or also(key)}
         self.places = {key: place for key, place in self.places.items() if key in read or also(key)}
 
-    def _taken(self, download: Download) -> Tree:
+    def _take(self, download: Download) -> Tree:
         return {path: self.held[key] for path, key in download.keys.items()}
 
-    def _current(self, step: Algorithm, state: State) -> Message:
+    def _find_current(self, step: Algorithm, state: State) -> Message:
         """The message of this version of the server's state, so far without readers if it is new."""
         message = self.messages.get(step)
         if message is None or message.version != state.version:
-            whole = self._published(step, state, message.whole if message else {}) if self.comm.is_server else None
+            whole = self._publish_anew(step, state, message.whole if message else {}) if self.comm.is_server else None
             message = self.messages[step] = Message(state.version, whole)
         return message
 
-    def _published(self, step: Algorithm, state: State, earlier: Tree) -> Tree:
-        before, where = tree.marks(state.server), named(step, "publish")
-        with blamed(step, "publish"), step.problem.stream("publish", round_=state.version).seeding():
-            whole = checked_tree(where, step.publish(state.server))
+    def _publish_anew(self, step: Algorithm, state: State, earlier: Tree) -> Tree:
+        before, where = tree.marks(state.server), verb_text(step, "publish")
+        with blame(step, "publish"), step.problem.stream("publish", round_=state.version).seeding():
+            whole = require_tree(where, step.publish(state.server))
         check_unwritten(where, before, state.server, "the server's state")
         check_kept(where, earlier, whole)
         looked_at = set(map(id, state.server.values()))
@@ -135,7 +135,7 @@ class Delivery:
         refuse_broken(derived, earlier, f"server, {where}", f"lower {step.problem.rates()}")
         return whole
 
-    def _described(self, read: Tree, state: State) -> Download:
+    def _describe(self, read: Tree, state: State) -> Download:
         owners = {id(leaf): path for path, leaf in state.server.items()}
         keys = {path: owners[id(leaf)] if id(leaf) in owners else f"{DERIVED}{tree.fingerprint({'': leaf})}" for path, leaf in read.items()}
         derived = sorted((path, key) for path, key in keys.items() if key.startswith(DERIVED))
@@ -147,7 +147,7 @@ class Delivery:
         versions = state.versions | {own: tree.number(derived)}
         return Download(keys, {part: (versions.get(part, 0), size) for part, size in sizes.items()})
 
-    def _holders(self, download: Download) -> Audience:
+    def _find_holders(self, download: Download) -> Audience:
         """The ranks that hold all of it, or else all ranks; asked at the server."""
         holders = set(range(self.comm.size))
         for key in download.keys.values():

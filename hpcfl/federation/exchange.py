@@ -7,8 +7,8 @@ from torch import Tensor, contiguous_format
 
 from hpcfl import tree
 from hpcfl.contract import Algorithm, ClientSite, Totals, Update
-from hpcfl.contract.verbs import blamed, check_kept, check_unwritten, checked_shares, checked_tree, checked_update, named
-from hpcfl.errors import at
+from hpcfl.contract.verbs import blame, check_kept, check_unwritten, require_results, require_tree, require_update, verb_text
+from hpcfl.errors import note_whom
 from hpcfl.federation.delivery import Delivery, Message
 from hpcfl.federation.finite import refuse_broken
 from hpcfl.federation.ledger import Ledger
@@ -18,8 +18,8 @@ from hpcfl.federation.world import World
 from hpcfl.models.flops import counting
 from hpcfl.training.group import Group
 from hpcfl.tree import Tree
-from hpcfl.wire.uplink import Statistics
-from hpcfl.wording import spoken
+from hpcfl.wire.uplink import Uplink
+from hpcfl.wording import numbers_text
 
 
 @dataclass
@@ -41,18 +41,18 @@ class Exchange:
 
     def collect(self, step: Algorithm, state: State, place: Place) -> State:
         """The first half: prepare, publish, train, combine, aggregate."""
-        answers = self.world.answers(place.phase, place.row)
+        answers = self.world.ask(place.phase, place.row)
         if step.overrides("prepare"):
             state = self.serve(step, "prepare", state, place)
         if step.overrides("train"):
             message = self.publish(step, state, self.world.architectures(answers.cohort if step is place.phase.asks else answers.answered, place.row))
             if step is place.phase.asks:
                 self.ask_in_vain(message, state, frozenset(answers.lost))
-            state, statistics = self.work(step, "train", message, state, place, frozenset(answers.answered))
+            state, uplink = self.work(step, "train", message, state, place, frozenset(answers.answered))
             self.wait()
             if answers.answered:                                   # else there is nothing to aggregate: the server keeps its state
-                with self.ledger("combine"), blamed(step, "train"):
-                    totals = self.world.comm.combine(statistics)
+                with self.ledger("combine"), blame(step, "train"):
+                    totals = self.world.comm.combine(uplink)
                 if step.overrides("aggregate"):
                     state = self.serve(step, "aggregate", state, place, totals)
         return state
@@ -60,7 +60,7 @@ class Exchange:
     def refine(self, step: Algorithm, state: State, place: Place) -> State:
         """The second half: publish, refine."""
         if step.overrides("refine"):
-            answers = self.world.answers(place.phase, place.row)
+            answers = self.world.ask(place.phase, place.row)
             message = self.publish(step, state, self.world.architectures(answers.answered, place.row))
             if step is place.phase.refiner:
                 self.before_refine(state, place)
@@ -76,19 +76,19 @@ class Exchange:
         def help_with(shared: str, items: dict[int, Tree]) -> dict[int, Tree]:
             start = time.perf_counter()
             with self.ledger("spread"):
-                with blamed(step, shared):
-                    results = checked_shares(named(step, shared), getattr(step, shared)(items, site), items)
-            self.ledger.helped(len(items), time.perf_counter() - start)
+                with blame(step, shared):
+                    results = require_results(verb_text(step, shared), getattr(step, shared)(items, site), items)
+            self.ledger.book_help(len(items), time.perf_counter() - start)
             return results
 
         def serving() -> tuple[Tree, set[str]]:
-            before, where = dict(state.server), named(step, verb)
+            before, where = dict(state.server), verb_text(step, verb)
             marks = tree.marks(before)
-            with blamed(step, verb), step.problem.stream(f"server/{place.phase.name}/{verb}", round_=place.round).seeding():
-                server = checked_tree(where, getattr(step, verb)(state.server, *what, site))
+            with blame(step, verb), step.problem.stream(f"server/{place.phase.name}/{verb}", round_=place.round).seeding():
+                server = require_tree(where, getattr(step, verb)(state.server, *what, site))
             check_kept(where, before, server)
             server = tree.transform(server, lambda leaf: leaf.clone() if leaf.is_inference() else leaf)      # whose writes torch would not count
-            news = tree.changed(marks, server)
+            news = tree.find_changed(marks, server)
             kept = {path: leaf for path, leaf in before.items() if path not in news or leaf is not server.get(path)}         # less what was written in place
             refuse_broken(server, kept, f"server, phase {place.phase.name}, round {place.round}, {where}", f"lower {step.problem.rates()}", *what)
             return server, {tree.root(path) for path in news}
@@ -115,7 +115,7 @@ class Exchange:
         versions = {name: version for name, (version, _) in parts.items()}
         for client in clients:
             known = received_out[client]
-            self.ledger.downloaded(client, sum(count for name, (version, count) in parts.items() if known.get(name) != version))
+            self.ledger.book_download(client, sum(count for name, (version, count) in parts.items() if known.get(name) != version))
             received_out[client] = known | versions
 
     def ask_in_vain(self, message: Message, state: State, lost: frozenset[int]) -> None:
@@ -125,22 +125,22 @@ class Exchange:
             if clients:
                 self.hand_out(message, group.architecture, clients, dict(state.received))
 
-    def work(self, step: Algorithm, verb: str, message: Message, state: State, place: Place, cohort: frozenset[int]) -> tuple[State, Statistics]:
+    def work(self, step: Algorithm, verb: str, message: Message, state: State, place: Place, cohort: frozenset[int]) -> tuple[State, Uplink]:
         """This rank's share of those who take part under one verb, group by group; what goes down and up is counted per client."""
-        groups, received, total = list(state.groups), dict(state.received), Statistics()
+        groups, received, total = list(state.groups), dict(state.received), Uplink()
         for position, group in enumerate(groups):
             present = [client for client in group.clients if client in cohort]
             if present:
                 self.hand_out(message, group.architecture, present, received)
-                with blamed(step, verb, spoken(present, "client")):
-                    groups[position], statistics = self.at_work(step, verb, group, present, message, place)
+                with blame(step, verb, numbers_text(present, "client")):
+                    groups[position], uplink = self.work_on(step, verb, group, present, message, place)
                     with self.ledger("combine"):                   # sums in the room of one, unless they are to be added in client order
-                        total = total + statistics if self.world.comm.deterministic else (total + statistics).reduced()
-        self.ledger.uploaded(total.simulated_bytes())
+                        total = total + uplink if self.world.comm.deterministic else (total + uplink).reduce()
+        self.ledger.book_uploads(total.simulated_bytes())
         return replace(state, groups=tuple(groups), received=received), total
 
-    def at_work(self, step: Algorithm, verb: str, parked: Group | Parked, present: Sequence[int], message: Message, place: Place
-                ) -> tuple[Group | Parked, Statistics]:
+    def work_on(self, step: Algorithm, verb: str, parked: Group | Parked, present: Sequence[int], message: Message, place: Place
+                ) -> tuple[Group | Parked, Uplink]:
         """A group after the work of those of its clients who take part, put away again, and what they send up."""
         world, start = self.world, time.perf_counter()
         with self.ledger(verb), world.problem.stream(f"{place.phase.name}/{verb}", present[0], place.round).seeding():
@@ -149,26 +149,26 @@ class Exchange:
                 whole = parked.fetch()
                 group = whole.select(present)
                 site = world.client_site(group, place.phase, place.round)
-                with at(lambda: spoken(group.clients, "client")):
-                    update = called(step, verb, group, download, site)
-                parked = world.park(whole.updated(update.group))
+                with note_whom(lambda: numbers_text(group.clients, "client")):
+                    update = call_verb(step, verb, group, download, site)
+                parked = world.park(whole.with_rows(update.group))
         costs = {"seconds": time.perf_counter() - start} | ({"flops": counter.flops} if counter else {})
         share = site.sizes(group) / site.sizes(group).sum()        # a client's part of its group's, by images
-        self.ledger.measured(verb, group.clients, update.metrics)
-        self.ledger.spent(verb, group.clients, {cost: spent * share for cost, spent in costs.items()})
-        return parked, update.statistics
+        self.ledger.book_metrics(verb, group.clients, update.metrics)
+        self.ledger.book_costs(verb, group.clients, {cost: spent * share for cost, spent in costs.items()})
+        return parked, update.uplink
 
 
-def called(step: Algorithm, verb: str, group: Group, message: Tree, site: ClientSite) -> Update:
+def call_verb(step: Algorithm, verb: str, group: Group, message: Tree, site: ClientSite) -> Update:
     """What a client's verb gives, checked.
 
     Leaves that it wrote in place are others from then on, so that whoever knew them takes note; what it keeps of the message gets memory of its own, for
     the message is the server's.
     """
-    own, read, where = tree.marks(group.state), tree.marks(message), named(step, verb, spoken(group.clients, "client"))
-    update = checked_update(where, getattr(step, verb)(group, message, site), group, heard=verb == "train" and step.overrides("aggregate"))
+    own, read, where = tree.marks(group.state), tree.marks(message), verb_text(step, verb, numbers_text(group.clients, "client"))
+    update = require_update(where, getattr(step, verb)(group, message, site), group, heard=verb == "train" and step.overrides("aggregate"))
     check_unwritten(where, read, message, "the message")
-    written, lent = tree.changed(own, group.state), {leaf.untyped_storage().data_ptr() for leaf in message.values() if leaf.numel()}
+    written, lent = tree.find_changed(own, group.state), {leaf.untyped_storage().data_ptr() for leaf in message.values() if leaf.numel()}
 
     def settled(path: str, leaf: Tensor) -> Tensor:
         if leaf.untyped_storage().data_ptr() in lent:

@@ -12,17 +12,17 @@ from hpcfl.wire.communicator import Total
 from hpcfl.wire.uplink import Uploads
 
 
-def refuse_broken(made: Tree, before: Tree, where: str, advice: str, sent: Mapping[str, Total | Uploads] | None = None) -> None:
+def refuse_broken(fresh: Tree, before: Tree, where: str, advice: str, sent: Mapping[str, Total | Uploads] | None = None) -> None:
     """Refuse leaves that hold NaN or infinity where the leaf of `before` with the same path did not; one that is the very same is not looked at again.
 
     What began with infinity, as a record that is to be beaten, may keep it. `sent`: what came from clients for it, to be blamed where it is at fault.
     Raises: NonFiniteError naming the leaf, and the client who sent what was broken already.
     """
-    for path, leaf in made.items():
+    for path, leaf in fresh.items():
         old = before.get(path)
         if leaf is old or is_finite(leaf) or (old is not None and not is_finite(old)):
             continue
-        culprit = next((who for name, part in (sent or {}).items() for who, given in _givers(name, part) if not all(map(is_finite, given.values()))), None)
+        culprit = next((who for name, part in (sent or {}).items() for who, given in _find_givers(name, part) if not all(map(is_finite, given.values()))), None)
         fault = f"; so did {culprit} already" if culprit else ""
         raise NonFiniteError(f"{where}: '{path}' holds NaN or infinity{fault}: nothing is sent or saved; {advice}")
 
@@ -34,7 +34,7 @@ def is_finite(leaf: Tensor) -> bool:
     return bool(torch.isfinite(leaf).all())
 
 
-def _givers(name: str, part: Total | Uploads) -> list[tuple[str, Tree]]:
-    if isinstance(part, Uploads):
-        return [(f"what client {client} sent as '{name}'", uploaded) for client, uploaded in part.trees.items()]
-    return [(f"the sum of what clients sent as '{name}'", tree.join(values=part.values, counts=part.counts))]
+def _find_givers(name: str, piece: Total | Uploads) -> list[tuple[str, Tree]]:
+    if isinstance(piece, Uploads):
+        return [(f"what client {client} sent as '{name}'", uploaded) for client, uploaded in piece.trees.items()]
+    return [(f"the sum of what clients sent as '{name}'", tree.join(values=piece.values, counts=piece.counts))]

@@ -61,27 +61,27 @@ class Ledger:
                 self._intervals.append((SECONDS.index(kind), self._since, duration))
         self._since = now
 
-    def downloaded(self, client: int, count: int) -> None:
+    def book_download(self, client: int, count: int) -> None:
         """Book bytes that a client's device would receive."""
         self._down[client] += count
 
-    def uploaded(self, by_client: Mapping[int, int]) -> None:
+    def book_uploads(self, by_client: Mapping[int, int]) -> None:
         """Book bytes that the clients' devices would send."""
         for client, count in by_client.items():
             self._up[client] += count
 
-    def measured(self, verb: str, clients: Sequence[int], metrics: Mapping[str, Tensor]) -> None:
+    def book_metrics(self, verb: str, clients: Sequence[int], metrics: Mapping[str, Tensor]) -> None:
         """Book one number per client for each metric; those of other verbs are kept apart from those of train by their prefix."""
         for name, values in metrics.items():
             self._metrics[_named(verb, name)].update(zip(clients, values.tolist(), strict=True))
 
-    def spent(self, verb: str, clients: Sequence[int], costs: Mapping[str, Tensor]) -> None:
+    def book_costs(self, verb: str, clients: Sequence[int], costs: Mapping[str, Tensor]) -> None:
         """Book one cost per client under each name, as `measured`; those of all steps of a round under one verb add up."""
         for name, values in costs.items():
             booked = self._metrics[_named(verb, name)]
             booked.update((client, booked.get(client, 0.0) + value) for client, value in zip(clients, values.tolist(), strict=True))
 
-    def helped(self, items: int, seconds: float) -> None:
+    def book_help(self, items: int, seconds: float) -> None:
         """Book that so many items of spread work, perhaps none, took so long here: those of one item is what no number of ranks can shorten."""
         self._item_s += seconds / max(1, items)
 

@@ -15,7 +15,7 @@ def rounds(exchange: Exchange, state: State | None = None) -> Iterator[tuple[Sta
     for place in schedule(exchange.world)[state.rows:]:
         exchange.wait()                                            # nobody leaves a barrier before all have come: the round begins at one time everywhere
         exchange.ledger.open()
-        state = regrouped(exchange.world, state, place.row)
+        state = regroup(exchange.world, state, place.row)
         exchange.delivery.forget(place.phase.steps)
         for step in place.phase.steps:
             for half in (exchange.collect, exchange.refine):       # the state before each is let go with it: of a client there are two at most
@@ -24,7 +24,7 @@ def rounds(exchange: Exchange, state: State | None = None) -> Iterator[tuple[Sta
         yield state, place
 
 
-def regrouped(world: World, state: State, row: int) -> State:
+def regroup(world: World, state: State, row: int) -> State:
     """The state with each client in a Group of its architecture of this round; a client that changes it begins anew, with nothing downloaded."""
     wanted, begun = world.teams(row), []
     if wanted == [(group.architecture, group.clients) for group in state.groups]:
@@ -37,6 +37,6 @@ def regrouped(world: World, state: State, row: int) -> State:
             states |= group.fetch().select(stay).states() if stay else {}
         new = [client for client in clients if client not in states]
         begun.extend(new)
-        return Group.of(architecture, states | (world.begun(architecture, new).states() if new else {}))
+        return Group.from_states(architecture, states | (world.begin_clients(architecture, new).states() if new else {}))
     groups = tuple(world.park(formed(*team)) for team in wanted)
     return replace(state, groups=groups, received=state.received | {client: {} for client in begun})

@@ -15,7 +15,7 @@ class Past:
     seconds: tuple[float, ...]                                     # (K,) of a round; NaN where a client has not been at work
 
 
-def place(costs: Sequence[float], ranks: int, server: str = "shared") -> tuple[int, ...]:
+def place_clients(costs: Sequence[float], ranks: int, server: str = "shared") -> tuple[int, ...]:
     """The rank of each client, (K,): each client in order of falling cost goes to the rank with the least work so far (longest processing time first).
 
     costs: expected work per client in any one unit (training samples x model FLOPs). server = "dedicated" keeps rank 0 free of clients where there
@@ -38,10 +38,10 @@ def resettle(past: Past, costs: Sequence[float], ranks: int, server: str, determ
     """
     if not deterministic and (past.ranks, past.server) == (ranks, server):
         return past.home
-    return place(measured(costs, past.seconds), ranks, server)
+    return place_clients(fill_in_seconds(costs, past.seconds), ranks, server)
 
 
-def measured(costs: Sequence[float], seconds: Sequence[float]) -> list[float]:
+def fill_in_seconds(costs: Sequence[float], seconds: Sequence[float]) -> list[float]:
     """Seconds of each client, (K,); of those that have none the expected costs at the rate of those that have."""
     known = [client for client, taken in enumerate(seconds) if math.isfinite(taken)]
     work = sum(costs[client] for client in known)

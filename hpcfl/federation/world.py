@@ -11,13 +11,13 @@ from torch import nn
 
 from hpcfl.algorithms import PLANS
 from hpcfl.contract import Algorithm, ClientSite, Holdings, Phase, Problem, ServerSite
-from hpcfl.contract.verbs import blamed, check_plan, checked_group, checked_modules, checked_tree, named
+from hpcfl.contract.verbs import blame, check_plan, require_group, require_modules, require_tree, verb_text
 from hpcfl.data import corpora, partition
 from hpcfl.data.shards import Scale, Shard, load
 from hpcfl.errors import DataError, JobError
-from hpcfl.federation.answers import Answers, simulate
+from hpcfl.federation.answers import Answers, simulate_answers
 from hpcfl.federation.ledger import Ledger
-from hpcfl.federation.placement import Past, place, resettle
+from hpcfl.federation.placement import Past, place_clients, resettle
 from hpcfl.federation.residency import RESIDENCIES, Parked
 from hpcfl.models import zoo
 from hpcfl.models.sizes import Sizes
@@ -26,7 +26,7 @@ from hpcfl.training.group import Group
 from hpcfl.training.optimizers import STEP, Optimizer
 from hpcfl.tree import Tree
 from hpcfl.wire.communicator import Communicator
-from hpcfl.wording import spoken
+from hpcfl.wording import numbers_text
 
 
 class World:
@@ -41,7 +41,7 @@ class World:
         self.job, self.comm = job, comm
         self.clients = job.federation.clients
         self.corpus = corpora.open_corpus(job.data.name)
-        self.split = partition.split(self.corpus.train_labels, self.clients, job.data, job.run.seed)
+        self.split = partition.partition_samples(self.corpus.train_labels, self.clients, job.data, job.run.seed)
         self.problem = self._problem(device)
         self.plan = PLANS[job.algorithm_name].plan(job.algorithm, self.problem)
         check_plan(job.algorithm_name, self.plan)
@@ -79,7 +79,7 @@ class World:
     def forward_flops(self) -> tuple[int, ...]:
         """Floating-point operations of one image's forward pass through the model that each client begins with."""
         problem, models = self.problem, self.job.models
-        return tuple(zoo.cost(name, problem.shape, problem.classes, models.feature_size, models.norm, models.feature_relu) for name in problem.architectures)
+        return tuple(zoo.count_flops(name, problem.shape, problem.classes, models.feature_size, models.norm, models.feature_relu) for name in problem.architectures)
 
     @cached_property
     def _remembered(self) -> Mapping[int, dict[str, torch.Tensor]]:
@@ -103,8 +103,8 @@ class World:
         def networks(architecture: str) -> dict[str, nn.Module]:
             built: dict[str, nn.Module] = {}
             for step in self.steps:
-                with blamed(step, "modules", f"for {architecture}"), self.problem.stream("modules").seeding():
-                    found = checked_modules(named(step, "modules", f"for {architecture}"), step.modules(architecture))
+                with blame(step, "modules", f"for {architecture}"), self.problem.stream("modules").seeding():
+                    found = require_modules(verb_text(step, "modules", f"for {architecture}"), step.modules(architecture))
                 built |= {name: module.to(self.problem.device) for name, module in found.items() if name not in built}
             return built
         fixed = self.job.models.size_schedule == "fixed"
@@ -130,11 +130,11 @@ class World:
         drawn = self.problem.stream("cohort", round_=row).numpy().permutation(self.clients)[:size]
         return tuple(sorted(int(client) for client in drawn))
 
-    def answers(self, phase: Phase, row: int) -> Answers:
+    def ask(self, phase: Phase, row: int) -> Answers:
         """Who of the cohort answers in a round, and when, a pure function of the seed and the row; all of them where a round has no answer to wait for."""
         settings, cohort = self.job.federation, self.cohort(phase, row)
         if (settings.dropout or settings.delay != "none") and phase.asks:
-            return simulate(settings, partial(self.problem.stream, round_=row), cohort)
+            return simulate_answers(settings, partial(self.problem.stream, round_=row), cohort)
         return Answers(cohort, cohort)
 
     def client_site(self, group: Group, phase: Phase, round_: int) -> ClientSite:
@@ -146,27 +146,27 @@ class World:
 
     def server_site(self, phase: Phase, round_: int, ledger: Ledger, row: int = 0) -> ServerSite:
         """What the server may see in a round; the same on every rank, for all take a share of its work."""
-        return ServerSite(self.problem, *self.public, phase.name, round_, row, self.comm.spread, ledger.note, partial(ledger.measured, "aggregate"))
+        return ServerSite(self.problem, *self.public, phase.name, round_, row, self.comm.spread, ledger.note, partial(ledger.book_metrics, "aggregate"))
 
     def found(self) -> Tree:
         """The server's state before the first round."""
         site, server = self.server_site(self.plan[0], 0, Ledger(self.problem.device)), {}
         for step in self.steps:
-            with blamed(step, "found"), self.problem.stream("found").seeding():
-                server |= checked_tree(named(step, "found"), step.found(site))
+            with blame(step, "found"), self.problem.stream("found").seeding():
+                server |= require_tree(verb_text(step, "found"), step.found(site))
         return server
 
     def join(self) -> list[Group | Parked]:
         """This rank's clients as they begin, put away."""
-        return [self.park(self.begun(architecture, clients)) for architecture, clients in self.teams()]
+        return [self.park(self.begin_clients(architecture, clients)) for architecture, clients in self.teams()]
 
-    def begun(self, architecture: str, clients: Sequence[int]) -> Group:
+    def begin_clients(self, architecture: str, clients: Sequence[int]) -> Group:
         """Clients of an architecture as they begin."""
         group = Group(architecture, tuple(clients), {})
         for step in self.steps:
-            whose = spoken(clients, "client")
-            with blamed(step, "join", whose), self.problem.stream("join", group.clients[0]).seeding():
-                group = checked_group(named(step, "join", whose), step.join(group, self.client_site(group, self.plan[0], 0)), group)
+            whose = numbers_text(clients, "client")
+            with blame(step, "join", whose), self.problem.stream("join", group.clients[0]).seeding():
+                group = require_group(verb_text(step, "join", whose), step.join(group, self.client_site(group, self.plan[0], 0)), group)
         return group.to(self.problem.device)
 
     def averages(self, steps: Sequence[Algorithm]) -> dict[str, int]:
@@ -194,17 +194,17 @@ class World:
         data = self.job.data
         sample = np.linspace(0, len(self.corpus.train_labels) - 1, num=min(2000, len(self.corpus.train_labels)), dtype=np.int64)
         how = data.normalization, data.image_size
-        scale = Scale.fit(self.corpus.train_images(sample), *how) if data.normalization == "standard" else Scale(*how)
+        scale = Scale.from_images(self.corpus.train_images(sample), *how) if data.normalization == "standard" else Scale(*how)
         channels, height, width = self.corpus.shape
         shape = (channels, data.image_size, data.image_size) if data.image_size else (channels, height, width)
         names = self.job.models.names
         for name in names:
-            zoo.entry(name)
-        slots = sum(slot != STEP for slot in Optimizer.of(self.job.training).slots)
+            zoo.find_entry(name)
+        slots = sum(slot != STEP for slot in Optimizer.from_settings(self.job.training).slots)
 
         def memory(name: str) -> int:
             models = self.job.models
-            return zoo.memory(name, shape, self.corpus.classes, models.feature_size, models.norm, models.feature_relu, self.job.training.batch, slots)
+            return zoo.count_training_bytes(name, shape, self.corpus.classes, models.feature_size, models.norm, models.feature_relu, self.job.training.batch, slots)
         return Problem(self.job, shape, self.corpus.classes, scale, Sizes(self.job.models, self.clients, self.job.run.seed, memory), device)
 
     def _accept_single_images(self) -> None:
@@ -226,7 +226,7 @@ class World:
         ranks, server = self.comm.size, self.job.federation.server_rank
         costs = [len(part) * flops for part, flops in zip(self.split.train, self.forward_flops, strict=True)]
         if past is None or len(past.home) != self.clients:         # another job's checkpoint is refused where it is loaded
-            return place(costs, ranks, server)
+            return place_clients(costs, ranks, server)
         return resettle(past, costs, ranks, server, self.job.run.deterministic)
 
     def _shards(self, parts: Sequence[np.ndarray]) -> tuple[Shard, ...]:

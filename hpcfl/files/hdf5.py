@@ -9,9 +9,9 @@ import h5py
 import numpy as np
 
 from hpcfl.errors import HpcflError
-from hpcfl.wording import cause
+from hpcfl.wording import cause_text
 
-FORMAT = ("v110", "v110")                                          # HDF5 1.10 checksums its own metadata; older formats do not
+LIBVER = ("v110", "v110")                                          # HDF5 1.10 checksums its own metadata; older formats do not
 Member = h5py.Group | h5py.Dataset | h5py.Datatype
 DEPTH = 64                                                         # groups deeper than this are a file that links to itself
 
@@ -82,7 +82,7 @@ class Reader:
     def _step(self, place: Member, name: str, path: str) -> Member:
         with _calls(self.path, self._fault, self._advice):
             there = isinstance(place, h5py.Group) and name in place.keys()
-            elsewhere = foreign(place, name) if there else None
+            elsewhere = explain_foreign(place, name) if there else None
             found = place[name] if there and not elsewhere else None
         if not there:
             raise self._fault(f"{self.path}: has no '{path}'{self._advice}")
@@ -112,7 +112,7 @@ def filling(draft: BinaryIO, libver: tuple[str, str] | None = None) -> Iterator[
         yield file
 
 
-def foreign(parent: h5py.Group, name: str) -> str | None:
+def explain_foreign(parent: h5py.Group, name: str) -> str | None:
     """Why a member of a group is not the file's own, as words for a message; None where it is."""
     link = parent.get(name, getlink=True)
     if isinstance(link, h5py.ExternalLink):
@@ -128,10 +128,10 @@ def foreign(parent: h5py.Group, name: str) -> str | None:
     return None
 
 
-def reason(error: BaseException) -> str:
+def reason_text(error: BaseException) -> str:
     """Why a call failed, in one line: HDF5 buries the system's reason in an account of its own."""
     told = re.search(r"error message = '([^']+)'", str(error))
-    return told[1] if told else getattr(error, "strerror", None) or cause(error)
+    return told[1] if told else getattr(error, "strerror", None) or cause_text(error)
 
 
 @contextmanager
@@ -140,7 +140,7 @@ def _calls(path: Path, fault: type[HpcflError], advice: str) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
-        raise fault(f"{path}: cannot be read as HDF5 ({reason(error)}); it is missing, truncated or damaged{advice}") from error
+        raise fault(f"{path}: cannot be read as HDF5 ({reason_text(error)}); it is missing, truncated or damaged{advice}") from error
 
 
 def _plain(value: Any) -> Any:

@@ -14,13 +14,13 @@ NAME = "LOCK"
 SIGNS = ("metrics.h5", "LATEST", "STATUS", "log/rank-0000.log")    # files that a run touches while it goes on
 
 
-def holder() -> dict[str, str | int]:
+def describe_holder() -> dict[str, str | int]:
     """What the file says of this process: no other has its number on its host and began when it did."""
     began = datetime.fromtimestamp(psutil.Process().create_time(), UTC)
     return {"host": platform.node(), "pid": os.getpid(), "started": began.isoformat(timespec="seconds")}
 
 
-def held_by(text: str) -> str:
+def holder_text(text: str) -> str:
     """What is in the file, in words; an earlier hpcfl wrote words."""
     try:
         return "process {pid} on {host}, since {started}".format(**json.loads(text))
@@ -28,14 +28,14 @@ def held_by(text: str) -> str:
         return text.strip()
 
 
-def status_of(folder: Path, said: str) -> str:
+def read_status(folder: Path, said: str) -> str:
     """The status of a run that says "running": also where its process died without a word, or where nobody here can know.
 
     The lock goes with the process that holds it, so that on its host a lock that is free means that the run is over, whoever has its number since.
     """
     if said != "running":
         return said
-    found = re.match(r"process \d+ on ([^\s,]+)", held_by(_text(folder / NAME)))
+    found = re.match(r"process \d+ on ([^\s,]+)", holder_text(_text(folder / NAME)))
     if found and found[1] == platform.node() and (free := _free(folder / NAME)) is not None:
         return f"died: {found[0]} ended without a word; the same command goes on from its last checkpoint" if free else said
     where = f"on {found[1]}" if found else "nobody says where"

@@ -18,7 +18,7 @@ import numpy as np
 from hpcfl.errors import CheckpointError
 from hpcfl.files import atomic, hdf5
 
-SCHEMA = 1
+RECORD_VERSION = 1
 SHAPES = {                                                         # of a dataset, or of all datasets of a group
     "rounds": "R", "train": "RK", "bytes": "RK", "bytes/transported": "R.", "seconds": "R.", "wire": "R", "server": "R",
     "evaluation": "EKC", "evaluation/at": "E", "evaluation/stage": "E", "evaluation/global_correct": "EGC", "evaluation/global_names": "G",
@@ -39,7 +39,7 @@ Arrays = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
-class Piece:
+class RecordFile:
     """One file: rounds from `first` on."""
 
     path: Path
@@ -58,7 +58,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Damaged:
+class DamagedFile:
     """A file that cannot be read, and why."""
 
     path: Path
@@ -84,8 +84,8 @@ class Series:
     def replace(self, path: Path, attributes: Mapping[str, Any], columns: Arrays) -> None:
         """All rows as a new metrics.h5. Raises CheckpointError where the disk does not take it; what was there stays."""
         name = secrets.token_hex(8)
-        _write(path, {"schema": SCHEMA, **attributes, "series": name}, columns)
-        for piece in beside(path):
+        _write(path, {"schema": RECORD_VERSION, **attributes, "series": name}, columns)
+        for piece in find_beside(path):
             with suppress(OSError):                                # it counts no more
                 piece.unlink()
         self._name, self._rows, self._weights = name, len(columns["rounds/phase"]), [path.stat().st_size]
@@ -93,12 +93,12 @@ class Series:
     def add(self, path: Path, columns: Arrays) -> None:
         """The rows that are new, as a file beside metrics.h5. Raises CheckpointError as `replace` does."""
         new = path.parent / FOLDER / f"rows-{self._rows:06d}.h5"
-        _write(new, {"schema": SCHEMA, "series": self._name, "first_row": self._rows}, columns)
+        _write(new, {"schema": RECORD_VERSION, "series": self._name, "first_row": self._rows}, columns)
         self._rows += len(columns["rounds/phase"])
         self._weights.append(new.stat().st_size)
 
 
-def beside(path: Path) -> list[Path]:
+def find_beside(path: Path) -> list[Path]:
     """The files beside a metrics.h5, in order of their rows."""
     return sorted((path.parent / FOLDER).glob("rows-*.h5"))
 
@@ -115,27 +115,27 @@ def read(path: Path, advice: str = "") -> tuple[Mapping[str, Any], Arrays]:
     for piece in pieces:
         if piece.first > stop:                                     # what lay between has just become part of a new metrics.h5
             break
-        parts.append(_since(piece, stop))
+        parts.append(_cut_since(piece, stop))
         stop = max(stop, piece.stop)
-    return pieces[0].attributes, _joined(parts)
+    return pieces[0].attributes, _join(parts)
 
 
-def salvage(path: Path, advice: str = "") -> tuple[list[Piece], list[Damaged]]:
+def salvage(path: Path, advice: str = "") -> tuple[list[RecordFile], list[DamagedFile]]:
     """The files of a record that can be read, in order of their rows, and what is wrong with the others."""
-    pieces: list[Piece] = []
-    damaged: list[Damaged] = []
-    others = beside(path)                                          # first: each of them may become part of metrics.h5 meanwhile
+    pieces: list[RecordFile] = []
+    damaged: list[DamagedFile] = []
+    others = find_beside(path)                                          # first: each of them may become part of metrics.h5 meanwhile
     for each in (path, *others):
         try:
             pieces.append(_read(each, advice))
         except CheckpointError as error:
             if each == path or each.exists():
-                damaged.append(Damaged(each, str(error)))
+                damaged.append(DamagedFile(each, str(error)))
     series = {piece.attributes.get("series") for piece in (pieces if damaged and damaged[0].path == path else pieces[:1])[-1:]}
     return [piece for piece in pieces if piece.attributes.get("series") in series], damaged
 
 
-def flaw(piece: Piece, clients: int) -> str | None:
+def find_flaw(piece: RecordFile, clients: int) -> str | None:
     """In what a file is not laid out as a record of so many clients; None where it is."""
     if missing := [name for name in REQUIRED if name not in piece.arrays]:
         return f"has no '{missing[0]}'"
@@ -158,14 +158,14 @@ def set_aside(path: Path) -> Path | None:
     return aside
 
 
-def listed(rounds: Sequence[int]) -> str:
+def rounds_text(rounds: Sequence[int]) -> str:
     """Rounds in words: "round 3", "rounds 1 to 4", "rounds 1, 2, 5"."""
     if len(rounds) > 2 and rounds[-1] - rounds[0] == len(rounds) - 1:
         return f"rounds {rounds[0]} to {rounds[-1]}"
     return f"round{'s' * (len(rounds) > 1)} {', '.join(map(str, rounds))}"
 
 
-def _read(path: Path, advice: str) -> Piece:
+def _read(path: Path, advice: str) -> RecordFile:
     with hdf5.reading(path, CheckpointError, advice) as file:
         groups = sorted({name.split("/")[0] for name in SHAPES} & set(file.members()))
         arrays = {dataset.name.lstrip("/"): file.values(dataset) for group in groups for dataset in file.datasets(group)}
@@ -173,30 +173,30 @@ def _read(path: Path, advice: str) -> Piece:
     if "rounds/phase" not in arrays:
         raise CheckpointError(f"{path}: dataset 'rounds/phase' is missing, so the file is no record of a run{advice}")
     counted = {name: array.astype(np.int64) for name, array in arrays.items() if array.dtype.kind in "iu" and not name.startswith("samples/")}
-    return Piece(path, attributes, arrays | counted)
+    return RecordFile(path, attributes, arrays | counted)
 
 
 def _write(path: Path, attributes: Mapping[str, Any], columns: Arrays) -> None:
     """With checksums over everything that is read again: HDF5 has none of texts of variable length, and may never come back from reading a damaged one."""
-    with atomic.replacing(path) as draft, hdf5.filling(draft, hdf5.FORMAT) as file:
+    with atomic.replacing(path) as draft, hdf5.filling(draft, hdf5.LIBVER) as file:
         for name, value in attributes.items():
             values = np.asarray(value)
-            file.attrs[name] = _fixed(values) if values.dtype.kind in "OU" else value
+            file.attrs[name] = _encode_fixed(values) if values.dtype.kind in "OU" else value
         for name, column in columns.items():
-            values = _smallest(_fixed(column) if column.dtype.kind in "OU" else column)
+            values = _shrink(_encode_fixed(column) if column.dtype.kind in "OU" else column)
             rows = max(1, min(len(values), CHUNK_BYTES // max(1, values[:1].nbytes)))
             checked = {"chunks": (rows, *values.shape[1:]), "compression": "gzip", "compression_opts": 1, "shuffle": True, "fletcher32": True}
             file.create_dataset(name, data=values, **(checked if values.size else {}))
             draft.check()
 
 
-def _fixed(texts: np.ndarray) -> np.ndarray:
+def _encode_fixed(texts: np.ndarray) -> np.ndarray:
     """Texts as UTF-8 of one length."""
     encoded = np.array([str(text).encode() for text in texts.flat], np.bytes_).reshape(texts.shape)
     return encoded.astype(h5py.string_dtype("utf-8", max(1, encoded.itemsize)))
 
 
-def _smallest(values: np.ndarray) -> np.ndarray:
+def _shrink(values: np.ndarray) -> np.ndarray:
     """Whole numbers in the smallest type that holds them all."""
     if values.dtype.kind not in "iu" or not values.size:
         return values
@@ -210,7 +210,7 @@ def _axis(name: str) -> str:
     return letter if letter in GROWING else ""
 
 
-def _since(piece: Piece, row: int) -> Arrays:
+def _cut_since(piece: RecordFile, row: int) -> Arrays:
     """The arrays of a file from a row on."""
     if row <= piece.first:
         return piece.arrays
@@ -219,28 +219,28 @@ def _since(piece: Piece, row: int) -> Arrays:
     return {name: array[kept[_axis(name)]] if _axis(name) in kept else array for name, array in piece.arrays.items()}
 
 
-def _joined(parts: Sequence[Arrays]) -> Arrays:
+def _join(files: Sequence[Arrays]) -> Arrays:
     """The rows of all parts one after the other; where a part lacks a column they are missing, and what does not grow is as the last says that has it."""
-    if len(parts) == 1:
-        return parts[0]
-    models = sorted({str(model) for part in parts for model in part.get(MODELS[0], ())})
-    parts = [_widened(part, models) for part in parts]
-    whole = {name: array for part in parts for name, array in part.items()}
-    return {name: np.concatenate([_column(part, name, array) for part in parts]) if _axis(name) else array for name, array in whole.items()}
+    if len(files) == 1:
+        return files[0]
+    models = sorted({str(model) for part in files for model in part.get(MODELS[0], ())})
+    files = [_widen(part, models) for part in files]
+    whole = {name: array for part in files for name, array in part.items()}
+    return {name: np.concatenate([_column(part, name, array) for part in files]) if _axis(name) else array for name, array in whole.items()}
 
 
-def _column(part: Arrays, name: str, like: np.ndarray) -> np.ndarray:
+def _column(file: Arrays, name: str, like: np.ndarray) -> np.ndarray:
     """A column of a part, made of missing values where it has none."""
-    rows = len(part.get(GROWING[_axis(name)], ()))
+    rows = len(file.get(GROWING[_axis(name)], ()))
     nothing = MISSING.get(name, -1 if name.endswith("_correct") else np.nan if like.dtype.kind == "f" else 0)
-    return part.get(name, np.full((rows, *like.shape[1:]), nothing, like.dtype))
+    return file.get(name, np.full((rows, *like.shape[1:]), nothing, like.dtype))
 
 
-def _widened(part: Arrays, models: Sequence[str]) -> Arrays:
+def _widen(file: Arrays, models: Sequence[str]) -> Arrays:
     """The part with a place for each of the federation's own models that any part has."""
-    if MODELS[0] not in part:
-        return part
-    own, correct = [str(model) for model in part[MODELS[0]]], part[MODELS[1]]
+    if MODELS[0] not in file:
+        return file
+    own, correct = [str(model) for model in file[MODELS[0]]], file[MODELS[1]]
     missing = np.full_like(correct[:, 0], -1)
     columns = [correct[:, own.index(model)] if model in own else missing for model in models]
-    return part | {MODELS[0]: np.array(models, object), MODELS[1]: np.stack(columns, 1)}
+    return file | {MODELS[0]: np.array(models, object), MODELS[1]: np.stack(columns, 1)}

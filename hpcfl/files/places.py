@@ -4,7 +4,7 @@ from pathlib import Path
 from hpcfl.errors import JobError
 
 
-def place(path: str | Path) -> Path:
+def expand_home(path: str | Path) -> Path:
     """The path with ~ and ~USER at its beginning replaced by the home folder.
 
     Raises: JobError where there is no such home folder.

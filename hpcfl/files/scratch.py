@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from hpcfl.errors import EnvironmentFault
-from hpcfl.files.places import place
+from hpcfl.files.places import expand_home
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +36,7 @@ class Scratch:
         """
         self._end, self._free = 0, defaultdict[int, list[int]](list)                     # size in bytes -> where so much is free
         try:
-            self._folder = place(folder) if folder else tempfile.gettempdir()
+            self._folder = expand_home(folder) if folder else tempfile.gettempdir()
             self._file = tempfile.TemporaryFile(dir=self._folder, buffering=0)
         except OSError as error:
             raise self._fault(error) from error

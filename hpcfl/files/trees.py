@@ -8,7 +8,7 @@ import torch
 
 from hpcfl.errors import CheckpointError, LayoutError
 from hpcfl.files import hdf5
-from hpcfl.files.atomic import WAY_OUT, replacing, sha256
+from hpcfl.files.atomic import WAY_OUT, hash_file, replacing
 from hpcfl.tree import Tree
 
 TYPE = "torch_dtype"                                               # attribute of a dataset that holds the bits of a type which numpy lacks
@@ -36,14 +36,14 @@ def write_trees(path: Path, trees: Iterable[tuple[str, Tree]]) -> str:
             if shapes != {leaf.name: leaf.shape for leaf in written.datasets()}:
                 raise CheckpointError(f"{path}: does not read back as written; what was there before is untouched. {WAY_OUT}")
         with draft.telling():
-            return sha256(draft.path)
+            return hash_file(draft.path)
 
 
 def read_trees(path: Path, names: Collection[str] | None = None) -> dict[str, Tree]:
     """The named Trees of a file, or all, on the host. Raises CheckpointError as hdf5.Reader does."""
     with hdf5.reading(path, CheckpointError) as file:
         wanted = file.members() if names is None else names
-        return {name: {leaf.name[len(name) + 2:]: _leaf(file, leaf) for leaf in file.datasets(f"/{name}")} for name in wanted}
+        return {name: {leaf.name[len(name) + 2:]: _get(file, leaf) for leaf in file.datasets(f"/{name}")} for name in wanted}
 
 
 def _put(group: h5py.Group, path: str, leaf: torch.Tensor) -> None:
@@ -59,7 +59,7 @@ def _put(group: h5py.Group, path: str, leaf: torch.Tensor) -> None:
         group[path].attrs[TYPE] = str(leaf.dtype).removeprefix("torch.")
 
 
-def _leaf(file: hdf5.Reader, dataset: h5py.Dataset) -> torch.Tensor:
+def _get(file: hdf5.Reader, dataset: h5py.Dataset) -> torch.Tensor:
     """What `_put` put there."""
     leaf = torch.from_numpy(np.asarray(file.values(dataset)))
     leaf = leaf if leaf.numel() else torch.empty_like(leaf, memory_format=torch.contiguous_format)         # numpy's empty arrays have strides of 0

@@ -130,10 +130,10 @@ def kept_signal(steps: int, device: torch.device | str = "cpu") -> Tensor:
     return (1 - betas(steps)).cumprod(0).to(device)
 
 
-def diffuse(x: Tensor, eps: Tensor, signal: Tensor, spread: Tensor) -> Tensor:
+def diffuse(x: Tensor, eps: Tensor, signal: Tensor, deviation: Tensor) -> Tensor:
     """x_t = signal * x + spread * eps with factors (B,)."""
     shape = (-1, *[1] * (x.dim() - 1))
-    return signal.view(shape) * x + spread.view(shape) * eps
+    return signal.view(shape) * x + deviation.view(shape) * eps
 
 
 class UNet(nn.Module):
@@ -164,8 +164,8 @@ class UNet(nn.Module):
         half = self.down1(first)                                   # (B, n, H/2, H/2)
         quarter = self.down2(half)                                 # (B, 2n, H/4, H/4)
         up = self.up0(self.mean(quarter))                          # (B, 2n, H/4, H/4)
-        up = self.up1(torch.cat([modulated(up, self.class1(known), self.time1(time)), quarter], 1))
-        up = self.up2(torch.cat([modulated(up, self.class2(known), self.time2(time)), half], 1))
+        up = self.up1(torch.cat([modulate(up, self.class1(known), self.time1(time)), quarter], 1))
+        up = self.up2(torch.cat([modulate(up, self.class2(known), self.time2(time)), half], 1))
         return self.end(torch.cat([up, first], 1))
 
 
@@ -198,6 +198,6 @@ def embedding(size: int, wanted: int) -> nn.Module:
     return nn.Sequential(nn.Linear(size, wanted), nn.GELU(), nn.Linear(wanted, wanted))
 
 
-def modulated(maps: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def modulate(maps: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """scale * maps + shift with factors (B, C) of maps (B, C, H, W)."""
     return planes(scale, maps) * maps + planes(shift, maps)

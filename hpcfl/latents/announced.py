@@ -5,14 +5,14 @@ import torch
 from torch import Tensor
 
 from hpcfl.latents import gaussians, moments
-from hpcfl.latents.moments import MODES, GlobalMoments
+from hpcfl.latents.moments import MODES, ClassGaussians
 from hpcfl.tree import Tree
 
 HEADER = 4                                                         # int32 words in front of every message (client, round, mode, flags): 16 bytes
 
 
 @dataclass(frozen=True)
-class Known:
+class AnnouncedGaussians:
     """Global statistics on a client's device.
 
     has (C,) bool; mean (C, p) float32; variance (C, p) float32, the diagonal of each class's covariance; weight (C, p), inverse variances with mean 1
@@ -29,7 +29,7 @@ class Known:
     coupling: Tensor
 
     @classmethod
-    def of(cls, message: Tree, mode: str, device: torch.device) -> "Known":
+    def from_message(cls, message: Tree, mode: str, device: torch.device) -> "AnnouncedGaussians":
         """Read a down message."""
         kind, has, mean, spread = MODES[mode], message["has"].bool(), message["mean"], message["spread"].double()
         spread = spread[None] if kind.shared else spread[:, None] if kind.isotropic else spread            # leading axis 1 or C
@@ -50,17 +50,17 @@ class Known:
         return gaussians.distance(self.mean, self.factor, labels, z)
 
 
-def nothing(classes: int, size: int, mode: str) -> GlobalMoments:
+def make_empty(classes: int, size: int, mode: str) -> ClassGaussians:
     """What is known before anybody said anything: zeros, and has = false everywhere."""
     none = torch.zeros(0, size, dtype=torch.float64), torch.zeros(0, dtype=torch.int64), torch.zeros(classes, size, dtype=torch.float64)
-    return moments.from_sums(none[2][:, 0], none[2], moments.centred_scatter(*none, mode), mode)
+    return moments.from_sums(none[2][:, 0], none[2], moments.measure_scatter(*none, mode), mode)
 
 
-def announce(server: GlobalMoments, mode: str, target: str, floor: float) -> Tree:
+def announce_gaussians(server: ClassGaussians, mode: str, target: str, floor: float) -> Tree:
     """The down message {"header", "has", "mean", "spread"}: covariances shrunk (OAS) and floored where the sample counts are known, then packed and cast."""
-    kind, spread = MODES[mode], server.spread
+    kind, covariance = MODES[mode], server.spread
     if kind.full:
         count = server.count.sum() if kind.shared else server.count
-        spread = moments.pack_triangle(gaussians.floor(gaussians.shrink(spread, count, target), floor))
+        covariance = moments.pack_triangle(gaussians.floor(gaussians.shrink(covariance, count, target), floor))
     return {"header": torch.zeros(HEADER, dtype=torch.int32), "has": server.has.to(torch.uint8), "mean": server.mean.float(),
-            "spread": spread.float() if kind.full else spread.clamp_min(floor).float()}
+            "spread": covariance.float() if kind.full else covariance.clamp_min(floor).float()}

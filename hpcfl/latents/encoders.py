@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from hpcfl.data.shards import Scale
 from hpcfl.models import fixed_maps
-from hpcfl.training.evaluate import in_batches
+from hpcfl.training.evaluate import apply_in_batches
 from hpcfl.training.group import Group
 
 
@@ -25,7 +25,7 @@ class OwnLatent:
         """Images (B, C, H, W) in [-1, 1] to latents (B, p), differentiable."""
         return modules.model.features(self.scale.from_symmetric(images))
 
-    def of_training(self, group: Group, site, client: int) -> Tensor:
+    def encode_training(self, group: Group, site, client: int) -> Tensor:
         """Latents of a client's training images, (n, p), without gradients."""
         return site.features(group, client)
 
@@ -50,23 +50,23 @@ class CommonLatent:
         """Images (B, C, H, W) in [-1, 1] to latents (B, p), differentiable."""
         return modules.map(images)
 
-    def of_training(self, group: Group, site, client: int) -> Tensor:
+    def encode_training(self, group: Group, site, client: int) -> Tensor:
         """Latents of a client's training images, (n, p), without gradients; neither map nor images change, so they are encoded once."""
-        return site.once("latent", client, lambda: in_batches(self._map, site.holdings[client].train))
+        return site.once("latent", client, lambda: apply_in_batches(self._map, site.holdings[client].train))
 
     @torch.no_grad()
     def _map(self, images: Tensor) -> Tensor:
         return self.map(self.scale.to_symmetric(images))
 
 
-def own(config, problem) -> OwnLatent:
+def build_own(config, problem) -> OwnLatent:
     """The paper's latent."""
     return OwnLatent(problem.common_feature_size(), problem.scale)
 
 
-def common(config, problem) -> CommonLatent:
+def build_common(config, problem) -> CommonLatent:
     """The shared fixed map that the job names."""
     return CommonLatent(fixed_maps.build(config.common_map, problem.shape, config.common_size, problem.job.run.seed).to(problem.device), problem.scale)
 
 
-LATENTS = {"own": own, "common": common}
+LATENTS = {"own": build_own, "common": build_common}

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from hpcfl.errors import NonFiniteError
-from hpcfl.latents.moments import MODES, GlobalMoments
+from hpcfl.latents.moments import MODES, ClassGaussians
 
 FLOOR = 1e-4                                                       # variance; smallest that a server lets pass
 RELATIVE_FLOOR = 1e-6                                              # of the mean variance tr(S)/p
@@ -48,19 +48,19 @@ def cholesky(covariance: Tensor, minimum: float = FLOOR) -> Tensor:
     symmetric = (covariance.double() + covariance.double().mT) / 2
     factor, failed = torch.linalg.cholesky_ex(symmetric)
     for index in failed.nonzero().tolist():
-        factor[tuple(index)] = _repaired(symmetric[tuple(index)], minimum)
+        factor[tuple(index)] = _repair(symmetric[tuple(index)], minimum)
     return factor
 
 
-def factors(moments: GlobalMoments, mode: str, target: str = "iso", minimum: float = FLOOR) -> Tensor:
+def compute_factors(gaussians: ClassGaussians, mode: str, target: str = "iso", minimum: float = FLOOR) -> Tensor:
     """What `draw` multiplies noise with, float64, computed once per server message: deviations (1, p), (C, p) or (C, 1) in the diagonal modes,
     else Cholesky factors (1, p, p) or (C, p, p) of the shrunk and floored covariances."""
     kind = MODES[mode]
-    spread = moments.spread[None] if kind.shared else moments.spread[:, None] if kind.isotropic else moments.spread
+    covariance = gaussians.spread[None] if kind.shared else gaussians.spread[:, None] if kind.isotropic else gaussians.spread
     if not kind.full:
-        return spread.clamp(min=minimum).sqrt()
-    count = moments.count.sum()[None] if kind.shared else moments.count
-    return cholesky(floor(shrink((spread + spread.mT) / 2, count, target), minimum), minimum)
+        return covariance.clamp(min=minimum).sqrt()
+    count = gaussians.count.sum()[None] if kind.shared else gaussians.count
+    return cholesky(floor(shrink((covariance + covariance.mT) / 2, count, target), minimum), minimum)
 
 
 def draw(mean: Tensor, factor: Tensor, labels: Tensor, eps: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ def _variances(matrix: Tensor) -> Tensor:
     return matrix.diagonal(dim1=-2, dim2=-1)
 
 
-def _repaired(symmetric: Tensor, minimum: float) -> Tensor:
+def _repair(symmetric: Tensor, minimum: float) -> Tensor:
     identity = torch.eye(len(symmetric), dtype=symmetric.dtype, device=symmetric.device)
     scale = _variances(symmetric).mean()
     for jitter in JITTERS:

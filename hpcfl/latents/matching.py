@@ -10,29 +10,29 @@ from torch import Tensor
 BANDWIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)                            # of the RBF kernels, times the median squared distance
 
 
-def class_mean(f: Tensor, v: Tensor, fresh: Tensor, mean: Tensor, deviation: Tensor, weight: Tensor) -> Tensor:
+def match_class_mean(f: Tensor, v: Tensor, fresh: Tensor, mean: Tensor, deviation: Tensor, weight: Tensor) -> Tensor:
     """Squared distance of the mean feature to the prototype: MMD with a linear kernel (Zhao and Bilen, WACV 2023). Zero when mean features equal c^y."""
     return (weight * (f.mean(1) - mean).square()).sum(1).mean()
 
 
-def second_moment(f: Tensor, v: Tensor, fresh: Tensor, mean: Tensor, deviation: Tensor, weight: Tensor) -> Tensor:
+def match_second_moment(f: Tensor, v: Tensor, fresh: Tensor, mean: Tensor, deviation: Tensor, weight: Tensor) -> Tensor:
     """`class_mean` plus the squared distance of the standard deviations: both uploaded statistics (ours; wants M >= 32)."""
     centred = f - f.mean(1, keepdim=True)
-    spread = (centred.square().sum(1) / (f.shape[1] - 1) + 1e-12).sqrt()                    # (Y, p); the 1e-12 keeps the gradient finite at 0
-    return class_mean(f, v, fresh, mean, deviation, weight) + (spread - deviation).square().sum(1).mean()
+    deviation_now = (centred.square().sum(1) / (f.shape[1] - 1) + 1e-12).sqrt()                    # (Y, p); the 1e-12 keeps the gradient finite at 0
+    return match_class_mean(f, v, fresh, mean, deviation, weight) + (deviation_now - deviation).square().sum(1).mean()
 
 
-def per_sample(f: Tensor, v: Tensor, fresh: Tensor, mean: Tensor, deviation: Tensor, weight: Tensor) -> Tensor:
+def match_per_sample(f: Tensor, v: Tensor, fresh: Tensor, mean: Tensor, deviation: Tensor, weight: Tensor) -> Tensor:
     """Squared distance of every feature to the prototype; it draws all samples to the mean, so it costs diversity."""
     return (weight.unsqueeze(1) * (f - mean.unsqueeze(1)).square()).sum(2).mean()
 
 
-def cycle(f: Tensor, v: Tensor, fresh: Tensor, mean: Tensor, deviation: Tensor, weight: Tensor) -> Tensor:
+def match_cycle(f: Tensor, v: Tensor, fresh: Tensor, mean: Tensor, deviation: Tensor, weight: Tensor) -> Tensor:
     """Squared distance of every feature to the latent it came from (ours)."""
     return (f - v).square().sum(2).mean()
 
 
-def mmd_rbf(f: Tensor, v: Tensor, fresh: Tensor, mean: Tensor, deviation: Tensor, weight: Tensor) -> Tensor:
+def match_mmd_rbf(f: Tensor, v: Tensor, fresh: Tensor, mean: Tensor, deviation: Tensor, weight: Tensor) -> Tensor:
     """Unbiased squared MMD between the features and fresh draws, a sum of RBF kernels (Gretton et al., JMLR 2012, equation 3)."""
     count = f.shape[1]
     joint = torch.cat([f, fresh], 1)                                                        # (Y, 2M, p)
@@ -44,4 +44,4 @@ def mmd_rbf(f: Tensor, v: Tensor, fresh: Tensor, mean: Tensor, deviation: Tensor
     return ((within[0] + within[1]) / (count * (count - 1)) - 2 * across).mean()
 
 
-MATCHINGS = {"mean": class_mean, "moment2": second_moment, "per_sample": per_sample, "mmd_rbf": mmd_rbf, "cycle": cycle}
+MATCHINGS = {"mean": match_class_mean, "moment2": match_second_moment, "per_sample": match_per_sample, "mmd_rbf": match_mmd_rbf, "cycle": match_cycle}

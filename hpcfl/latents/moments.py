@@ -40,7 +40,7 @@ class Moments:
 
 
 @dataclass(frozen=True)
-class GlobalMoments:
+class ClassGaussians:
     """What all clients know together, float64. Every field is a tensor: `dict(vars(m))` is a Tree, `GlobalMoments(**tree)` the way back.
 
     `within` and `between` are the traces of the two parts of the pooled covariance: the spread inside clients, and that of the clients' means
@@ -67,7 +67,7 @@ def measure(z: Tensor, y: Tensor, classes: int, full: bool, where: str = "featur
     `full` keeps the scatter (C, p, p), otherwise its diagonal (C, p).
     Raises: NonFiniteError naming `where` for NaN or infinity in z, DataError for labels outside [0, classes).
     """
-    sums = first_sums(z, y, classes, where)
+    sums = sum_features(z, y, classes, where)
     mean = sums["sums"] / sums["counts"].clamp(min=1)[:, None]     # (C, p)
     return Moments(sums["counts"], mean, _scatter(z.detach().double() - mean[y], y, classes, full))
 
@@ -82,7 +82,7 @@ def merge(a: Moments, b: Moments) -> Moments:
     return Moments(count, a.mean + apart * share[:, None], a.scatter + b.scatter + square)
 
 
-def spread_of(moments: Moments, mode: str) -> Tensor:
+def find_covariances(moments: Moments, mode: str) -> Tensor:
     """One client's variances or covariances W/n, float64, as a message has them: (p,), (C, p), (C,), (p(p+1)/2,) or (C, p(p+1)/2).
 
     Raises: LayoutError where the mode needs scatter matrices and only diagonals were measured.
@@ -92,7 +92,7 @@ def spread_of(moments: Moments, mode: str) -> Tensor:
     if kind.full and not measured_full:
         raise LayoutError(f"'{mode}' needs scatter matrices, got diagonals {tuple(moments.scatter.shape)}; measure(..., full=needs_full(mode))")
     scatter = moments.scatter if kind.full or not measured_full else moments.scatter.diagonal(dim1=-2, dim2=-1)
-    spread = _per_sample(_kept(scatter, kind), moments.count, kind)
+    spread = _per_sample(_keep(scatter, kind), moments.count, kind)
     return pack_triangle(spread) if kind.full else spread
 
 
@@ -102,8 +102,8 @@ def to_message(moments: Moments, mode: str, min_count: int = 1, dtype: torch.dty
     Classes with fewer than `min_count` samples are left out, of the shared spread as well: with one sample the mean is that sample's feature.
     """
     sent = moments.count >= max(min_count, 1)                      # (C,)
-    kept = Moments(*(leaf * _beside(sent, leaf) for leaf in (moments.count, moments.mean, moments.scatter)))
-    return {"counts": kept.count.long(), "means": kept.mean.to(dtype), "spread": spread_of(kept, mode).to(dtype)}
+    kept = Moments(*(leaf * _align_counts(sent, leaf) for leaf in (moments.count, moments.mean, moments.scatter)))
+    return {"counts": kept.count.long(), "means": kept.mean.to(dtype), "spread": find_covariances(kept, mode).to(dtype)}
 
 
 def from_message(message: Tree, mode: str) -> Moments:
@@ -111,10 +111,10 @@ def from_message(message: Tree, mode: str) -> Moments:
     kind = MODES[mode]
     count, spread = message["counts"].double(), message["spread"].double()
     scatter = unpack_triangle(spread) if kind.full else spread
-    return Moments(count, message["means"].double(), scatter * (count.sum() if kind.shared else _beside(count, scatter)))
+    return Moments(count, message["means"].double(), scatter * (count.sum() if kind.shared else _align_counts(count, scatter)))
 
 
-def aggregate(messages: Sequence[Tree], mode: str, between_client: bool = True) -> GlobalMoments:
+def aggregate(messages: Sequence[Tree], mode: str, between_client: bool = True) -> ClassGaussians:
     """The moments of all clients' samples together, by the law of total covariance:
 
         Sigma^y = 1/n^y     sum_k   [W_k^y + n_k^y (c_k^y - c^y)(c_k^y - c^y)^T]        of each class
@@ -129,11 +129,11 @@ def aggregate(messages: Sequence[Tree], mode: str, between_client: bool = True) 
     count = sum(client.count for client in clients)                # (C,)
     mean = sum(client.count[:, None] * client.mean for client in clients) / count.clamp(min=1)[:, None]
     within = sum(client.scatter for client in clients)
-    between = sum(_around(client.count, client.mean - mean, kind) for client in clients)
-    return _finished(count, mean, within, between if between_client else torch.zeros_like(between), kind)
+    between = sum(_scatter_around(client.count, client.mean - mean, kind) for client in clients)
+    return _finish(count, mean, within, between if between_client else torch.zeros_like(between), kind)
 
 
-def first_sums(z: Tensor, y: Tensor, classes: int, where: str = "features") -> Tree:
+def sum_features(z: Tensor, y: Tensor, classes: int, where: str = "features") -> Tree:
     """First phase of the form that needs only sums: {"counts": (C,), "sums": (C, p)} of features z (n, p), float64; add over clients.
 
     Raises: as `measure`.
@@ -147,28 +147,28 @@ def first_sums(z: Tensor, y: Tensor, classes: int, where: str = "features") -> T
     return {"counts": counts, "sums": torch.zeros(classes, z.shape[1], dtype=torch.float64, device=z.device).index_add_(0, y, z.detach().double())}
 
 
-def centred_scatter(z: Tensor, y: Tensor, centre: Tensor, mode: str) -> Tensor:
+def measure_scatter(z: Tensor, y: Tensor, centre: Tensor, mode: str) -> Tensor:
     """Second phase: a client's scatter around the common means `centre` (C, p), float64, in the form of `spread_of`; add over clients."""
     kind, centred = MODES[mode], z.detach().double() - centre[y]
     if kind.shared and kind.full:
         return pack_triangle(centred.T @ centred)
-    scatter = _kept(_scatter(centred, y, len(centre), kind.full), kind)
+    scatter = _keep(_scatter(centred, y, len(centre), kind.full), kind)
     return pack_triangle(scatter) if kind.full else scatter
 
 
-def from_sums(counts: Tensor, sums: Tensor, scatter: Tensor, mode: str) -> GlobalMoments:
+def from_sums(counts: Tensor, sums: Tensor, scatter: Tensor, mode: str) -> ClassGaussians:
     """What `aggregate` gives, from the totals of the two phases; they cannot tell within from between, so `within` is both."""
     kind = MODES[mode]
     whole = unpack_triangle(scatter) if kind.full else scatter
-    return _finished(counts, sums / counts.clamp(min=1)[:, None], whole, torch.zeros_like(whole), kind)
+    return _finish(counts, sums / counts.clamp(min=1)[:, None], whole, torch.zeros_like(whole), kind)
 
 
-def keep_previous(new: GlobalMoments, old: GlobalMoments, mode: str) -> GlobalMoments:
+def keep_previous(new: ClassGaussians, old: ClassGaussians, mode: str) -> ClassGaussians:
     """`new`, where classes without a sample keep what `old` knew of them; a shared spread is kept only where nobody had any sample."""
     def kept(name: str, by_class: bool) -> Tensor:
         ours, theirs = getattr(new, name), getattr(old, name)
-        return torch.where(_beside(new.has, ours) if by_class else new.has.any(), ours, theirs)
-    return GlobalMoments(new.has | old.has, kept("mean", True), kept("spread", not MODES[mode].shared), kept("count", True),
+        return torch.where(_align_counts(new.has, ours) if by_class else new.has.any(), ours, theirs)
+    return ClassGaussians(new.has | old.has, kept("mean", True), kept("spread", not MODES[mode].shared), kept("count", True),
                          kept("within", False), kept("between", False))
 
 
@@ -188,7 +188,7 @@ def unpack_triangle(packed: Tensor) -> Tensor:
     return matrix
 
 
-def _beside(by_class: Tensor, leaf: Tensor) -> Tensor:
+def _align_counts(by_class: Tensor, leaf: Tensor) -> Tensor:
     return by_class.view(-1, *[1] * (leaf.dim() - 1))
 
 
@@ -207,31 +207,31 @@ def _scatter(centred: Tensor, y: Tensor, classes: int, full: bool) -> Tensor:
     return scatter
 
 
-def _kept(scatter: Tensor, kind: Mode) -> Tensor:
+def _keep(scatter: Tensor, kind: Mode) -> Tensor:
     """What the mode keeps of scatter (C, p), or (C, p, p) if full, by class."""
     pooled = scatter.sum(0) if kind.shared else scatter
     return pooled.mean(-1) if kind.isotropic else pooled
 
 
-def _around(count: Tensor, apart: Tensor, kind: Mode) -> Tensor:
+def _scatter_around(count: Tensor, apart: Tensor, kind: Mode) -> Tensor:
     """sum n d d^T of the means' deviations d (C, p), in the shape of the mode."""
     if kind.full:
         return (count[:, None] * apart).T @ apart if kind.shared else _outer(count, apart)
-    return _kept(count[:, None] * apart.square(), kind)
+    return _keep(count[:, None] * apart.square(), kind)
 
 
 def _per_sample(scatter: Tensor, count: Tensor, kind: Mode) -> Tensor:
-    return scatter / (count.sum() if kind.shared else _beside(count, scatter)).clamp(min=1)
+    return scatter / (count.sum() if kind.shared else _align_counts(count, scatter)).clamp(min=1)
 
 
-def _finished(count: Tensor, mean: Tensor, within: Tensor, between: Tensor, kind: Mode) -> GlobalMoments:
+def _finish(count: Tensor, mean: Tensor, within: Tensor, between: Tensor, kind: Mode) -> ClassGaussians:
     has = count > 0
     freedom = (count.sum() - has.sum()).clamp(min=1)               # N - C'; 1 where every class has one sample and the scatter is 0
     scatter = within + between
     spread = scatter / freedom if kind.shared else _per_sample(scatter, count, kind)
     traces = [(part.diagonal(dim1=-2, dim2=-1) if kind.full else part).sum() * (mean.shape[1] if kind.isotropic else 1) / freedom
               for part in (within, between)]
-    return GlobalMoments(has, mean, spread, count, *traces)
+    return ClassGaussians(has, mean, spread, count, *traces)
 
 
 def _check_alike(messages: Sequence[Tree]) -> None:

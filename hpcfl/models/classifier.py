@@ -11,7 +11,7 @@ Shape = tuple[int, int, int]         # (channels, height, width)
 
 
 @dataclass(frozen=True)
-class Parts:
+class Trunk:
     """What a family builds: the extractor (B, C, H, W) -> (B, *maps), the body (B, *maps) -> (B, size), which ends in a ReLU."""
 
     extractor: nn.Module
@@ -26,7 +26,7 @@ class Family(Protocol):
     def smallest(self) -> int:
         """The smallest height and width in pixels that the network can take."""
 
-    def parts(self, shape: Shape, norm: str, width: float) -> Parts:
+    def build_trunk(self, shape: Shape, norm: str, width: float) -> Trunk:
         """Extractor and body for images of `shape`, every hidden width c being `scaled(c, width)`; what is not shrunk is named there."""
 
 
@@ -42,7 +42,7 @@ class Model(nn.Module):
     Raises: LayoutError for images of another shape than the model was built for.
     """
 
-    def __init__(self, parts: Parts, shape: Shape, classes: int, features: int = 0, feature_relu: bool = True) -> None:
+    def __init__(self, parts: Trunk, shape: Shape, classes: int, features: int = 0, feature_relu: bool = True) -> None:
         super().__init__()
         keeps = features == 0 or (feature_relu and features == parts.size)
         self.shape, self.classes = tuple(shape), classes
@@ -72,7 +72,7 @@ class Model(nn.Module):
         return self.head(self.features(x))
 
 
-def scaled(channels: int, width: float) -> int:
+def scale_width(channels: int, width: float) -> int:
     """A hidden width at a shrinkage ratio: int(c * width), as FedConv's published code rounds.
 
     Raises: JobError where no channel is left, for a layer without channels computes nothing.

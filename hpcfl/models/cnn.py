@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from hpcfl.models.classifier import Parts, Shape, scaled
+from hpcfl.models.classifier import Shape, Trunk, scale_width
 from hpcfl.models.norms import NORMS
 
 Layers = OrderedDict[str, nn.Module]
@@ -37,16 +37,16 @@ class Cnn:
         """The smallest height and width in pixels that leave something for every conv."""
         return next(side for side in range(1, 1000) if self._fits(side))
 
-    def parts(self, shape: Shape, norm: str, width: float) -> Parts:
+    def build_trunk(self, shape: Shape, norm: str, width: float) -> Trunk:
         """Extractor and body for images (C, H, W); the body gives its flattened maps or the hidden layer."""
         extractor, maps = self._extractor(shape, norm)
         body, (channels, height, side) = self._body(maps, norm, width)
         body["flatten"] = nn.Flatten()
         size = channels * height * side
         if self.hidden:
-            body |= {"hidden": nn.Linear(size, scaled(self.hidden, width)), "hidden_relu": nn.ReLU()}
-            size = scaled(self.hidden, width)
-        return Parts(nn.Sequential(extractor), maps, nn.Sequential(body), size)
+            body |= {"hidden": nn.Linear(size, scale_width(self.hidden, width)), "hidden_relu": nn.ReLU()}
+            size = scale_width(self.hidden, width)
+        return Trunk(nn.Sequential(extractor), maps, nn.Sequential(body), size)
 
     def _extractor(self, shape: Shape, norm: str) -> tuple[Layers, Shape]:
         layers, (channels, height, side) = Layers(), shape
@@ -60,7 +60,7 @@ class Cnn:
 
     def _body(self, maps: Shape, norm: str, width: float) -> tuple[Layers, Shape]:
         layers, (channels, height, side) = Layers(), maps
-        for index, wanted in enumerate((scaled(wanted, width) for wanted in self.widths), 1):
+        for index, wanted in enumerate((scale_width(wanted, width) for wanted in self.widths), 1):
             layers[f"conv{index}"] = nn.Conv2d(channels, wanted, self.kernel, padding=self.padding)
             if self.normed:
                 layers[f"norm{index}"] = NORMS[norm](wanted)

@@ -82,8 +82,8 @@ class Roots(CommonMap):
         self.bank = bank
         count = len(bank.pitch)
         windows = min(max(GRID, ceil(sqrt(2 * size / count))), *shape[1:])
-        self.keep("down", windowed(shape[1], windows))                                           # (g, H)
-        self.keep("across", windowed(shape[2], windows))                                         # (g, W)
+        self.keep("down", build_windows(shape[1], windows))                                           # (g, H)
+        self.keep("across", build_windows(shape[2], windows))                                         # (g, W)
         frequency = torch.arange(windows).double()
         order = 0.75 * bank.pitch[:, None, None] + torch.hypot(frequency[:, None], frequency[None])
         rotation = torch.kron(bank.mixing, torch.kron(cosines(windows), cosines(windows)))       # (O g g, O g g)
@@ -188,7 +188,7 @@ def cosines(count: int) -> Tensor:
     return torch.cat([waves[:1] / sqrt(2), waves[1:]])
 
 
-def windowed(pixels: int, windows: int) -> Tensor:
+def build_windows(pixels: int, windows: int) -> Tensor:
     """Triangular windows that overlap by half and sum to 1 each: (windows, pixels), float64."""
     centre = (torch.arange(windows).double() + 0.5) * pixels / windows - 0.5
     weight = (1 - (torch.arange(pixels).double()[None] - centre[:, None]).abs() * windows / pixels).clamp_min(0)

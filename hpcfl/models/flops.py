@@ -31,10 +31,10 @@ class Counter(TorchDispatchMode):
             self.flops += 2 * result.numel() * arguments[PRODUCTS[operator]].shape[-1]
         elif operator is aten.convolution:
             x, weight, _, _, _, _, transposed = arguments[:7]
-            self.flops += _convolution(x if transposed else result, weight)
+            self.flops += _count_convolution(x if transposed else result, weight)
         elif operator is aten.convolution_backward:
             gradient, x, weight, *_, transposed, _, _, mask = arguments
-            self.flops += sum(mask[:2]) * _convolution(x if transposed else gradient, weight)
+            self.flops += sum(mask[:2]) * _count_convolution(x if transposed else gradient, weight)
         return result
 
 
@@ -48,6 +48,6 @@ def counting(wanted: bool) -> Iterator[Counter | None]:
         yield counter
 
 
-def _convolution(positions: Tensor, weight: Tensor) -> int:
+def _count_convolution(positions: Tensor, weight: Tensor) -> int:
     """Every weight is used once at each of the positions (B, C, ...): those of the output, of the input where the convolution is transposed."""
     return 2 * len(positions) * prod(positions.shape[2:]) * weight.numel()

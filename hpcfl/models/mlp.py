@@ -5,7 +5,7 @@ from math import prod
 
 from torch import nn
 
-from hpcfl.models.classifier import Parts, Shape, scaled
+from hpcfl.models.classifier import Shape, Trunk, scale_width
 
 SHRINK = 4          # the common extractor goes from N values to N / 4: 784 -> 196 on 28x28 (GeFL, specification section 4)
 
@@ -25,12 +25,12 @@ class Mlp:
         """2 pixels: the extractor keeps a quarter of the values."""
         return 2
 
-    def parts(self, shape: Shape, norm: str, width: float) -> Parts:
+    def build_trunk(self, shape: Shape, norm: str, width: float) -> Trunk:
         """Extractor (B, C, H, W) -> (B, CHW / 4) and body; there is nothing to normalise."""
-        maps = scaled(prod(shape) // SHRINK, width)
+        maps = scale_width(prod(shape) // SHRINK, width)
         layers, size = OrderedDict[str, nn.Module](), maps
         for index in range(1, self.depth - 1):
-            layers |= {f"linear{index}": nn.Linear(size, scaled(self.hidden, width)), f"relu{index}": nn.ReLU()}
-            size = scaled(self.hidden, width)
+            layers |= {f"linear{index}": nn.Linear(size, scale_width(self.hidden, width)), f"relu{index}": nn.ReLU()}
+            size = scale_width(self.hidden, width)
         extractor = nn.Sequential(OrderedDict(flatten=nn.Flatten(), linear=nn.Linear(prod(shape), maps), relu=nn.ReLU()))
-        return Parts(extractor, (maps,), nn.Sequential(layers), size)
+        return Trunk(extractor, (maps,), nn.Sequential(layers), size)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from hpcfl.models.classifier import Parts, Shape, scaled
+from hpcfl.models.classifier import Shape, Trunk, scale_width
 from hpcfl.models.norms import NORMS
 
 
@@ -41,15 +41,15 @@ class ResNet:
         """1 pixel: padded convs of stride 2 never shrink a map to nothing."""
         return 1
 
-    def parts(self, shape: Shape, norm: str, width: float) -> Parts:
+    def build_trunk(self, shape: Shape, norm: str, width: float) -> Trunk:
         """No common extractor; the body ends in the global average of its last maps."""
-        channels = scaled(self.widths[0], width)
+        channels = scale_width(self.widths[0], width)
         layers = OrderedDict[str, nn.Module](conv=nn.Conv2d(shape[0], channels, 3, 1, 1, bias=False), norm=NORMS[norm](channels), relu=nn.ReLU())
         for stage, (count, wanted) in enumerate(zip(self.blocks, self.widths, strict=False), 1):
-            wanted = scaled(wanted, width)
+            wanted = scale_width(wanted, width)
             for index in range(1, count + 1):
                 stride = 2 if stage > 1 and index == 1 else 1
                 layers[f"stage{stage}_block{index}"] = BasicBlock(channels, wanted, stride, norm)
                 channels = wanted
         layers |= {"average": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten()}
-        return Parts(nn.Sequential(), shape, nn.Sequential(layers), channels)
+        return Trunk(nn.Sequential(), shape, nn.Sequential(layers), channels)

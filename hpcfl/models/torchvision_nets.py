@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from hpcfl.models.classifier import Parts, Shape, scaled
+from hpcfl.models.classifier import Shape, Trunk, scale_width
 from hpcfl.models.norms import NORMS
 
 Setting = tuple[tuple[int, int, int, int], ...]
@@ -22,22 +22,22 @@ class MobileNetV2:
         """1 pixel: padded convs of stride 2 never shrink a map to nothing."""
         return 1
 
-    def parts(self, shape: Shape, norm: str, width: float) -> Parts:
+    def build_trunk(self, shape: Shape, norm: str, width: float) -> Trunk:
         """No common extractor; the body ends in the global average of its last maps."""
         from torchvision.models.mobilenetv2 import InvertedResidual
         from torchvision.ops import Conv2dNormActivation
 
         form = {"norm_layer": NORMS[norm], "activation_layer": nn.ReLU6}
-        channels = scaled(self.stem, width)
+        channels = scale_width(self.stem, width)
         layers = OrderedDict[str, nn.Module](stem=Conv2dNormActivation(shape[0], channels, stride=1, **form))
         for stage, (expansion, wanted, count, stride) in enumerate(self.settings, 1):
             for index in range(1, count + 1):
-                block = InvertedResidual(channels, scaled(wanted, width), stride if index == 1 else 1, expansion, norm_layer=NORMS[norm])
+                block = InvertedResidual(channels, scale_width(wanted, width), stride if index == 1 else 1, expansion, norm_layer=NORMS[norm])
                 layers[f"stage{stage}_block{index}"] = block
-                channels = scaled(wanted, width)
-        size = scaled(self.last, width)
+                channels = scale_width(wanted, width)
+        size = scale_width(self.last, width)
         layers |= {"last": Conv2dNormActivation(channels, size, kernel_size=1, **form), "average": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten()}
-        return Parts(nn.Sequential(), shape, nn.Sequential(layers), size)
+        return Trunk(nn.Sequential(), shape, nn.Sequential(layers), size)
 
 
 @dataclass(frozen=True)
@@ -55,24 +55,24 @@ class GoogLeNet:
         """1 pixel: padded pools of stride 2 never shrink a map to nothing."""
         return 1
 
-    def parts(self, shape: Shape, norm: str, width: float) -> Parts:
+    def build_trunk(self, shape: Shape, norm: str, width: float) -> Trunk:
         """No common extractor; the body ends in the global average of its last maps."""
         from torchvision.models.googlenet import Inception
 
         def conv(channels: int, wanted: int, **form: int) -> ConvNormRelu:
             return ConvNormRelu(channels, wanted, norm, **form)
 
-        channels = scaled(self.stem, width)
+        channels = scale_width(self.stem, width)
         layers = OrderedDict[str, nn.Module](stem=conv(shape[0], channels, kernel_size=3, padding=1))
         for stage, blocks in enumerate(self.stages, 1):
             if stage > 1:
                 layers[f"pool{stage}"] = nn.MaxPool2d(3, 2, 1)
             for index, widths in enumerate(blocks, 1):
-                branches = [scaled(wanted, width) for wanted in widths]
+                branches = [scale_width(wanted, width) for wanted in widths]
                 layers[f"stage{stage}_block{index}"] = Inception(channels, *branches, conv_block=conv)
                 channels = branches[0] + branches[2] + branches[4] + branches[5]
         layers |= {"average": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten()}
-        return Parts(nn.Sequential(), shape, nn.Sequential(layers), channels)
+        return Trunk(nn.Sequential(), shape, nn.Sequential(layers), channels)
 
 
 class ConvNormRelu(nn.Module):

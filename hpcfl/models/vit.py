@@ -6,7 +6,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from hpcfl.models.classifier import Parts, Shape, scaled
+from hpcfl.models.classifier import Shape, Trunk, scale_width
 
 PATCHES = 8              # the most patches along one side: 64 tokens from 32x32 images on, so attention stays a small part of the work
 SMALLEST_PATCH = 2       # pixels: 8x8 digits are 4x4 tokens
@@ -96,10 +96,10 @@ class Vit:
         """1 pixel: a patch is padded."""
         return 1
 
-    def parts(self, shape: Shape, norm: str, width: float) -> Parts:
+    def build_trunk(self, shape: Shape, norm: str, width: float) -> Trunk:
         """No common extractor; the body ends in the average of its last tokens."""
-        dim = self.heads * scaled(self.head, width)
+        dim = self.heads * scale_width(self.head, width)
         layers = OrderedDict[str, nn.Module](patches=Patches(shape, dim))
-        layers |= {f"block{index}": Block(dim, self.heads, scaled(self.hidden, width)) for index in range(1, self.depth + 1)}
+        layers |= {f"block{index}": Block(dim, self.heads, scale_width(self.hidden, width)) for index in range(1, self.depth + 1)}
         layers |= {"norm": nn.LayerNorm(dim), "relu": nn.ReLU(), "average": Average()}
-        return Parts(nn.Sequential(), shape, nn.Sequential(layers), dim)
+        return Trunk(nn.Sequential(), shape, nn.Sequential(layers), dim)

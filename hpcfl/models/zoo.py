@@ -56,7 +56,7 @@ def build(name: str, shape: Shape, classes: int, features: int = 64, norm: str =
     Raises: JobError as `entry`, for an unknown norm, sizes that are not positive, images too small for the model, and a width that leaves some
     hidden layer no channel.
     """
-    family, own_width = entry(name)
+    family, own_width = find_entry(name)
     if norm not in NORMS:
         raise JobError(f"models.norm = {norm!r} is not known; wanted one of {', '.join(NORMS)}")
     if len(shape) != 3 or min(shape) < 1 or classes < 1 or features < 0:
@@ -68,13 +68,13 @@ def build(name: str, shape: Shape, classes: int, features: int = 64, norm: str =
         raise JobError(f"models.names: '{name}' got images of {shape[1]}x{shape[2]} pixels, wanted at least {family.smallest()}x{family.smallest()}; "
                        "choose another model or enlarge the images by data.image_size")
     try:
-        parts = family.parts(tuple(shape), norm, own_width * width)
+        parts = family.build_trunk(tuple(shape), norm, own_width * width)
     except JobError as error:
         raise JobError(f"models.names: '{name}': {error}") from error
     return Model(parts, shape, classes, features, feature_relu)
 
 
-def entry(name: str) -> tuple[Family, float]:
+def find_entry(name: str) -> tuple[Family, float]:
     """The entry of that name and the width behind its @, 1 where there is none.
 
     Raises: JobError as `split_name`, and with the nearest name for one that does not exist.
@@ -105,7 +105,7 @@ def split_name(architecture: str) -> tuple[str, float]:
 
 
 @lru_cache(maxsize=None)
-def cost(name: str, shape: Shape, classes: int, features: int = 64, norm: str = "batch", feature_relu: bool = True, width: float = 1.0) -> int:
+def count_flops(name: str, shape: Shape, classes: int, features: int = 64, norm: str = "batch", feature_relu: bool = True, width: float = 1.0) -> int:
     """Floating-point operations of one forward pass of one image, as flops.Counter counts them. Arguments and errors as of `build`.
 
     On an image of zeros: torch's meta device imports its compiler, a second of every start.
@@ -118,7 +118,7 @@ def cost(name: str, shape: Shape, classes: int, features: int = 64, norm: str = 
 
 
 @lru_cache(maxsize=None)
-def memory(name: str, shape: Shape, classes: int, features: int, norm: str, feature_relu: bool, batch: int, slots: int) -> int:
+def count_training_bytes(name: str, shape: Shape, classes: int, features: int, norm: str, feature_relu: bool, batch: int, slots: int) -> int:
     """Bytes that training one model takes: parameters, gradients, `slots` optimiser states of each parameter, buffers, and what is kept for backward.
 
     Arguments and errors as of `build`; `batch` in images. What is kept is measured on the CPU in float32, on two and on three images (one alone is
@@ -127,13 +127,13 @@ def memory(name: str, shape: Shape, classes: int, features: int, norm: str, feat
     """
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         model = build(name, shape, classes, features, norm, feature_relu)
-        two, three = (kept(model, images) for images in (2, 3))
+        two, three = (count_kept_bytes(model, images) for images in (2, 3))
     parameters = sum(parameter.nbytes for parameter in model.parameters())
     buffers = sum(buffer.nbytes for buffer in model.buffers())
     return (2 + slots) * parameters + buffers + two + (three - two) * (batch - 2)
 
 
-def kept(model: Model, images: int) -> int:
+def count_kept_bytes(model: Model, images: int) -> int:
     """Bytes that a forward pass and its cross-entropy keep for the backward pass: each storage once, parameters and buffers not at all."""
     owned = {leaf.untyped_storage().data_ptr() for leaf in model.state_dict().values()}
     storages: dict[int, torch.UntypedStorage] = {}                 # held, lest a freed address be met again

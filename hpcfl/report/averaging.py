@@ -4,7 +4,7 @@ from collections.abc import Mapping
 NAMED = 6                                                          # parts that a warning lists; of more it says how many
 
 
-def warning(method: str, found: Mapping[str, int]) -> str | None:
+def warning_text(method: str, found: Mapping[str, int]) -> str | None:
     """What a user must know of parts of models that one client averages with nobody; None where there is none. found: part -> clients that average it."""
     alone = [name for name, clients in found.items() if clients == 1]
     if not alone:

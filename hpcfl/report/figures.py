@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from hpcfl.report.hdf5_view import BYTE_UNITS
-from hpcfl.report.recording import mean_of
+from hpcfl.report.recording import average
 
 WIDTH = 6.0                                                        # inches: half a laptop page, and ten-point text stays readable on a phone
 DPI = 160
@@ -45,12 +45,12 @@ DARK = Theme("#161b22", "#e6eaf0", "#9aa5b4", "#2c343f", ("#4aa8e0", "#f0853f", 
 Drawing = Callable[[Theme], Figure]
 
 
-def png(draw: Drawing, theme: Theme = LIGHT) -> bytes:
+def to_png(draw: Drawing, theme: Theme = LIGHT) -> bytes:
     """A drawing as a PNG file of WIDTH inches at DPI."""
     return _file(draw, theme, "png", {"Software": "hpcfl"})
 
 
-def svg(draw: Drawing, theme: Theme = LIGHT) -> bytes:
+def to_svg(draw: Drawing, theme: Theme = LIGHT) -> bytes:
     """A drawing as an SVG file of WIDTH inches, the same bytes each time, its text as text."""
     return _file(draw, theme, "svg", {"Date": None, "Creator": "hpcfl"})
 
@@ -71,7 +71,7 @@ def _file(draw: Drawing, theme: Theme, kind: str, metadata: Mapping[str, str | N
     return buffer.getvalue()
 
 
-def accuracy(theme: Theme, lines: Mapping[str, tuple[int, np.ndarray, np.ndarray]], chance: float, phases: Sequence[tuple[int, str]]) -> Figure:
+def draw_accuracy(theme: Theme, lines: Mapping[str, tuple[int, np.ndarray, np.ndarray]], chance: float, phases: Sequence[tuple[int, str]]) -> Figure:
     """Accuracy per round: {name: (index of its colour, rounds (E,), percent (E, K))}; colour 0 shows its clients and their range, others a mean."""
     figure, axes = _plain(3.6)
     for name, (index, rounds, values) in lines.items():
@@ -80,7 +80,7 @@ def accuracy(theme: Theme, lines: Mapping[str, tuple[int, np.ndarray, np.ndarray
             axes.fill_between(rounds, _low(values), _high(values), color=colour, alpha=0.14, linewidth=0, label="min to max of the clients")
             axes.plot(rounds, values, color=colour, alpha=max(0.12, 1.1 / max(1, values.shape[1]) ** 0.5), linewidth=0.8,
                       marker="_" if len(rounds) == 1 else None, markersize=12)
-        axes.plot(rounds, mean_of(values, 1), color=colour, linewidth=2.2 if index == 0 else 1.8, linestyle=("-", "--", "-.", ":")[index % 4],
+        axes.plot(rounds, average(values, 1), color=colour, linewidth=2.2 if index == 0 else 1.8, linestyle=("-", "--", "-.", ":")[index % 4],
                   marker="o" if len(rounds) <= 25 else None, markersize=4, label=name, zorder=4 + index * 0.1)
     axes.axhline(chance, color=theme.muted, linewidth=1, linestyle=(0, (1, 2)), label=f"chance ({chance:.3g} %)")
     _per_round(axes, max(rounds.max(initial=1) for _, rounds, _ in lines.values()), "accuracy (%)")
@@ -106,7 +106,7 @@ def _phases(theme: Theme, axes: Axes, phases: Sequence[tuple[int, str]]) -> None
                       bbox={"facecolor": theme.surface, "edgecolor": "none", "alpha": 0.75, "pad": 0.5})
 
 
-def overlay(theme: Theme, groups: Mapping[str, Sequence[tuple[np.ndarray, np.ndarray]]], against: str) -> Figure:
+def draw_overlay(theme: Theme, groups: Mapping[str, Sequence[tuple[np.ndarray, np.ndarray]]], against: str) -> Figure:
     """Runs over each other: {label: [(x (E,), mean accuracy in percent (E,)), one per seed]}; several seeds become thin lines and their mean.
 
     A dotted line leads from each end to the right: what was reached once and for nothing more, as by a method of one exchange, stays in sight.
@@ -114,7 +114,7 @@ def overlay(theme: Theme, groups: Mapping[str, Sequence[tuple[np.ndarray, np.nda
     labels = {label: textwrap.fill(label + (f" ({len(runs)} seeds)" if len(runs) > 1 else ""), LEGEND[1]) for label, runs in groups.items()}
     columns = 2 if max(map(len, labels.values()), default=0) <= LEGEND[0] else 1
     figure, axes = _plain(3.3 + 0.17 * -(-sum(label.count("\n") + 1 for label in labels.values()) // columns))
-    unit, factor = byte_scale(max((x.max(initial=0) for runs in groups.values() for x, _ in runs), default=0)) if against == "bytes" else ("", 1)
+    unit, factor = choose_byte_scale(max((x.max(initial=0) for runs in groups.values() for x, _ in runs), default=0)) if against == "bytes" else ("", 1)
     for index, (label, runs) in enumerate(groups.items()):
         style = {"color": theme.series[index % len(theme.series)], "linestyle": ("-", "--", ":")[index // len(theme.series) % 3]}
         for x, y in runs if len(runs) > 1 else ():
@@ -140,16 +140,16 @@ def overlay(theme: Theme, groups: Mapping[str, Sequence[tuple[np.ndarray, np.nda
     return figure
 
 
-def before_after(theme: Theme, labels: Sequence[str], points: Mapping[str, tuple[int, np.ndarray]]) -> Figure:
+def draw_before_after(theme: Theme, labels: Sequence[str], points: Mapping[str, tuple[int, np.ndarray]]) -> Figure:
     """One row per client with a point for each of {name: (index of its colour, percent (K,))}, joined by a line; dashed lines are the means."""
     figure, axes = _plain(1.5 + _rows_high(len(labels)))
     y, stacked = np.arange(len(labels)), np.stack([values for _, values in points.values()])                             # (points, K)
     axes.hlines(y, _low(stacked.T), _high(stacked.T), color=theme.muted, alpha=0.6, linewidth=1.6 if len(labels) <= LABELS_UP_TO else 0.7)
     for name, (index, values) in points.items():
         colour, marker = theme.series[index], "osD"[index]
-        axes.axvline(mean_of(values, 0), color=colour, linewidth=1.1, linestyle=(0, (4, 3)), alpha=0.8, zorder=0)
+        axes.axvline(average(values, 0), color=colour, linewidth=1.1, linestyle=(0, (4, 3)), alpha=0.8, zorder=0)
         axes.scatter(values, y, s=38 if len(labels) <= LABELS_UP_TO else 13, color=colour, marker=marker, linewidth=0.8, edgecolor=theme.surface,
-                     label=f"{name} (mean {mean_of(values, 0):.1f} %)", zorder=3)
+                     label=f"{name} (mean {average(values, 0):.1f} %)", zorder=3)
     _client_rows(axes, labels)
     axes.set_xlabel("accuracy (%)")
     axes.grid(axis="x")
@@ -157,7 +157,7 @@ def before_after(theme: Theme, labels: Sequence[str], points: Mapping[str, tuple
     return figure
 
 
-def recall(theme: Theme, values: np.ndarray, absent: np.ndarray, labels: Sequence[str]) -> Figure:
+def draw_recall(theme: Theme, values: np.ndarray, absent: np.ndarray, labels: Sequence[str]) -> Figure:
     """Heat map of percent (K, C), a dot in the cells of classes the client has no training sample of unless there are too many to see."""
     figure, axes = _plain(1.7 + _rows_high(len(labels), 0.25))
     ramp = _ramp(theme)
@@ -178,7 +178,7 @@ def recall(theme: Theme, values: np.ndarray, absent: np.ndarray, labels: Sequenc
     return figure
 
 
-def losses(theme: Theme, series: Mapping[str, np.ndarray]) -> Figure:
+def draw_losses(theme: Theme, series: Mapping[str, np.ndarray]) -> Figure:
     """A panel per quantity of {name: (R, K)}: mean over the clients that took part, and their range; logarithmic where values span decades."""
     columns = min(2, len(series))
     figure = Figure(figsize=(WIDTH, 0.4 + (3.0 if columns == 1 else 1.9) * -(-len(series) // columns)))
@@ -189,7 +189,7 @@ def losses(theme: Theme, series: Mapping[str, np.ndarray]) -> Figure:
         axes.fill_between(rounds, _low(seen), _high(seen), color=theme.series[0], alpha=0.18, linewidth=0)
         if len(rounds) == 1:
             axes.vlines(rounds, _low(seen), _high(seen), color=theme.series[0], alpha=0.35, linewidth=6)       # a band needs two rounds
-        axes.plot(rounds, mean_of(seen, 1), color=theme.series[0], linewidth=1.8, marker="o" if len(rounds) <= 12 else None, markersize=3.5)
+        axes.plot(rounds, average(seen, 1), color=theme.series[0], linewidth=1.8, marker="o" if len(rounds) <= 12 else None, markersize=3.5)
         _per_round(axes, len(values), "")
         axes.set_title(name.replace("_", " "))
         if seen.size and np.nanmin(seen) > 0 and np.nanmax(seen) > 30 * np.nanmin(seen):
@@ -205,7 +205,7 @@ def losses(theme: Theme, series: Mapping[str, np.ndarray]) -> Figure:
     return figure
 
 
-def negatives(theme: Theme, paths: Sequence[str], sizes: Sequence[str], values: np.ndarray) -> Figure:
+def draw_negatives(theme: Theme, paths: Sequence[str], sizes: Sequence[str], values: np.ndarray) -> Figure:
     """Percent of negative weights, (R, paths, sizes): a panel per parameter over rounds, or of many a heat map of the last round that has them."""
     measured = np.flatnonzero(np.isfinite(values).any((1, 2)))
     return (_negative_panels if len(paths) <= PANELS_UP_TO else _negative_map)(theme, paths, sizes, values, measured)
@@ -252,7 +252,7 @@ def _negative_map(theme: Theme, paths: Sequence[str], sizes: Sequence[str], valu
     return figure
 
 
-def server(theme: Theme, notes: Mapping[str, np.ndarray], dilated: np.ndarray) -> Figure:
+def draw_server(theme: Theme, notes: Mapping[str, np.ndarray], dilated: np.ndarray) -> Figure:
     """Accuracies in percent on the server's validation part: {name: (R,)}, the first one drawn strongest; dilated models (R, K), mean and range."""
     figure, axes = _plain(3.6)
     rounds = np.flatnonzero(np.isfinite(dilated).any(1))
@@ -262,7 +262,7 @@ def server(theme: Theme, notes: Mapping[str, np.ndarray], dilated: np.ndarray) -
                           label="dilation, min to max of clients")
         if len(rounds) == 1:
             axes.vlines(rounds + 1, _low(seen), _high(seen), color=theme.series[1], alpha=0.35, linewidth=6)       # a band needs two rounds
-        axes.plot(rounds + 1, mean_of(seen, 1), color=theme.series[1], linewidth=1.8, linestyle="-.", marker="s" if len(rounds) <= 25 else None,
+        axes.plot(rounds + 1, average(seen, 1), color=theme.series[1], linewidth=1.8, linestyle="-.", marker="s" if len(rounds) <= 25 else None,
                   markersize=3.5, label="dilation, mean of clients")
     colours = (theme.series[0], *theme.series[2:])
     for index, (name, values) in enumerate(notes.items()):
@@ -275,10 +275,10 @@ def server(theme: Theme, notes: Mapping[str, np.ndarray], dilated: np.ndarray) -
     return figure
 
 
-def traffic(theme: Theme, up: np.ndarray, down: np.ndarray, transported: np.ndarray) -> Figure:
+def draw_traffic(theme: Theme, up: np.ndarray, down: np.ndarray, transported: np.ndarray) -> Figure:
     """Bytes per round, each (R,): what the federation would send (bars, up on down) and what the ranks really sent (line)."""
     figure, axes = _plain(3.3)
-    unit, factor = byte_scale(max((up + down).max(initial=0), transported.max(initial=0)))
+    unit, factor = choose_byte_scale(max((up + down).max(initial=0), transported.max(initial=0)))
     rounds, gap = np.arange(len(up)) + 1, 0.2 if len(up) <= 60 else 0.0
     axes.bar(rounds, down / factor, 1 - gap, color=theme.series[5], label="simulated, down to clients")
     axes.bar(rounds, up / factor, 1 - gap, bottom=down / factor, color=theme.series[0], label="simulated, up to server")
@@ -289,7 +289,7 @@ def traffic(theme: Theme, up: np.ndarray, down: np.ndarray, transported: np.ndar
     return figure
 
 
-def seconds(theme: Theme, by_rank: Mapping[str, np.ndarray]) -> Figure:
+def draw_seconds(theme: Theme, by_rank: Mapping[str, np.ndarray]) -> Figure:
     """Stacked bars of {phase: seconds (ranks,)}; waiting, called "idle", is hatched."""
     ranks = max((len(values) for values in by_rank.values()), default=0)
     figure, axes = _plain(1.7 + _rows_high(ranks, 0.32))
@@ -306,7 +306,7 @@ def seconds(theme: Theme, by_rank: Mapping[str, np.ndarray]) -> Figure:
     return figure
 
 
-def partition(theme: Theme, counts: np.ndarray, labels: Sequence[str]) -> Figure:
+def draw_partition(theme: Theme, counts: np.ndarray, labels: Sequence[str]) -> Figure:
     """Training samples (K, C): bubbles whose area is the count, with the number where there is room; a heat map when there are very many."""
     clients, classes = counts.shape
     figure, axes = _plain(1.3 + _rows_high(clients, 0.27))
@@ -332,7 +332,7 @@ def partition(theme: Theme, counts: np.ndarray, labels: Sequence[str]) -> Figure
     return figure
 
 
-def byte_scale(largest: float) -> tuple[str, float]:
+def choose_byte_scale(largest: float) -> tuple[str, float]:
     """The unit in which a largest number of bytes reads well, and its size in bytes."""
     power = next((power for power in range(len(BYTE_UNITS) - 1, 0, -1) if largest >= 1000 ** power), 0)
     return BYTE_UNITS[power], float(1000 ** power)

@@ -5,14 +5,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hpcfl.report.recording import Recording
-from hpcfl.settings.job import differences
+from hpcfl.settings.job import find_differences
 
 Group = list[Recording]
 NAMES = ("run.name", "run.seed")                                   # settings that change nothing but names, and the one that groups are made over
 METHOD = ("algorithm.name", "data.public_fraction")                # what follows from the method
 
 
-def same_but_seed(recordings: Sequence[Recording]) -> list[Group]:
+def group_by_seed(recordings: Sequence[Recording]) -> list[Group]:
     """The runs in groups that differ in nothing but seed (and name) and got equally far; a seed met again opens another group."""
     groups: dict[tuple[str, int], Group] = {}
     for recording in recordings:
@@ -23,15 +23,15 @@ def same_but_seed(recordings: Sequence[Recording]) -> list[Group]:
     return list(groups.values())
 
 
-def labelled(recordings: Sequence[Recording]) -> dict[str, Group]:
+def label_groups(recordings: Sequence[Recording]) -> dict[str, Group]:
     """Groups of runs that differ only in seed by their label, in the order of the runs.
 
     A label is the method and the settings in which its runs differ; where that is not enough also the rounds, run.name, or the folder.
     """
-    groups = same_but_seed(recordings)
-    shared = {key for key in _differing(recordings) if key.startswith("data.") and key not in METHOD}        # runs on other data are not to be compared unsaid
+    groups = group_by_seed(recordings)
+    shared = {key for key in _find_differing(recordings) if key.startswith("data.") and key not in METHOD}        # runs on other data are not to be compared unsaid
     kin = {method: [recording for recording in recordings if recording.algorithm == method] for method in {one.algorithm for one in recordings}}
-    keys = {method: sorted(shared | _differing(runs)) for method, runs in kin.items()}
+    keys = {method: sorted(shared | _find_differing(runs)) for method, runs in kin.items()}
     labels = [_settings(group[0], keys[group[0].algorithm]) for group in groups]
     for tell in (lambda run: f"{run.rounds} rounds finished", lambda run: run.name, lambda run: run.folder.name, lambda run: str(run.folder)):
         seen = Counter(labels)
@@ -45,8 +45,8 @@ def _differ(tell: Callable[[Recording], str], label: str, labels: Sequence[str],
     return len({tell(group[0]) for other, group in zip(labels, groups, strict=True) if other == label}) > 1
 
 
-def _differing(recordings: Sequence[Recording]) -> set[str]:
-    return {key for other in recordings[1:] for key in differences(recordings[0].job, other.job)}.difference(NAMES)
+def _find_differing(recordings: Sequence[Recording]) -> set[str]:
+    return {key for other in recordings[1:] for key in find_differences(recordings[0].job, other.job)}.difference(NAMES)
 
 
 def _settings(recording: Recording, keys: Sequence[str]) -> str:

@@ -18,16 +18,16 @@ class Measure:
     key: str
     heading: str
     sentence: str
-    of: Callable[[Found], Mapping[str, Any] | None]
+    select: Callable[[Found], Mapping[str, Any] | None]
 
 
-def before_key(refine: str) -> str:
+def find_before_key(refine: str) -> str:
     """Where `summary` has the accuracy of the clients' models before they refine."""
     return f"before_{refine}"
 
 
 def _before(accuracy: Found) -> Mapping[str, Any] | None:
-    return accuracy.get(before_key(accuracy["refine"])) if accuracy["refine"] else None
+    return accuracy.get(find_before_key(accuracy["refine"])) if accuracy["refine"] else None
 
 
 MEASURES = {measure.key: measure for measure in (
@@ -44,28 +44,28 @@ AFTER = "after"                                                    # the column 
 AFTER_SENTENCE = "what clients did last in that round (adopting: they took over what the server made)"
 
 
-def after(refine: str | None) -> str:
+def after_text(refine: str | None) -> str:
     """What clients did last in a round, in a word."""
     return (REFINING[refine] if refine else LOCAL)[0]
 
 
-def after_all(refine: str | None) -> str:
+def after_all_text(refine: str | None) -> str:
     """What clients did last in a round, in words."""
     return (REFINING[refine] if refine else LOCAL)[1]
 
 
-def described(accuracy: Found) -> dict[str, str]:
+def describe_accuracies(accuracy: Found) -> dict[str, str]:
     """For each accuracy of a run that was measured, by its key in JSON: which model, when, on which images."""
     refine, everything, own = accuracy["refine"], "on the whole test set", "on held-out images of the client's own distribution"
-    end = f"clients' models at the end of the round, after {after_all(refine)}"
+    end = f"clients' models at the end of the round, after {after_all_text(refine)}"
     told = {"global": f"the federation's own models after the round, mean over models, {everything}", "generalization": f"{end}, {everything}",
             "personal": f"{end}, {own}", "absent_classes": f"{end}, on test images of classes that the client has no training image of"}
     if refine:
-        told[before_key(refine)] = f"clients' models as they trained them, before {after_all(refine)}, {everything}"
+        told[find_before_key(refine)] = f"clients' models as they trained them, before {after_all_text(refine)}, {everything}"
     return {key: text for key, text in told.items() if accuracy.get(key) and accuracy[key]["mean"] is not None}
 
 
-def to_report(accuracy: Found, rounds: int, planned: int | None) -> dict[str, Any]:
+def choose_result(accuracy: Found, rounds: int, planned: int | None) -> dict[str, Any]:
     """Which accuracy is a run's result, and why: {"measure", "mean", "why"}; what a run has that is not finished is none yet."""
     key = "global" if (accuracy.get("global") or {}).get("mean") is not None else "generalization"
     why = "the method's own models, made for everybody" if key == "global" else "the method has no model but those of its clients"

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from hpcfl.report.figures import WIDTH, Theme
 
 
-def samples(theme: Theme, real: np.ndarray, synthetic: np.ndarray, has: np.ndarray, owners: Sequence[str]) -> Figure:
+def draw_samples(theme: Theme, real: np.ndarray, synthetic: np.ndarray, has: np.ndarray, owners: Sequence[str]) -> Figure:
     """Real (C, n, ch, H, W) beside synthetic (S, C, n, ch, H, W) uint8 images, one row per class; a class without images stays empty."""
     classes, shown = real.shape[:2]
     blocks = [_pictures(real, np.ones(classes, bool)), *(_pictures(images, known) for images, known in zip(synthetic, has, strict=True))]
@@ -21,7 +21,7 @@ def samples(theme: Theme, real: np.ndarray, synthetic: np.ndarray, has: np.ndarr
     return figure
 
 
-def pairs(theme: Theme, blocks: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
+def draw_pairs(theme: Theme, blocks: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
     """Blocks side by side, by title: pairs of uint8 images (n, 2, ch, H, W), one pair a row, and their distances (n,)."""
     rows = max(len(distances) for _, distances in blocks.values())
     figure = Figure(figsize=(WIDTH, 0.55 + 0.62 * rows))

@@ -14,12 +14,12 @@ from hpcfl.errors import JobError
 from hpcfl.files.atomic import replacing
 from hpcfl.report import figures, pictures
 from hpcfl.report.hdf5_view import byte_text
-from hpcfl.report.labels import labelled
-from hpcfl.report.measures import AFTER, MEASURES, Found, after
-from hpcfl.report.pictures import NOTHING, Picture, counted, number_text, seconds_text
+from hpcfl.report.labels import label_groups
+from hpcfl.report.measures import AFTER, MEASURES, Found, after_text
+from hpcfl.report.pictures import NOTHING, Picture, count_text, number_text, seconds_text
 from hpcfl.report.recording import Recording, read
-from hpcfl.report.summary import WAYS, summary
-from hpcfl.report.tables import legend_of, mean_sd_text, over_seeds, results, rounds_text
+from hpcfl.report.summary import WAYS, summarise
+from hpcfl.report.tables import average_seeds, list_legend, list_results, mean_sd_text, progress_text
 
 SELECTION = ("Of the accuracies over architectures the one to report is the final one: the number of rounds was fixed beforehand, so that nothing selected it. "
              "Selected by validation is the evaluation at which the validation parts of an architecture's clients were best: those have the clients' own "
@@ -97,23 +97,23 @@ def write(runs: Sequence[str | Path], out: str | Path) -> Path:
 
 def _write(recordings: Sequence[Recording], out: Path) -> Path:
     """The same of what was read, the runs grouped by label. Raises: OSError."""
-    groups = labelled(recordings)
-    found = {label: [summary(recording) for recording in group] for label, group in groups.items()}
+    groups = label_groups(recordings)
+    found = {label: [summarise(recording) for recording in group] for label, group in groups.items()}
     runs = [Run(number, label, recording, facts) for number, (label, recording, facts) in enumerate(
         ((label, *pair) for label, group in groups.items() for pair in zip(group, found[label], strict=True)), start=1)]
     several = len(runs) > 1
     body = [f"<h1>{f'hpcfl report: {len(runs)} runs' if several else 'hpcfl report'}</h1>", _contents(runs) if several else "", *_first_tables(runs, found)]
     if several:
-        body += ['<h2 id="comparison">Comparison</h2>', _gallery(pictures.comparison(groups), out / "figures")]
+        body += ['<h2 id="comparison">Comparison</h2>', _gallery(pictures.compare_runs(groups), out / "figures")]
     for run in runs:
         prefix = f"{run.number:02d}-{_slug(run.recording.algorithm)}-" if several else ""
-        body += [_headline(run, several), *_architectures(run.found), _gallery(pictures.of_run(run.recording, prefix), out / "figures"),
-                 *_folded(run.recording, run.found)]
+        body += [_headline(run, several), *_architectures(run.found), _gallery(pictures.picture_run(run.recording, prefix), out / "figures"),
+                 *_fold_details(run.recording, run.found)]
     page = FRAME.format(title=escape("hpcfl report: " + ", ".join(groups)), style=STYLE, body="\n".join(body))
-    return keep(out / "report.html", page.encode())
+    return replace_file(out / "report.html", page.encode())
 
 
-def keep(path: Path, content: bytes) -> Path:
+def replace_file(path: Path, content: bytes) -> Path:
     """Replace a file whole; returns its path. Raises: OSError."""
     with replacing(path, lambda error: OSError(error.errno, error.strerror)) as draft:
         draft.write(content)
@@ -127,15 +127,15 @@ def _contents(runs: Sequence[Run]) -> str:
 
 def _first_tables(runs: Sequence[Run], found: Mapping[str, Sequence[Found]]) -> list[str]:
     """Means over seeds, where there are several, then each run, and what the numbers are."""
-    repeated = [(over_seeds(label, group),) for label, group in found.items() if len(group) > 1]
+    repeated = [(average_seeds(label, group),) for label, group in found.items() if len(group) > 1]
     tables = [_table("Mean ± sample standard deviation over seeds", SEED_COLUMNS, repeated)] if repeated else []
     tables.append(_table("Each run at its last evaluation", RUN_COLUMNS, [(run,) for run in runs]))
     if any(each["accuracy"]["over_architectures_selected"]["mean"] is not None for each, in repeated):
         tables.append(_table("Over architectures: mean ± sample standard deviation over seeds", WAY_COLUMNS, repeated))
     if any(run.found["accuracy"]["over_architectures"] for run in runs):
         tables.append(f"<p class=note>{SELECTION}</p>")
-    legend = "".join(f"<dt>{escape(name)}</dt><dd>{escape(sentence)}</dd>" for name, sentence in legend_of([run.found for run in runs]))
-    told = "".join(f"<p class=note>{escape(text[0].upper() + text[1:])}.</p>" for text in results([run.found for run in runs]))
+    legend = "".join(f"<dt>{escape(name)}</dt><dd>{escape(sentence)}</dd>" for name, sentence in list_legend([run.found for run in runs]))
+    told = "".join(f"<p class=note>{escape(text[0].upper() + text[1:])}.</p>" for text in list_results([run.found for run in runs]))
     return ['<h2 id="results">Results</h2>', *tables, f"<p class=note>Accuracies in percent, the one to report in bold.</p><dl class=words>{legend}</dl>{told}"]
 
 
@@ -149,18 +149,18 @@ def _architectures(found: dict[str, Any]) -> list[str]:
     return [_table(*described, rows) for *described, rows in tables if rows]
 
 
-def _flops(count: float | None) -> str:
+def _flops_text(count: float | None) -> str:
     return NOTHING if count is None else EngFormatter("FLOP", 2)(count)
 
 
-def _duration(seconds: float | None) -> str:
+def _duration_text(seconds: float | None) -> str:
     return NOTHING if seconds is None else seconds_text(seconds)
 
 
-def _spread(key: str, run: Run) -> str:
+def _accuracy_cell(key: str, run: Run) -> str:
     """Mean of an accuracy, below it the lowest and highest, bold where it is the run's result."""
     accuracy = run.found["accuracy"]
-    over = MEASURES[key].of(accuracy)
+    over = MEASURES[key].select(accuracy)
     if not over or over["mean"] is None:
         return NOTHING
     mean = number_text(over["mean"])
@@ -184,11 +184,11 @@ def _with_after(column: Callable[[str], Callable[[Any], str]], after: Callable[[
 
 
 def _run_heading(run: Run) -> str:
-    facts = [f"seed {run.recording.seed}", f"rounds {rounds_text(run.found)}", run.recording.status.split(":")[0]]
+    facts = [f"seed {run.recording.seed}", f"rounds {progress_text(run.found)}", run.recording.status.split(":")[0]]
     return f"<a href=#run-{run.number}>{escape(run.label)}</a><small>{escape(', '.join(facts))}</small>"
 
 
-def _percent(value: float | None) -> str:
+def _percent_text(value: float | None) -> str:
     return NOTHING if value is None else f"{number_text(value)} %"
 
 
@@ -199,12 +199,12 @@ def _per_client(found: dict[str, Any], direction: str) -> str:
 
 RUN_COLUMNS: dict[str, Callable[[Run], str]] = {
     "Run": _run_heading,
-    **_with_after(lambda key: partial(_spread, key), lambda run: escape(after(run.found["accuracy"]["refine"]))),
+    **_with_after(lambda key: partial(_accuracy_cell, key), lambda run: escape(after_text(run.found["accuracy"]["refine"]))),
     "Bytes per client": lambda run: f"{_per_client(run.found, 'up')} up<small>{_per_client(run.found, 'down')} down</small>",
     "Time": lambda run: seconds_text(run.found["wall_s"])}
 SEED_COLUMNS: dict[str, Callable[[Found], str]] = {
     "Runs that differ only in seed": lambda each: f"{escape(each['label'])}<small>seeds {escape(', '.join(map(str, each['seeds'])))}</small>",
-    **_with_after(lambda key: partial(_mean_sd, key), lambda each: escape(after(each["refine"]))),
+    **_with_after(lambda key: partial(_mean_sd, key), lambda each: escape(after_text(each["refine"]))),
     "Time (s)": lambda each: mean_sd_text(each["wall_s"], NOTHING)}
 WAY_COLUMNS: dict[str, Callable[[Found], str]] = {
     "Runs that differ only in seed": lambda each: escape(each["label"]),
@@ -218,10 +218,10 @@ ARCHITECTURE_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "Architecture": lambda entry: escape(entry["architecture"]),
     "Clients": lambda entry: str(entry["clients"]),
     "Parameters": lambda entry: NOTHING if entry["parameters"] is None else f"{entry['parameters']:,}",
-    "Forward pass of an image": lambda entry: _flops(entry["forward_flops"]),
+    "Forward pass of an image": lambda entry: _flops_text(entry["forward_flops"]),
     "Memory to train": lambda entry: NOTHING if entry["memory_bytes"] is None else byte_text(entry["memory_bytes"]),
-    "Training": lambda entry: _duration(entry["train_s"]),
-    "Refining": lambda entry: _duration(entry["refine_s"]),
+    "Training": lambda entry: _duration_text(entry["train_s"]),
+    "Refining": lambda entry: _duration_text(entry["refine_s"]),
     "Simulated up": lambda entry: byte_text(entry["simulated_up_bytes"]),
     "Simulated down": lambda entry: byte_text(entry["simulated_down_bytes"]),
     "Clients (%)": lambda entry: number_text(entry["generalization"]),
@@ -233,28 +233,28 @@ ACCURACY_COLUMNS: dict[str, Callable[[str, dict[str, Any]], str]] = {
 FLOPS_COLUMNS: dict[str, Callable[[str, str, dict[str, float | None]], str]] = {
     "Phase": lambda phase, *_: escape(phase),
     "Architecture": lambda _, name, __: escape(name),
-    "Training": lambda _, __, counted: _flops(counted["training_flops_per_round"]),
-    "Refining": lambda _, __, counted: _flops(counted["refining_flops_per_round"])}
+    "Training": lambda _, __, counted: _flops_text(counted["training_flops_per_round"]),
+    "Refining": lambda _, __, counted: _flops_text(counted["refining_flops_per_round"])}
 WORDS = ("After", "Phase", "Architecture")
 
 
 def _headline(run: Run, several: bool) -> str:
     recording, found, accuracy, sent = run.recording, run.found, run.found["accuracy"], run.found["bytes"]
-    known = {key: measure.of(accuracy) for key, measure in MEASURES.items()}
-    tiles = {name: (_percent(known[key]["mean"]), note) for key, (name, note) in _names(accuracy).items() if known[key] and known[key]["mean"] is not None}
+    known = {key: measure.select(accuracy) for key, measure in MEASURES.items()}
+    tiles = {name: (_percent_text(known[key]["mean"]), note) for key, (name, note) in _names(accuracy).items() if known[key] and known[key]["mean"] is not None}
     idle = "wall clock" if found["idle_share"] is None else f"waiting {number_text(100 * found['idle_share'])} %"
     idle += "" if found["load_balance"] is None or recording.ranks == 1 else f", busiest rank {number_text(found['load_balance'], 2)} of the mean"
     tiles |= {"Simulated bytes": (byte_text(sent["simulated_up_bytes"] + sent["simulated_down_bytes"]),
                                   f"{byte_text(sent['simulated_up_bytes'])} up, {byte_text(sent['simulated_down_bytes'])} down"),
-              "Transported bytes": (byte_text(sent["transported_bytes"]), f"between {counted(recording.ranks, 'rank')}"),
+              "Transported bytes": (byte_text(sent["transported_bytes"]), f"between {count_text(recording.ranks, 'rank')}"),
               "Time": (seconds_text(found["wall_s"]), idle)}
     if conditions := found["conditions"]:
         share = 100 * conditions["answered"] / max(1, conditions["asked"])
-        tiles["Answers"] = (_percent(share), f"{conditions['dropped']} dropped out, {conditions['late']} late; {seconds_text(conditions['simulated_s'])} simulated")
+        tiles["Answers"] = (_percent_text(share), f"{conditions['dropped']} dropped out, {conditions['late']} late; {seconds_text(conditions['simulated_s'])} simulated")
     cells = "".join(f"<div><dt>{name}</dt><dd>{value[0]}<small>{value[1]}</small></dd></div>" for name, value in tiles.items())
     origin = f" ({found['data_source']}, SHA-256 {found['data_sha256'][:12]})" if found["data_source"] else ""
-    facts = f"{recording.algorithm} on {found['data']}{origin}, {counted(recording.clients, 'client')}, {counted(recording.ranks, 'rank')}, " \
-            f"{counted(recording.rounds, 'round')} finished, status: {recording.status}, folder {recording.folder}"
+    facts = f"{recording.algorithm} on {found['data']}{origin}, {count_text(recording.clients, 'client')}, {count_text(recording.ranks, 'rank')}, " \
+            f"{count_text(recording.rounds, 'round')} finished, status: {recording.status}, folder {recording.folder}"
     warnings = "".join(f"<p class=warning>{escape(text)}.</p>" for text in found["warnings"])
     heading = f"{run.number}. {run.title}" if several else run.title
     return f'<h2 id="run-{run.number}">{escape(heading)}</h2><p class=note>{escape(facts)}</p>{warnings}<dl class=tiles>{cells}</dl>'
@@ -262,7 +262,7 @@ def _headline(run: Run, several: bool) -> str:
 
 def _names(accuracy: Found) -> dict[str, tuple[str, str]]:
     """What each accuracy of a run is, in a heading and a note."""
-    done = after(accuracy["refine"])
+    done = after_text(accuracy["refine"])
     return {"global": ("Global model", "the federation's own, whole test set"),
             "generalization": (f"Clients after {done}", f"whole test set, sd over clients {number_text(accuracy['generalization']['sd'])}"),
             "before": (f"Clients before {done}", "as they had trained, whole test set"),
@@ -270,7 +270,7 @@ def _names(accuracy: Found) -> dict[str, tuple[str, str]]:
             "absent_classes": ("Absent classes", f"clients after {done}, test images of classes not in their data")}
 
 
-def _folded(recording: Recording, found: dict[str, Any]) -> list[str]:
+def _fold_details(recording: Recording, found: dict[str, Any]) -> list[str]:
     reached = [(target, cost) for target, cost in found["bytes"]["until_accuracy"].items() if cost is not None]
     model = {"global": "of the federation's own models", "generalization": "of the clients' models"}[found["bytes"]["until_accuracy_of"]]
     parts = {"Clients": _clients(recording, found), "Ranks": _ranks(recording, found),
@@ -281,22 +281,22 @@ def _folded(recording: Recording, found: dict[str, Any]) -> list[str]:
 
 def _clients(recording: Recording, found: dict[str, Any]) -> str:
     counts, accuracy = recording.arrays.get("partition/train"), found["accuracy"]
-    described = recording.part("clients")
+    described = recording.datasets("clients")
     columns = {"Client": lambda client: str(client)}
     memory, forward = described.pop("memory_bytes", None), described.pop("forward_flops", None)
     columns |= {name.capitalize(): partial(lambda values, client: escape(str(values[client])), values) for name, values in sorted(described.items())}
     if memory is not None:
         columns["Memory to train"] = lambda client: byte_text(memory[client])
     if forward is not None:
-        columns["Forward pass of an image"] = lambda client: _flops(forward[client])
+        columns["Forward pass of an image"] = lambda client: _flops_text(forward[client])
     if counts is not None:
         columns["Training samples"] = lambda client: str(counts[client].sum())
         columns["Absent classes"] = lambda client: str((counts[client] == 0).sum())
     if (answered := recording.arrays.get("conditions/answered")) is not None:
         columns["Answers"] = lambda client: f"{(answered[:, client] == 1).sum()} of {(answered[:, client] >= 0).sum()}"
-    headings = {"before": f"Before {after(accuracy['refine'])} (%)", "generalization": f"After {after(accuracy['refine'])} (%)", "personal": "Own images (%)"}
+    headings = {"before": f"Before {after_text(accuracy['refine'])} (%)", "generalization": f"After {after_text(accuracy['refine'])} (%)", "personal": "Own images (%)"}
     for key, heading in headings.items():
-        if (over := MEASURES[key].of(accuracy)) and over["mean"] is not None:
+        if (over := MEASURES[key].select(accuracy)) and over["mean"] is not None:
             columns[heading] = partial(lambda values, client: number_text(values[client]), over["per_client"])
     for direction in ("up", "down"):
         sent = found["bytes"]["per_client"][f"simulated_{direction}_bytes"]
@@ -336,9 +336,9 @@ def _gallery(pictures: Iterable[Picture], folder: Path) -> str:
 
 
 def _figure(picture: Picture, folder: Path) -> str:
-    light, dark = figures.png(picture.draw, figures.LIGHT), figures.png(picture.draw, figures.DARK)
-    keep(folder / f"{picture.name}.png", light)
-    keep(folder / f"{picture.name}.svg", figures.svg(picture.draw))
+    light, dark = figures.to_png(picture.draw, figures.LIGHT), figures.to_png(picture.draw, figures.DARK)
+    replace_file(folder / f"{picture.name}.png", light)
+    replace_file(folder / f"{picture.name}.svg", figures.to_svg(picture.draw))
     width, height = (int.from_bytes(light[start:start + 4], "big") for start in (16, 20))              # of the PNG header: no jump while loading
     sources = [f"data:image/png;base64,{base64.b64encode(image).decode()}" for image in (light, dark)]
     return f'<figure><figcaption>{escape(picture.title)}</figcaption><picture><source media="(prefers-color-scheme: dark)" srcset="{sources[1]}">' \

@@ -7,8 +7,8 @@ import numpy as np
 
 from hpcfl.report import figures, mosaics
 from hpcfl.report.hdf5_view import byte_text
-from hpcfl.report.measures import after, after_all
-from hpcfl.report.recording import BEFORE, Recording, mean_of
+from hpcfl.report.measures import after_all_text, after_text
+from hpcfl.report.recording import BEFORE, Recording, average
 
 NOTHING = "–"
 CLASSES_PICTURED = 20                                              # rows of the grid of synthetic images
@@ -29,15 +29,15 @@ class Picture:
     draw: figures.Drawing
 
 
-def of_run(recording: Recording, prefix: str = "") -> list[Picture]:
+def picture_run(recording: Recording, prefix: str = "") -> list[Picture]:
     """The pictures of one run, those left out that it has no data for; file names start with `prefix`."""
     made = (make(recording) for make in (_accuracy, _before_after, _recall, _losses, _server, _negatives, _traffic, _seconds, _partition, _samples))
     return [replace(picture, name=prefix + picture.name) for picture in made if picture is not None]
 
 
-def comparison(groups: Mapping[str, Sequence[Recording]]) -> list[Picture]:
+def compare_runs(groups: Mapping[str, Sequence[Recording]]) -> list[Picture]:
     """The pictures that lay runs over each other: {label: runs that differ only in seed}; of the federation's models, where any run has one, and clients'."""
-    made = []
+    pictures = []
     for measure, models in (("global", "the federation's own models"), ("generalization", "clients' models")):
         curves = {label: [_curve(recording, measure) for recording in group] for label, group in groups.items()}
         curves = {label: runs for label, runs in curves.items() if all(len(at) for at, _, _ in runs)}
@@ -48,10 +48,10 @@ def comparison(groups: Mapping[str, Sequence[Recording]]) -> list[Picture]:
         over_rounds = {label: [(rounds, percent) for rounds, _, percent in runs] for label, runs in curves.items()}
         over_bytes = {label: [(sent, percent) for _, sent, percent in runs] for label, runs in curves.items()}
         kind, told = ("global", "the federation's own models") if measure == "global" else ("clients", "mean of the clients' models at the end of a round")
-        made += [Picture(f"{kind}-rounds", f"Accuracy per round: {told}", alt.format("rounds"), partial(figures.overlay, groups=over_rounds, against="round")),
+        pictures += [Picture(f"{kind}-rounds", f"Accuracy per round: {told}", alt.format("rounds"), partial(figures.draw_overlay, groups=over_rounds, against="round")),
                  Picture(f"{kind}-bytes", f"Accuracy for the bytes spent: {told}", alt.format("the simulated bytes sent so far"),
-                         partial(figures.overlay, groups=over_bytes, against="bytes"))]
-    return made
+                         partial(figures.draw_overlay, groups=over_bytes, against="bytes"))]
+    return pictures
 
 
 def number_text(value: float | None, digits: int = 1) -> str:
@@ -64,7 +64,7 @@ def seconds_text(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds < 120 else f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def counted(number: int, noun: str) -> str:
+def count_text(number: int, noun: str) -> str:
     """A number with its noun: 1 rank, 2 ranks."""
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
@@ -86,22 +86,22 @@ def _accuracy(recording: Recording) -> Picture | None:
     words = [recording.refines(evaluation) for evaluation in earlier]
     for word in dict.fromkeys(words):
         found = earlier[[each == word for each in words]]
-        shown.append((f"clients, before {after(word)}", 1, found, recording.accuracy("generalization", found)))
+        shown.append((f"clients, before {after_text(word)}", 1, found, recording.accuracy("generalization", found)))
     shown += [("own images, end of the round", 2, end, recording.accuracy("personal", end)),
               ("global model", 3, end, recording.means("global", end)[:, None])]
     lines = {name: (colour, recording.arrays["evaluation/at"][found] + 1, values) for name, colour, found, values in shown if np.isfinite(values).any()}
     if shown[0][0] not in lines:
         return None
-    last, mean = shown[0][3][-1], mean_of(shown[0][3], 1)
+    last, mean = shown[0][3][-1], average(shown[0][3], 1)
     phases = recording.arrays["rounds/phase"]
     starts = [(row, str(phases[row])) for row in range(recording.rounds) if row == 0 or phases[row] != phases[row - 1]]
-    alt = f"Accuracy of {counted(recording.clients, 'client')} over {counted(recording.rounds, 'round')}: mean {number_text(mean[0])} % at the " \
+    alt = f"Accuracy of {count_text(recording.clients, 'client')} over {count_text(recording.rounds, 'round')}: mean {number_text(mean[0])} % at the " \
           f"first evaluation and {number_text(mean[-1])} % at the last, clients then between {number_text(np.nanmin(last))} % and " \
           f"{number_text(np.nanmax(last))} %." if np.isfinite(mean[-1]) else "Accuracy per round."
     if "global model" in lines:
         alt += f" The federation's own models end at {number_text(lines['global model'][2][-1, 0])} %."
     return Picture("accuracy", "Accuracy per round", alt,
-                   partial(figures.accuracy, lines=lines, chance=100 / recording.classes, phases=starts))
+                   partial(figures.draw_accuracy, lines=lines, chance=100 / recording.classes, phases=starts))
 
 
 def _before_after(recording: Recording) -> Picture | None:
@@ -110,46 +110,46 @@ def _before_after(recording: Recording) -> Picture | None:
         return None
     now, refine = recording.accuracy("generalization", [end])[0], recording.refines(end)
     if refine is not None:
-        title = f"Clients before and after {after_all(refine)}"
-        points = {f"before {after(refine)}": (1, recording.accuracy("generalization", [before])[0]), f"after {after(refine)}": (0, now)}
+        title = f"Clients before and after {after_all_text(refine)}"
+        points = {f"before {after_text(refine)}": (1, recording.accuracy("generalization", [before])[0]), f"after {after_text(refine)}": (0, now)}
     else:
         title, personal = "Clients after the last evaluated round", recording.accuracy("personal", [end])[0]
         points = {"whole test set": (0, now)} | ({"own images": (2, personal)} if np.isfinite(personal).any() else {})
-    told = "; ".join(f"{name}: mean {number_text(mean_of(values, 0))} %" for name, (_, values) in points.items())
-    return Picture("clients", title, f"{title}, last evaluation. {told}.", partial(figures.before_after, labels=_labels(recording), points=points))
+    told = "; ".join(f"{name}: mean {number_text(average(values, 0))} %" for name, (_, values) in points.items())
+    return Picture("clients", title, f"{title}, last evaluation. {told}.", partial(figures.draw_before_after, labels=_labels(recording), points=points))
 
 
 def _recall(recording: Recording) -> Picture | None:
     values = recording.recall(recording.last("end"))
     if not np.isfinite(values).any():
         return None
-    by_class = mean_of(values, 0)
+    by_class = average(values, 0)
     alt = f"Heat map of recall, clients by classes. On average the best class is {np.nanargmax(by_class)} with " \
           f"{number_text(np.nanmax(by_class))} %, the worst {np.nanargmin(by_class)} with {number_text(np.nanmin(by_class))} %."
     return Picture("recall", "Recall by client and class", alt,
-                   partial(figures.recall, values=values, absent=recording.absent(), labels=_labels(recording)))
+                   partial(figures.draw_recall, values=values, absent=recording.absent(), labels=_labels(recording)))
 
 
 def _losses(recording: Recording) -> Picture | None:
-    series = {name: values for name, values in recording.part("train").items() if name not in NOT_TRAINING and np.isfinite(values).any()}
+    series = {name: values for name, values in recording.datasets("train").items() if name not in NOT_TRAINING and np.isfinite(values).any()}
     ordered = {name: series[name] for name in sorted(series, key=lambda name: (name != "loss", name))}
-    ends = [(name, mean_of(values[np.isfinite(values).any(1)], 1)) for name, values in ordered.items()]
+    ends = [(name, average(values[np.isfinite(values).any(1)], 1)) for name, values in ordered.items()]
     told = "; ".join(f"{name} from {number_text(mean[0], 3)} to {number_text(mean[-1], 3)}" for name, mean in ends)
     alt = f"Training per round, mean over clients: {told}."
-    return Picture("training", "Training", alt, partial(figures.losses, series=ordered)) if ordered else None
+    return Picture("training", "Training", alt, partial(figures.draw_losses, series=ordered)) if ordered else None
 
 
 def _server(recording: Recording) -> Picture | None:
     known = recording.notes()
     compression = sorted((name for name in known if name.startswith("compression_accuracy ")), reverse=True)         # from wide to narrow
     lines = {name.replace("_accuracy", ""): known[name] for name in ("aggregation_accuracy", *compression) if name in known}
-    dilated = recording.part("train").get(DILATION, np.full((recording.rounds, recording.clients), np.nan))
-    clients = mean_of(dilated, 1)
+    dilated = recording.datasets("train").get(DILATION, np.full((recording.rounds, recording.clients), np.nan))
+    clients = average(dilated, 1)
     told = {**lines, **({"dilation, mean of clients": clients} if np.isfinite(clients).any() else {})}
     ends = "; ".join(f"{name} {number_text(values[np.isfinite(values)][-1])} %" for name, values in told.items())
-    alt = f"Accuracy of the server's models on its public validation part over {counted(recording.rounds, 'round')}. At the end: {ends}."
+    alt = f"Accuracy of the server's models on its public validation part over {count_text(recording.rounds, 'round')}. At the end: {ends}."
     return Picture("server", "The server's models on its public validation part", alt,
-                   partial(figures.server, notes=lines, dilated=dilated)) if told else None
+                   partial(figures.draw_server, notes=lines, dilated=dilated)) if told else None
 
 
 def _negatives(recording: Recording) -> Picture | None:
@@ -158,41 +158,41 @@ def _negatives(recording: Recording) -> Picture | None:
     if not len(measured):
         return None
     names = ["before compression" if size == BEFORE else size for size in sizes]
-    means = (f"{name} {number_text(mean)} %" for name, mean in zip(names, mean_of(values[measured[-1]], 0), strict=True))
+    means = (f"{name} {number_text(mean)} %" for name, mean in zip(names, average(values[measured[-1]], 0), strict=True))
     title = "Share of negative weights" + ("" if len(paths) <= figures.PANELS_UP_TO else f", round {measured[-1] + 1}")
-    alt = f"Share of negative weights of {counted(len(paths), 'parameter')} before and after compression. Mean over parameters in round " \
+    alt = f"Share of negative weights of {count_text(len(paths), 'parameter')} before and after compression. Mean over parameters in round " \
           f"{measured[-1] + 1}: {'; '.join(means)}."
     short = [path.removesuffix(".weight") for path in paths]
-    return Picture("negatives", title, alt, partial(figures.negatives, paths=short, sizes=names, values=values))
+    return Picture("negatives", title, alt, partial(figures.draw_negatives, paths=short, sizes=names, values=values))
 
 
 def _traffic(recording: Recording) -> Picture | None:
     sent = {name: recording.per_round(path) for name, path in (("up", "simulated_up"), ("down", "simulated_down"), ("transported", "transported"))}
     up, down, transported = (byte_text(values.sum()) for values in sent.values())
     alt = f"Bytes per round. Totals: simulated up {up}, simulated down {down}, transported between ranks {transported}."
-    return Picture("bytes", "Bytes per round", alt, partial(figures.traffic, **sent)) if any(values.any() for values in sent.values()) else None
+    return Picture("bytes", "Bytes per round", alt, partial(figures.draw_traffic, **sent)) if any(values.any() for values in sent.values()) else None
 
 
 def _seconds(recording: Recording) -> Picture | None:
-    by_rank = {name: np.nan_to_num(values.astype(float)).sum(0) for name, values in recording.part("seconds").items()}
+    by_rank = {name: np.nan_to_num(values.astype(float)).sum(0) for name, values in recording.datasets("seconds").items()}
     order = (*PHASES, *sorted(by_rank.keys() - {*PHASES, "idle"}), "idle")
     shown = {name: by_rank[name] for name in order if name in by_rank and by_rank[name].any()}
     totals = "; ".join(f"{name} {seconds_text(values.sum())}" for name, values in shown.items())
     alt = f"Time of each rank by phase, all rounds. Over all ranks: {totals}."
-    return Picture("seconds", "Seconds by phase and rank", alt, partial(figures.seconds, by_rank=shown)) if shown else None
+    return Picture("seconds", "Seconds by phase and rank", alt, partial(figures.draw_seconds, by_rank=shown)) if shown else None
 
 
 def _partition(recording: Recording) -> Picture | None:
     counts = recording.arrays.get("partition/train")
     if counts is None or not counts.size:
         return None
-    alt = f"Training samples of {counted(recording.clients, 'client')} by class: {counts.sum()} in all, clients hold {counts.sum(1).min()} to " \
+    alt = f"Training samples of {count_text(recording.clients, 'client')} by class: {counts.sum()} in all, clients hold {counts.sum(1).min()} to " \
           f"{counts.sum(1).max()}, and {number_text((counts > 0).sum(1).mean())} of {recording.classes} classes on average."
-    return Picture("partition", "Training samples by client and class", alt, partial(figures.partition, counts=counts, labels=_labels(recording)))
+    return Picture("partition", "Training samples by client and class", alt, partial(figures.draw_partition, counts=counts, labels=_labels(recording)))
 
 
 def _samples(recording: Recording) -> Picture | None:
-    held = recording.part("samples")
+    held = recording.datasets("samples")
     if not {"synthetic", "real", "has"} <= held.keys() or not held["has"].size:
         return None
     real, synthetic = held["real"][:CLASSES_PICTURED, :IMAGES_PICTURED], held["synthetic"][:CLIENTS_PICTURED, :CLASSES_PICTURED, :IMAGES_PICTURED]
@@ -201,7 +201,7 @@ def _samples(recording: Recording) -> Picture | None:
     has = held["has"][:CLIENTS_PICTURED, :CLASSES_PICTURED].astype(bool)
     alt = f"Rows of images by class, real ones on the left, beside them {', '.join(names)}; {has.any(0).sum()} of {len(real)} classes have " \
           "synthetic images."
-    return Picture("samples", "Real and synthetic images", alt, partial(mosaics.samples, real=real, synthetic=synthetic, has=has, owners=names))
+    return Picture("samples", "Real and synthetic images", alt, partial(mosaics.draw_samples, real=real, synthetic=synthetic, has=has, owners=names))
 
 
 def _labels(recording: Recording) -> list[str]:

@@ -12,9 +12,9 @@ import numpy as np
 
 from hpcfl.errors import CheckpointError, JobError
 from hpcfl.files import lock, metrics
-from hpcfl.files.metrics import SCHEMA, SHAPES, listed
+from hpcfl.files.metrics import RECORD_VERSION, SHAPES, rounds_text
 from hpcfl.report.measures import REFINING
-from hpcfl.settings.job import recorded
+from hpcfl.settings.job import read_recorded
 
 NEGATIVE = "negative "                                             # begins the name of a share of negative weights: negative PATH SIZE
 BEFORE = "1"                                                       # its SIZE of the model that was not compressed; of others the architecture
@@ -63,7 +63,7 @@ class Recording:
         """run.seed of the job."""
         return self.job.get("run", {}).get("seed")
 
-    def part(self, group: str) -> dict[str, np.ndarray]:
+    def datasets(self, group: str) -> dict[str, np.ndarray]:
         """The datasets of one group by name."""
         return {path.split("/", 1)[1]: array for path, array in self.arrays.items() if path.startswith(f"{group}/")}
 
@@ -95,12 +95,12 @@ class Recording:
     def accuracy(self, kind: str, evaluations: Sequence[int]) -> np.ndarray:
         """Accuracy of each client over all test samples in percent, (len(evaluations), K); `kind` is generalization, personal or validation."""
         correct, count = self._counted(kind, evaluations)
-        return percent(correct.sum(-1), count.sum(-1))
+        return to_percent(correct.sum(-1), count.sum(-1))
 
     def pooled_accuracy(self, kind: str, evaluations: Sequence[int], clients: Sequence[int]) -> np.ndarray:
         """Accuracy in percent over the samples of some clients taken together, (len(evaluations),); `kind` as in `accuracy`."""
         correct, count = (part[:, clients].sum((1, 2)) for part in self._counted(kind, evaluations))
-        return percent(correct, count)
+        return to_percent(correct, count)
 
     def global_accuracy(self, evaluation: int | None) -> dict[str, float]:
         """Accuracy in percent over the official test set of each of the federation's own models that was evaluated then, by name."""
@@ -108,18 +108,18 @@ class Recording:
         if evaluation is None or correct is None or "evaluation/generalization_count" not in self.arrays:
             return {}
         total = self.arrays["evaluation/generalization_count"].sum()
-        return {str(name): float(percent(counts.sum(), total)) for name, counts in zip(names, correct[evaluation], strict=True) if (counts >= 0).all()}
+        return {str(name): float(to_percent(counts.sum(), total)) for name, counts in zip(names, correct[evaluation], strict=True) if (counts >= 0).all()}
 
     def means(self, measure: str, evaluations: Sequence[int]) -> np.ndarray:
         """The mean in percent over clients, or for "global" over the federation's own models, (len(evaluations),); NaN where there is none."""
         if measure != "global":
-            return mean_of(self.accuracy(measure, evaluations), 1)
+            return average(self.accuracy(measure, evaluations), 1)
         return np.array([np.mean([*models.values()]) if (models := self.global_accuracy(evaluation)) else np.nan for evaluation in evaluations])
 
     def recall(self, evaluation: int | None) -> np.ndarray:
         """Generalization accuracy of each client on each class in percent, (K, C)."""
         correct, count = self._counted("generalization", [] if evaluation is None else [evaluation])
-        return percent(correct, count)[0] if evaluation is not None else np.full((self.clients, self.classes), np.nan)
+        return to_percent(correct, count)[0] if evaluation is not None else np.full((self.clients, self.classes), np.nan)
 
     def absent(self) -> np.ndarray:
         """Which classes a client has no training sample of, (K, C); none where the partition was not recorded."""
@@ -131,7 +131,7 @@ class Recording:
         if evaluation is None:
             return np.full(self.clients, np.nan)
         correct, count = (np.where(self.absent(), part[0], 0) for part in self._counted("generalization", [evaluation]))
-        return percent(correct.sum(-1), count.sum(-1))
+        return to_percent(correct.sum(-1), count.sum(-1))
 
     def per_round(self, path: str) -> np.ndarray:
         """A bytes dataset summed over clients or ranks, (R,); zeros where it was not recorded."""
@@ -145,7 +145,7 @@ class Recording:
 
     def negatives(self) -> tuple[list[str], list[str], np.ndarray]:
         """Parameter paths, sizes (before compression first, then from wide to narrow) and the percent of negative weights, (R, paths, sizes)."""
-        named = {tuple(name.split(" ")[1:]): values for name, values in self.part("server").items() if re.fullmatch(NEGATIVE + r"\S+ \S+", name)}
+        named = {tuple(name.split(" ")[1:]): values for name, values in self.datasets("server").items() if re.fullmatch(NEGATIVE + r"\S+ \S+", name)}
         paths = sorted({path for path, _ in named}, key=lambda path: [part.zfill(9) for part in re.split(r"(\d+)", path)])    # 2 before 10
         sizes = sorted({size for _, size in named}, key=lambda size: (size == BEFORE, size), reverse=True)
         missing = np.full(self.rounds, np.nan)
@@ -154,7 +154,7 @@ class Recording:
 
     def notes(self) -> dict[str, np.ndarray]:
         """What else the server measured in a round, (R,) by name; names without any value are left out."""
-        return {name: values for name, values in self.part("server").items() if not name.startswith(NEGATIVE) and np.isfinite(values).any()}
+        return {name: values for name, values in self.datasets("server").items() if not name.startswith(NEGATIVE) and np.isfinite(values).any()}
 
     def by_architecture(self) -> dict[str, np.ndarray]:
         """The clients of each architecture, from many parameters to few; none where clients change theirs between rounds or it was not recorded."""
@@ -183,21 +183,21 @@ def read(run: str | Path) -> Recording:
     path = folder / "metrics.h5"
     if not path.is_file():
         raise JobError(f"{folder}: {_no_run(folder)}")
-    status = _status(folder)
+    status = _read_status(folder)
     attributes, arrays = metrics.read(path, _way_out(status))
-    if attributes.get("schema") != SCHEMA:
-        raise CheckpointError(f"{path}: schema = {attributes.get('schema')}, wanted {SCHEMA}; report it with the hpcfl version that wrote it")
+    if attributes.get("schema") != RECORD_VERSION:
+        raise CheckpointError(f"{path}: schema = {attributes.get('schema')}, wanted {RECORD_VERSION}; report it with the hpcfl version that wrote it")
     try:
         sizes = {"K": int(attributes["clients"]), "C": int(attributes["classes"])}
         text = str(attributes["job"])
-        status = ": ".join(filter(None, [status, _lost(attributes)]))
-        return Recording(folder, status, str(attributes["algorithm"]), text, recorded(tomllib.loads(text)), sizes["K"], sizes["C"], int(attributes["ranks"]),
-                         _aligned(arrays, sizes, path), _plan(attributes), attributes.get("data_source"), attributes.get("data_sha256"))
+        status = ": ".join(filter(None, [status, _lost_text(attributes)]))
+        return Recording(folder, status, str(attributes["algorithm"]), text, read_recorded(tomllib.loads(text)), sizes["K"], sizes["C"], int(attributes["ranks"]),
+                         _align(arrays, sizes, path), _read_plan(attributes), attributes.get("data_source"), attributes.get("data_sha256"))
     except (KeyError, TypeError, ValueError) as error:             # TOMLDecodeError is a ValueError
         raise CheckpointError(f"{path}: attribute missing or damaged ({error}); wanted algorithm, job, clients, classes and ranks") from None
 
 
-def runs_in(places: Sequence[str | Path]) -> tuple[list[Path], list[str]]:
+def find_runs(places: Sequence[str | Path]) -> tuple[list[Path], list[str]]:
     """The run folders that are named or lie in named folders, each once, and a line on every other thing that was named or looks like a run.
 
     Raises: JobError where no run is left.
@@ -205,7 +205,7 @@ def runs_in(places: Sequence[str | Path]) -> tuple[list[Path], list[str]]:
     found: dict[Path, Path] = {}
     skipped: list[str] = []
     for place in map(Path, places):
-        runs, begun = _searched(place, DEEP)
+        runs, begun = _search(place, DEEP)
         for run in runs:
             found.setdefault(run.resolve(), run)
         skipped += [f"{folder}: {_no_run(folder)}" for folder in begun or ([] if runs else [place])]
@@ -214,29 +214,29 @@ def runs_in(places: Sequence[str | Path]) -> tuple[list[Path], list[str]]:
     return list(found.values()), list(dict.fromkeys(skipped))
 
 
-def percent(correct: np.ndarray, count: np.ndarray) -> np.ndarray:
+def to_percent(correct: np.ndarray, count: np.ndarray) -> np.ndarray:
     """100 correct / count; NaN where there is nothing to count."""
     return 100.0 * np.divide(correct, count, out=np.full(np.shape(correct), np.nan), where=np.asarray(count) > 0)
 
 
-def mean_of(values: np.ndarray, axis: int) -> np.ndarray:
+def average(values: np.ndarray, axis: int) -> np.ndarray:
     """The mean along an axis that leaves NaN out; NaN, without a warning, where all of it is NaN."""
     known = np.isfinite(values)
     return np.divide(np.where(known, values, 0).sum(axis), known.sum(axis), out=np.full(known.sum(axis).shape, np.nan), where=known.any(axis))
 
 
-def _plan(attributes: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _read_plan(attributes: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What a record says of the phases; nothing where an earlier version wrote it."""
     return [{"phase": str(each["phase"]), "rounds": int(each["rounds"]), "refines": each["refines"], "averages": dict(each["averages"])}
             for each in json.loads(attributes.get("plan", "[]"))]
 
 
-def _status(folder: Path) -> str:
+def _read_status(folder: Path) -> str:
     path = folder / "STATUS"
-    return lock.status_of(folder, path.read_text(encoding="utf-8", errors="replace").strip() or "unknown") if path.is_file() else "unknown"
+    return lock.read_status(folder, path.read_text(encoding="utf-8", errors="replace").strip() or "unknown") if path.is_file() else "unknown"
 
 
-def _searched(place: Path, deep: int) -> tuple[list[Path], list[Path]]:
+def _search(place: Path, deep: int) -> tuple[list[Path], list[Path]]:
     """The run folders at a place and up to so many folders below it, and those of runs that finished no round."""
     if (place / "metrics.h5").is_file():
         return [place], []
@@ -244,7 +244,7 @@ def _searched(place: Path, deep: int) -> tuple[list[Path], list[Path]]:
         return [], [place]
     inner = sorted(Path(entry.path) for entry in os.scandir(place) if entry.is_dir(follow_symlinks=False) and not entry.name.startswith(".")) \
         if deep and place.is_dir() and os.access(place, os.R_OK | os.X_OK) else []
-    below = [_searched(folder, deep - 1) for folder in inner]
+    below = [_search(folder, deep - 1) for folder in inner]
     return [run for runs, _ in below for run in runs], [folder for _, begun in below for folder in begun]
 
 
@@ -256,7 +256,7 @@ def _no_run(folder: Path) -> str:
     inner = sorted(path.parent for path in folder.glob("*/metrics.h5"))
     if inner:
         return f"is no run folder but holds {len(inner)}; name them, for example {inner[-1]}"
-    status = f"; its STATUS is '{_status(folder)}', so no round was finished" if (folder / "STATUS").is_file() else ""
+    status = f"; its STATUS is '{_read_status(folder)}', so no round was finished" if (folder / "STATUS").is_file() else ""
     return f"is no run folder, it has no metrics.h5{status}"
 
 
@@ -266,13 +266,13 @@ def _way_out(status: str) -> str:
     return "; if the run is still writing, ask again, otherwise resume it: it sets that file aside and goes on from its last checkpoint, without these figures"
 
 
-def _lost(attributes: Mapping[str, Any]) -> str:
+def _lost_text(attributes: Mapping[str, Any]) -> str:
     """Words for the rounds whose figures were lost before the run was resumed."""
     rounds = [int(row) + 1 for row in attributes.get("lost_rounds", ())]
-    return f"without the figures of {listed(rounds)}, which were lost" if rounds else ""
+    return f"without the figures of {rounds_text(rounds)}, which were lost" if rounds else ""
 
 
-def _aligned(arrays: dict[str, np.ndarray], sizes: dict[str, int], path: Path) -> dict[str, np.ndarray]:
+def _align(arrays: dict[str, np.ndarray], sizes: dict[str, int], path: Path) -> dict[str, np.ndarray]:
     """The arrays with their shapes checked, growing axes cut to the rows that every dataset has, evaluations of unfinished rounds left out."""
     wanted = {name: SHAPES.get(name, SHAPES.get(name.split("/")[0], "")) for name in arrays}
     bound = dict(sizes)

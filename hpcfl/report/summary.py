@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from hpcfl.report import averaging, measures
-from hpcfl.report.recording import Recording, mean_of, read
+from hpcfl.report.recording import Recording, average, read
 
 TARGETS = (10, 20, 30, 40, 50, 60, 70, 80, 90)                     # percent; `bytes.until_accuracy` says what each cost
 WAYS = {                                                           # of reading one accuracy for each architecture out of a run, and what people read
@@ -15,7 +15,7 @@ FLOPS = {"training": "flops", "refining": "refine_flops"}          # of which me
 WORK = ("train", "refine", "aggregate", "spread", "evaluate")       # kinds of seconds that are work; the rest is waiting and moving
 
 
-def summary(run: str | Path | Recording, targets: Sequence[float] = TARGETS) -> dict[str, Any]:
+def summarise(run: str | Path | Recording, targets: Sequence[float] = TARGETS) -> dict[str, Any]:
     """A run in figures that JSON can carry: accuracies in percent, bytes, seconds; None for what was not measured.
 
     `data_source` and `data_sha256` say which data the name stood for, None where an earlier hpcfl did not note it.
@@ -44,10 +44,10 @@ def summary(run: str | Path | Recording, targets: Sequence[float] = TARGETS) -> 
             "accuracy": _accuracy(recording), "bytes": _bytes(recording, targets), **_seconds(recording),
             "conditions": _conditions(recording), "by_architecture": _by_architecture(recording), "flops": _flops(recording),
             "server": {name: _last(values) for name, values in recording.notes().items()},
-            "warnings": list(filter(None, [averaging.warning(recording.algorithm, recording.averages())]))}
+            "warnings": list(filter(None, [averaging.warning_text(recording.algorithm, recording.averages())]))}
 
 
-def spread(values: np.ndarray) -> dict[str, Any]:
+def summarise_values(values: np.ndarray) -> dict[str, Any]:
     """Mean, min, max and population sd over the finite entries of (K,), and all of them; None where there is nothing."""
     finite = values[np.isfinite(values)]
     over = {"mean": finite.mean(), "min": finite.min(), "max": finite.max(), "sd": finite.std()} if finite.size else {}
@@ -57,24 +57,24 @@ def spread(values: np.ndarray) -> dict[str, Any]:
 def _accuracy(recording: Recording) -> dict[str, Any]:
     end, before = recording.last("end"), recording.last("before_refine")
     nothing, kinds = np.full(recording.clients, np.nan), ("generalization", "personal", "validation")
-    found = {kind: spread(nothing if end is None else recording.accuracy(kind, [end])[0]) for kind in kinds}
-    found["absent_classes"] = spread(recording.absent_accuracy(end))
-    found["recall"] = _plain(mean_of(recording.recall(end), 0))
+    found = {kind: summarise_values(nothing if end is None else recording.accuracy(kind, [end])[0]) for kind in kinds}
+    found["absent_classes"] = summarise_values(recording.absent_accuracy(end))
+    found["recall"] = _plain(average(recording.recall(end), 0))
     if models := recording.global_accuracy(end):
-        over = spread(np.array(list(models.values())))
+        over = summarise_values(np.array(list(models.values())))
         found["global"] = {**{key: over[key] for key in ("mean", "min", "max")}, "per_model": models}
-    found["over_architectures"] = over_architectures(recording)
+    found["over_architectures"] = average_architectures(recording)
     found["refine"] = refine = None if end is None else recording.refines(end)
     if refine:
-        key = measures.before_key(refine)
-        found[key] = spread(recording.accuracy("generalization", [before])[0])
-        found["absent_classes"][key] = spread(recording.absent_accuracy(before))
-        found[f"recall_{key}"] = _plain(mean_of(recording.recall(before), 0))
+        key = measures.find_before_key(refine)
+        found[key] = summarise_values(recording.accuracy("generalization", [before])[0])
+        found["absent_classes"][key] = summarise_values(recording.absent_accuracy(before))
+        found[f"recall_{key}"] = _plain(average(recording.recall(before), 0))
     return {"unit": "percent", "rounds": None if end is None else int(recording.arrays["evaluation/at"][end]) + 1, **found,
-            "described": measures.described(found), "report": measures.to_report(found, recording.rounds, recording.planned)}
+            "described": measures.describe_accuracies(found), "report": measures.choose_result(found, recording.rounds, recording.planned)}
 
 
-def over_architectures(recording: Recording) -> dict[str, Any] | None:
+def average_architectures(recording: Recording) -> dict[str, Any] | None:
     """Mean over architectures m of acc_m, the mean accuracy in percent of m's clients on the official test set, read in three ways (WAYS).
 
     `final`: every acc_m at the last evaluation. `selected`: at the evaluation at which m's clients, taken together, got most of their validation parts
@@ -89,7 +89,7 @@ def over_architectures(recording: Recording) -> dict[str, Any] | None:
         return None
     rounds, right, found = recording.arrays["evaluation/at"][end] + 1, recording.accuracy("generalization", end), {}
     for name, clients in members.items():
-        test, validation = mean_of(right[:, clients], 1), recording.pooled_accuracy("validation", end, clients)          # (E,) both
+        test, validation = average(right[:, clients], 1), recording.pooled_accuracy("validation", end, clients)          # (E,) both
         chosen = int(np.nanargmax(validation)) if np.isfinite(validation).any() else None
         found[name] = {"final": _number(test[-1]), "selected": None if chosen is None else _number(test[chosen]),
                        "best_on_test": _number(np.fmax.reduce(test)), "selected_rounds": None if chosen is None else int(rounds[chosen])}
@@ -101,7 +101,7 @@ def _flops(recording: Recording) -> dict[str, dict[str, dict[str, float | None]]
     nothing, members = np.full((recording.rounds, recording.clients), np.nan), recording.by_architecture()
     counted = {f"{verb}_flops_per_round": recording.arrays.get(f"train/{name}", nothing) for verb, name in FLOPS.items()}
     rows = np.flatnonzero(np.isfinite(list(counted.values())).any((0, 2))) if members else ()
-    return {str(recording.arrays["rounds/phase"][row]): {name: {key: _number(mean_of(values[row, clients], 0)) for key, values in counted.items()}
+    return {str(recording.arrays["rounds/phase"][row]): {name: {key: _number(average(values[row, clients], 0)) for key, values in counted.items()}
                                                          for name, clients in members.items()} for row in rows}
 
 
@@ -110,11 +110,11 @@ def _bytes(recording: Recording, targets: Sequence[float]) -> dict[str, Any]:
     totals = {f"{name}_bytes": int(recording.per_round(name).sum()) for name in names}
     return {**totals, "per_round": {f"{name}_bytes": _plain(recording.per_round(name)) for name in names},
             "per_client": {f"{name}_bytes": _plain(recording.per_client(name)) for name in names[:2]},
-            "until_accuracy": {f"{target:g}": bytes_until(recording, first, target) for target in targets}, "until_accuracy_of": first,
-            "until_client_accuracy": {f"{target:g}": bytes_until(recording, "generalization", target) for target in targets}}
+            "until_accuracy": {f"{target:g}": count_bytes_until(recording, first, target) for target in targets}, "until_accuracy_of": first,
+            "until_client_accuracy": {f"{target:g}": count_bytes_until(recording, "generalization", target) for target in targets}}
 
 
-def bytes_until(recording: Recording, measure: str, target: float) -> dict[str, int] | None:
+def count_bytes_until(recording: Recording, measure: str, target: float) -> dict[str, int] | None:
     """Rounds and cumulative bytes at the first "end" evaluation whose mean of "global" or "generalization" is >= target percent; None if it never came."""
     end = recording.stage("end")
     reached = np.flatnonzero(recording.means(measure, end) >= target)
@@ -126,7 +126,7 @@ def bytes_until(recording: Recording, measure: str, target: float) -> dict[str, 
 
 
 def _seconds(recording: Recording) -> dict[str, Any]:
-    by_rank = {name: np.nan_to_num(array.astype(float)) for name, array in recording.part("seconds").items()}          # each (R, ranks)
+    by_rank = {name: np.nan_to_num(array.astype(float)) for name, array in recording.datasets("seconds").items()}          # each (R, ranks)
     wall = float(np.nan_to_num(recording.arrays["rounds/wall_s"].astype(float)).sum()) if "rounds/wall_s" in recording.arrays else 0.0
     idle = float(by_rank["idle"].sum()) if "idle" in by_rank else None
     return {"wall_s": wall, "seconds": {name: float(array.max(1, initial=0).sum()) for name, array in by_rank.items() if name != "idle"},
@@ -135,7 +135,7 @@ def _seconds(recording: Recording) -> dict[str, Any]:
 
 
 def _conditions(recording: Recording) -> dict[str, Any] | None:
-    found = recording.part("conditions")
+    found = recording.datasets("conditions")
     if not {"answered", "delay_s", "duration_s"} <= found.keys():
         return None
     missing, came = found["answered"] == 0, np.isfinite(found["delay_s"])
@@ -160,7 +160,7 @@ def _by_architecture(recording: Recording) -> list[dict[str, Any]]:
                    for key, metric in (("train_s", "seconds"), ("refine_s", "refine_seconds"))}
         sent = {f"{key}_bytes": recording.per_client(key)[members] / max(1, recording.rounds) for key in ("simulated_up", "simulated_down")}
         right = {kind: values[members] for kind, values in accuracies.items()}
-        means = {key: mean_of(values, 0) for key, values in (seconds | sent | right).items()}
+        means = {key: average(values, 0) for key, values in (seconds | sent | right).items()}
         rows.append({"architecture": name, "clients": len(members), **described,
                      **{key: _number(value) for key, value in means.items()}})
     return rows

@@ -18,24 +18,24 @@ def write(runs: Sequence[str | Path], path: Path) -> Path:
 
     Raises: as `recording.read`, before anything is written; JobError for a run without intervals or where the file cannot be written.
     """
-    found = [event for process, run in enumerate(dict.fromkeys(Path(run) for run in runs)) for event in events(read(run), process)]
+    found = [event for process, run in enumerate(dict.fromkeys(Path(run) for run in runs)) for event in list_events(read(run), process)]
     with replacing(path, lambda error: JobError(f"{path}: cannot write the trace: {error.strerror or error}; name another file with --trace FILE")) as draft:
         draft.write(json.dumps({"displayTimeUnit": "ms", "traceEvents": found}).encode())
     return path
 
 
-def events(recording: Recording, process: int = 0) -> Iterator[dict[str, Any]]:
+def list_events(recording: Recording, process: int = 0) -> Iterator[dict[str, Any]]:
     """The trace events of one run, times in microseconds since its first round; the time between a stop and the restart is left out.
 
     Raises: JobError for a run that an earlier version recorded.
     """
-    table = recording.part("trace")
+    table = recording.datasets("trace")
     if "row" not in table:
         raise JobError(f"{recording.folder}: its metrics.h5 says for how long each rank worked, but not when; it was written by an earlier hpcfl")
-    yield _named("process_name", process, ROUNDS, f"{recording.name} ({recording.algorithm}, seed {recording.seed})")
+    yield _name_event("process_name", process, ROUNDS, f"{recording.name} ({recording.algorithm}, seed {recording.seed})")
     names = {ROUNDS: "rounds", **{int(rank) + 1: f"rank {rank}" for rank in np.unique(table["rank"])}}
     for thread, name in names.items():
-        yield _named("thread_name", process, thread, name)
+        yield _name_event("thread_name", process, thread, name)
         yield {"ph": "M", "name": "thread_sort_index", "pid": process, "tid": thread, "args": {"sort_index": thread}}
     places = list(zip(recording.arrays["rounds/phase"].tolist(), recording.arrays["rounds/round"].tolist(), strict=True))
     begin, end = 1e6 * table["start_s"], 1e6 * (table["start_s"] + table["duration_s"])
@@ -51,5 +51,5 @@ def _event(name: str, category: str, process: int, thread: int, since: float, un
             "args": arguments}
 
 
-def _named(what: str, process: int, thread: int, name: str) -> dict[str, Any]:
+def _name_event(what: str, process: int, thread: int, name: str) -> dict[str, Any]:
     return {"ph": "M", "name": what, "pid": process, "tid": thread, "args": {"name": name}}

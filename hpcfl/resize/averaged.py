@@ -6,13 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from hpcfl import tree
-from hpcfl.resize.derived import Made, from_channels_last, to_channels_last
+from hpcfl.resize.derived import Derived, from_channels_last, to_channels_last
 from hpcfl.tree import Tree
 
 GRANULARITIES = {"element": lambda shape: prod(shape), "channel": lambda shape: shape[0] if len(shape) else 1, "layer": lambda shape: 1}
 
 
-class Averaged(Made):
+class Averaged(Derived):
     """f(x; W'), W' = sum_k (n_k / n) a_k (*) W_k elementwise, with a_k = K softmax_k(l_k) or, unnormalised, a_k = l_k; the logits l are the parameters.
 
     All parameters of a model lie in one row, so that a step is a softmax and a sum over one matrix (K, P) whatever the layers. `granularity`: an a for each
@@ -31,13 +31,13 @@ class Averaged(Made):
         self.shares = nn.Parameter(torch.zeros(models, sum(sizes)), requires_grad=False)               # (n_k / n) W_k, (K, P)
         self.register_buffer("owner", None if self.elementwise else owner, persistent=False)           # (P,), the group of each element
 
-    def of(self, models: Sequence[Tree], samples: Sequence[float]) -> Tree:
+    def derive_state(self, models: Sequence[Tree], samples: Sequence[float]) -> Tree:
         """All of this module's state but the logits, for state_dicts of the full size and their n_k; running statistics are averaged by n_k, counters begin at 0."""
         weights = [count / sum(samples) for count in samples]
         rows = torch.stack([weight * torch.cat([to_channels_last(model[path]).flatten() for path in self.shapes]) for weight, model in zip(weights, models, strict=True)])
-        statistics = [path for path, leaf in tree.floating(models[0]).items() if path not in self.shapes]
+        statistics = [path for path, leaf in tree.select_floating(models[0]).items() if path not in self.shapes]
         mean = {path: sum(weight * model[path] for weight, model in zip(weights, models, strict=True)) for path in statistics}
-        return self.buffers_of(mean) | {"shares": rows}
+        return self.derive_buffers(mean) | {"shares": rows}
 
     def coverage(self, shapes: Mapping[str, torch.Size], little: float) -> Tensor:
         """How much of each group of elements lies within the leading part of these shapes, (G,) in [little, 1]."""
@@ -52,7 +52,7 @@ class Averaged(Made):
             marks = zeros.index_add(0, owner, marks) / zeros.index_add(0, owner, torch.ones_like(marks))
         return marks.clamp(min=little)
 
-    def parameters_made(self) -> Tree:
+    def derive_parameters(self) -> Tree:
         """W', differentiable with respect to the logits."""
         a = len(self.logits) * self.logits.softmax(0) if self.normalised else self.logits              # (K, G)
         flat = ((a if self.elementwise else a[:, self.owner]) * self.shares).sum(0)                    # (P,)

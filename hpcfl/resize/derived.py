@@ -10,7 +10,7 @@ from hpcfl.tree import Tree
 BUFFER = "buffer"                                                  # prefix of the classifier's own buffers among those of a Made
 
 
-class Made(nn.Module):
+class Derived(nn.Module):
     """A classifier f(x; w(parameters)): what computes the weights is learned, what they are computed from are parameters that require no gradient.
 
     Any loss of logits will do, and the weights computed from stay what they are. In train mode norm layers use and
@@ -25,15 +25,15 @@ class Made(nn.Module):
             if hasattr(layer, "reset_running_stats"):
                 layer.reset_running_stats()
         for path, buffer in self.structure[0].named_buffers():
-            self.register_buffer(f"{BUFFER}:{key(path)}", buffer.detach().clone())
+            self.register_buffer(f"{BUFFER}:{to_name(path)}", buffer.detach().clone())
 
     @abstractmethod
-    def parameters_made(self) -> Tree:
+    def derive_parameters(self) -> Tree:
         """The classifier's parameters by their paths in its state_dict, differentiable."""
 
     def weights(self) -> Tree:
         """The classifier's state_dict: parameters made, and buffers as they are."""
-        return self.parameters_made() | {path: self.get_buffer(f"{BUFFER}:{key(path)}") for path, _ in self.structure[0].named_buffers()}
+        return self.derive_parameters() | {path: self.get_buffer(f"{BUFFER}:{to_name(path)}") for path, _ in self.structure[0].named_buffers()}
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of images: (B, C, H, W) -> (B, classes)."""
@@ -42,17 +42,17 @@ class Made(nn.Module):
             structure.train(self.training)
         return functional_call(structure, self.weights(), (x,))
 
-    def buffers_of(self, source: Tree) -> Tree:
+    def derive_buffers(self, source: Tree) -> Tree:
         """The classifier's buffers for a state_dict of another size: floating ones keep the leading part; what grows begins as in a new layer, counters at 0."""
         own = {}
         for path, buffer in self.structure[0].named_buffers():
             given = source.get(path)
             shrinks = given is not None and given.is_floating_point() and all(few <= many for few, many in zip(buffer.shape, given.shape, strict=True))
-            own[f"{BUFFER}:{key(path)}"] = (given[tuple(map(slice, buffer.shape))] if shrinks else buffer).clone()
+            own[f"{BUFFER}:{to_name(path)}"] = (given[tuple(map(slice, buffer.shape))] if shrinks else buffer).clone()
         return own
 
 
-def key(path: str) -> str:
+def to_name(path: str) -> str:
     """A path of a state_dict as a name that a module may give to a part of itself."""
     return path.replace(".", ":")
 

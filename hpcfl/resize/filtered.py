@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hpcfl.errors import LayoutError
-from hpcfl.resize.derived import Made, from_channels_last, key
+from hpcfl.resize.derived import Derived, from_channels_last, to_name
 from hpcfl.tree import Tree
 
 SOURCE = "source"                                                  # prefix of the weights that are convolved among the parameters of a Filtered
@@ -18,7 +18,7 @@ NEGATIVE, POSITIVE = 0.001, 0.85                                   # slopes of t
 NOISE = 0.1                                                        # norm of what `slice` adds to a kernel of norm 1
 
 
-def mlr(values: Tensor, passes: int) -> Tensor:
+def apply_mlr(values: Tensor, passes: int) -> Tensor:
     """Modified leaky ReLU, 0.001 v for v < 0 and 0.85 v for v >= 0, applied `passes` times (the published code: twice; 0: not at all)."""
     return torch.where(values < 0, NEGATIVE ** passes, POSITIVE ** passes) * values if passes else values
 
@@ -75,9 +75,9 @@ class WeightFilter(nn.Module):
         """W (n, n', ...) to (m, m', ...)."""
         w = _to_image(weight, self.is_convolution)                                                     # (P, n, n')
         u = (self.gain + float(self.is_convolution)) * w + self.bias
-        return _from_image(mlr(self.convolved(u), self.mlr_passes), self.shape, self.is_convolution)
+        return _from_image(apply_mlr(self.convolve(u), self.mlr_passes), self.shape, self.is_convolution)
 
-    def convolved(self, u: Tensor) -> Tensor:
+    def convolve(self, u: Tensor) -> Tensor:
         """(P, n, n') to (P, m, m'): what conv2d and conv_transpose2d of stride 1 with P groups give for the kernels g v / ||v||."""
         if self.direction is None:
             return u * self.norm
@@ -88,7 +88,7 @@ class WeightFilter(nn.Module):
         return v[:, :self.wanted[1], :self.wanted[2]]
 
 
-class Filtered(Made):
+class Filtered(Derived):
     """A classifier f(x; filters(W)): the filters are what it learns, the source model's weights W are fixed. Layers are recognised by their type."""
 
     def __init__(self, source: nn.Module, target: nn.Module, mlr_passes: int = 1) -> None:
@@ -97,23 +97,23 @@ class Filtered(Made):
         shapes = {path: parameter.shape for path, parameter in target.named_parameters()}
         convolutions = {f"{name}.weight" for name, layer in source.named_modules() if isinstance(layer, nn.Conv2d)}
         self.paths = tuple(shapes)
-        self.filters = nn.ModuleDict({key(path): WeightFilter(parameter.shape, shapes[path], path in convolutions, mlr_passes)
+        self.filters = nn.ModuleDict({to_name(path): WeightFilter(parameter.shape, shapes[path], path in convolutions, mlr_passes)
                                       for path, parameter in source.named_parameters()})
         for path, parameter in source.named_parameters():
-            self.register_parameter(f"{SOURCE}:{key(path)}", nn.Parameter(torch.zeros_like(parameter), requires_grad=False))
+            self.register_parameter(f"{SOURCE}:{to_name(path)}", nn.Parameter(torch.zeros_like(parameter), requires_grad=False))
 
     def reset_parameters(self, init: str = "slice") -> None:
         """New filters by the way of INITS."""
         for each in self.filters.values():
             each.reset_parameters(init)
 
-    def of(self, source: Tree) -> Tree:
+    def derive_state(self, source: Tree) -> Tree:
         """All of this module's state but the filters, for a source model's state_dict."""
-        return self.buffers_of(source) | {f"{SOURCE}:{key(path)}": source[path] for path in self.paths}
+        return self.derive_buffers(source) | {f"{SOURCE}:{to_name(path)}": source[path] for path in self.paths}
 
-    def parameters_made(self) -> Tree:
+    def derive_parameters(self) -> Tree:
         """The resized parameters, differentiable with respect to the filters."""
-        return {path: self.filters[key(path)](getattr(self, f"{SOURCE}:{key(path)}")) for path in self.paths}
+        return {path: self.filters[to_name(path)](getattr(self, f"{SOURCE}:{to_name(path)}")) for path in self.paths}
 
 
 INITS = {"slice": WeightFilter.become_slice, "default": WeightFilter.become_default}

@@ -17,7 +17,7 @@ MIXING = (nn.Conv2d, nn.Linear)                                    # layers that
 NORMS = (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)               # layers that keep the channels they read
 
 
-def window(full: int, kept: int, shift: int = 0, blocks: int = 1) -> Tensor:
+def mark_window(full: int, kept: int, shift: int = 0, blocks: int = 1) -> Tensor:
     """Which of `full` channels are kept, (full,) bool: (shift + i) mod full for i < kept, in each of `blocks` equal blocks (attention heads).
 
     shift = 0: the leading ones (HeteroFL, arXiv 2010.01264); shift = round: FedRolex's rolling window (arXiv 2212.01548, section 3.2).
@@ -27,7 +27,7 @@ def window(full: int, kept: int, shift: int = 0, blocks: int = 1) -> Tensor:
     return marks.repeat(blocks)
 
 
-def axes(full: Model, small: Model, shift: int = 0) -> Axes:
+def find_axes(full: Model, small: Model, shift: int = 0) -> Axes:
     """The channels that `small` keeps of every leaf of `full`, two widths of one model.
 
     Every layer that makes channels keeps a window of them. What the next layers read follows from one image passed through the full-size network:
@@ -35,8 +35,8 @@ def axes(full: Model, small: Model, shift: int = 0) -> Axes:
     flattened maps and residual sums need no rule of their own.
     Raises: JobError where only one width has a projection to models.feature_size; LayoutError where windows do not meet, in a sum for example.
     """
-    made, wanted = ({path: tuple(leaf.shape) for path, leaf in model.state_dict().items()} for model in (full, small))
-    if alone := sorted(made.keys() ^ wanted.keys()):
+    sizes, wanted = ({path: tuple(leaf.shape) for path, leaf in model.state_dict().items()} for model in (full, small))
+    if alone := sorted(sizes.keys() ^ wanted.keys()):
         raise JobError(f"'{alone[0]}' is in only one of two widths of a model: models.feature_size = {full.feature_size} is the size at which one of them "
                        "ends anyway, so that it needs no projection; choose another models.feature_size, or 0 for each model's own")
     found: dict[str, tuple[Tensor, ...]] = {}
@@ -45,18 +45,18 @@ def axes(full: Model, small: Model, shift: int = 0) -> Axes:
         prefix = f"{name}." if name else ""
         if isinstance(module, MIXING):
             parent = marked.get_submodule(name.rpartition(".")[0])
-            module.register_forward_hook(partial(_mix, found, prefix, wanted[f"{prefix}weight"][0], shift, _blocks(parent, module)))
+            module.register_forward_hook(partial(_mix, found, prefix, wanted[f"{prefix}weight"][0], shift, _count_blocks(parent, module)))
         elif isinstance(module, NORMS):
             module.register_forward_hook(partial(_pass, found, prefix))
         else:
             for own, parameter in module.named_parameters(recurse=False):
-                found[prefix + own] = tuple(window(n, m, shift) for n, m in zip(parameter.shape, wanted[prefix + own], strict=True))
-                parameter.data = torch.ones_like(parameter) * prod(_open(found[prefix + own]))
+                found[prefix + own] = tuple(mark_window(n, m, shift) for n, m in zip(parameter.shape, wanted[prefix + own], strict=True))
+                parameter.data = torch.ones_like(parameter) * prod(_to_index(found[prefix + own]))
     with torch.no_grad():
         marked(torch.ones(1, *full.shape))
     for path, shape in wanted.items():
         if tuple(int(marks.sum()) for marks in found[path]) != shape:
-            raise LayoutError(f"'{path}': channels that arrive are {tuple(int(marks.sum()) for marks in found[path])} of {made[path]}, the narrower "
+            raise LayoutError(f"'{path}': channels that arrive are {tuple(int(marks.sum()) for marks in found[path])} of {sizes[path]}, the narrower "
                               f"network has {shape}; networks to be sliced must add and join channels of one window each")
     return {path: tuple(marks.nonzero().flatten() for marks in found[path]) for path in wanted}
 
@@ -69,40 +69,40 @@ def take(state: Tree, kept: Axes) -> Tree:
 def add_to(out: Tree, slices: Tree, kept: Axes) -> None:
     """Add slices to the full-size leaves of `out`, each to where it came from."""
     for path, leaf in slices.items():
-        out[path][_open(kept[path])] += leaf
+        out[path][_to_index(kept[path])] += leaf
 
 
 def put(into: Tree, slices: Tree, kept: Axes) -> Tree:
     """A copy of the full-size leaves with slices written over where they came from."""
     full = tree.clone(into)
     for path, leaf in slices.items():
-        full[path][_open(kept[path])] = leaf.to(full[path].dtype)
+        full[path][_to_index(kept[path])] = leaf.to(full[path].dtype)
     return full
 
 
 def _mix(found: dict, prefix: str, size: int, shift: int, blocks: int, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    arrived = _arrived(inputs[0])
+    arrived = _find_arrived(inputs[0])
     depthwise = getattr(layer, "groups", 1) > 1
-    made = arrived if depthwise else window(len(layer.weight), size, shift, blocks)
+    channels = arrived if depthwise else mark_window(len(layer.weight), size, shift, blocks)
     rest = [torch.ones(n, dtype=torch.bool) for n in layer.weight.shape[2:]]
-    found[f"{prefix}weight"] = (made, torch.ones(1, dtype=torch.bool) if depthwise else arrived, *rest)
+    found[f"{prefix}weight"] = (channels, torch.ones(1, dtype=torch.bool) if depthwise else arrived, *rest)
     if layer.bias is not None:
-        found[f"{prefix}bias"] = (made,)
-    return torch.zeros_like(output) + _along_channels(made, output)
+        found[f"{prefix}bias"] = (channels,)
+    return torch.zeros_like(output) + _along_channels(channels, output)
 
 
 def _pass(found: dict, prefix: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     for own, leaf in layer.state_dict().items():
-        found[prefix + own] = (_arrived(inputs[0]),) * leaf.dim()  # a count of batches has no axis
+        found[prefix + own] = (_find_arrived(inputs[0]),) * leaf.dim()  # a count of batches has no axis
     return inputs[0]
 
 
-def _blocks(parent: nn.Module, layer: nn.Module) -> int:
+def _count_blocks(parent: nn.Module, layer: nn.Module) -> int:
     """Attention heads between which the channels of a query, key or value layer are split."""
     return parent.heads if layer in [getattr(parent, name, None) for name in ("q", "k", "v")] else 1
 
 
-def _arrived(x: Tensor) -> Tensor:
+def _find_arrived(x: Tensor) -> Tensor:
     channels = x.transpose(1, -1) if x.dim() == 4 else x           # maps (1, C, H, W), tokens (1, T, D) or features (1, D)
     return (channels > 0).flatten(0, -2).any(0)
 
@@ -111,7 +111,7 @@ def _along_channels(marks: Tensor, like: Tensor) -> Tensor:
     return marks.view(1, -1, 1, 1) if like.dim() == 4 else marks
 
 
-def _open(kept: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _to_index(kept: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """One tensor per axis, shaped so that together they span all axes."""
     return tuple(each.view(*[1] * axis, -1, *[1] * (len(kept) - 1 - axis)) for axis, each in enumerate(kept))
 

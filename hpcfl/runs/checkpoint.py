@@ -16,11 +16,11 @@ from hpcfl.federation.placement import Past
 from hpcfl.federation.state import State
 from hpcfl.federation.world import World
 from hpcfl.files import atomic, trees
-from hpcfl.runs.record import Record, seconds_taken
-from hpcfl.settings.job import differences, recorded
+from hpcfl.runs.record import Record, measure_client_seconds
+from hpcfl.settings.job import find_differences, read_recorded
 from hpcfl.training.group import Group
 
-FORMAT = 2
+CHECKPOINT_FORMAT = 2
 VERSION = "hpcfl"                                                  # what --may-differ calls the version that wrote a checkpoint
 FREE_TO_DIFFER = ("checkpoint.every", "checkpoint.keep", "checkpoint.seconds", "residency.chunk", "residency.folder", "residency.location", "evaluation.batch",
                   "run.name", "timeouts.collective", "timeouts.heartbeat")              # settings that no result depends on; on residency.chunk by rounding, with vmap
@@ -37,7 +37,7 @@ def save(folder: Path, world: World, state: State, record: Record, score: float 
     written, failure = {}, None
     try:
         name = f"rank-{comm.rank:04d}.h5"
-        written[name] = {"sha256": trees.write_trees(target / name, _clients(state)), "clients": list(world.mine)}
+        written[name] = {"sha256": trees.write_trees(target / name, _iterate_clients(state)), "clients": list(world.mine)}
         if comm.is_server:
             record.append(folder / "metrics.h5")                   # before the manifest: a record may run ahead of its checkpoint, never behind
             written["server.h5"] = {"sha256": trees.write_trees(target / "server.h5", [("server", state.server)]), "clients": []}
@@ -61,7 +61,7 @@ def load(folder: Path, world: World, may_differ: Sequence[str] = ()) -> State | 
     Raises: CheckpointError naming the file for a checkpoint that is damaged, of another format, or of a job that differs in more than `may_differ`.
     """
     comm = world.comm
-    found = comm.share(_manifest(folder) if comm.is_server else None)
+    found = comm.share(_read_manifest(folder) if comm.is_server else None)
     if found is None:
         return None
     checkpoint, manifest = Path(found[0]), found[1]
@@ -80,8 +80,8 @@ def load(folder: Path, world: World, may_differ: Sequence[str] = ()) -> State | 
             trees |= {int(client): state for client, state in found.items()}
         received |= {client: {name: int(version) for name, version in tree.part(state, "received").items()} for client, state in trees.items()}
         trees = {client: {path: leaf for path, leaf in state.items() if not path.startswith("received/")} for client, state in trees.items()}
-        _fit(checkpoint, architecture, world.modules[architecture]["model"].state_dict(), trees)
-        groups.append(world.park(Group.of(architecture, trees).to(world.problem.device)))
+        _check_models(checkpoint, architecture, world.modules[architecture]["model"].state_dict(), trees)
+        groups.append(world.park(Group.from_states(architecture, trees).to(world.problem.device)))
     server = _read(checkpoint / "server.h5", ["server"])["server"] if comm.is_server else None
     return State(server, tuple(groups), received, manifest["rows"], manifest["version"], manifest["versions"])
 
@@ -91,7 +91,7 @@ def clear(folder: Path, resume_from: Path | None) -> None:
 
     LATEST names from now on where the run goes on from, if that lies here: later checkpoints may be written anew, and one that LATEST names must not be.
     """
-    begun = latest(resume_from) if resume_from else None
+    begun = find_latest(resume_from) if resume_from else None
     if begun and begun.parent.parent.samefile(folder):
         atomic.write_text(folder / "LATEST", f"{begun.name}\n")
     atomic.sweep(folder)
@@ -100,18 +100,18 @@ def clear(folder: Path, resume_from: Path | None) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def past(folder: Path) -> Past | None:
+def read_past(folder: Path) -> Past | None:
     """What the latest checkpoint in a run folder (or one checkpoint folder) says of where clients were and how long they took; None where there is none.
 
     A record beside the checkpoints that cannot be read says nothing of how long they took. Raises: CheckpointError where the manifest cannot be read.
     """
-    found = _manifest(folder)
-    if found is None or found[1].get("format") != FORMAT:          # what that means is said where it is loaded
+    found = _read_manifest(folder)
+    if found is None or found[1].get("format") != CHECKPOINT_FORMAT:          # what that means is said where it is loaded
         return None
     manifest, origin = found[1], Path(found[0]).parent.parent
     home = {client: rank for rank in range(manifest["ranks"]) for client in manifest["files"].get(f"rank-{rank:04d}.h5", {"clients": ()})["clients"]}
     try:
-        seconds = seconds_taken(origin / "metrics.h5", manifest["rows"])
+        seconds = measure_client_seconds(origin / "metrics.h5", manifest["rows"])
     except CheckpointError:                                        # who resumes from there says so, and goes on without it
         seconds = (math.nan,) * len(home)
     if sorted(home) != list(range(len(seconds))):
@@ -119,13 +119,13 @@ def past(folder: Path) -> Past | None:
     return Past(tuple(home[client] for client in sorted(home)), manifest["ranks"], manifest["job"]["federation"]["server_rank"], seconds)
 
 
-def place(folder: Path) -> tuple[str, int] | None:
+def read_place(folder: Path) -> tuple[str, int] | None:
     """Phase and round after which a checkpoint was written; None where it does not say, as those of earlier versions. Raises CheckpointError as `past`."""
-    found = _manifest(folder)
+    found = _read_manifest(folder)
     return (found[1]["phase"], found[1]["round"]) if found and "phase" in found[1] else None
 
 
-def latest(folder: Path) -> Path | None:
+def find_latest(folder: Path) -> Path | None:
     """The checkpoint to go on from in a run folder: what LATEST names, or the newest where it names none; or the folder itself if it is one."""
     if (folder / "manifest.json").is_file():
         return folder
@@ -135,16 +135,16 @@ def latest(folder: Path) -> Path | None:
     return max((path.parent for path in folder.glob("checkpoints/round-*/manifest.json")), default=None)
 
 
-def way_on(folder: Path) -> str:
+def way_on_text(folder: Path) -> str:
     """What becomes of a run that ends here, in words."""
-    found = latest(folder)
+    found = find_latest(folder)
     return f"the same command goes on from {found.name}" if found else "there is no checkpoint yet, the same command begins again"
 
 
 def _seal(folder: Path, target: Path, world: World, state: State, record: Record, score: float | None, files: dict) -> str | None:
     try:
         atomic.write_json(target / "manifest.json", {
-            "format": FORMAT, "hpcfl": hpcfl.__version__, "rows": state.rows, "phase": record.rows[-1]["phase"],
+            "format": CHECKPOINT_FORMAT, "hpcfl": hpcfl.__version__, "rows": state.rows, "phase": record.rows[-1]["phase"],
             "round": record.rows[-1]["round"], "version": state.version, "versions": state.versions, "ranks": world.comm.size,
             "validation_accuracy": score, "data_sha256": world.corpus.sha256, "files": files, "job": world.job.tables()})
         atomic.write_text(folder / "LATEST", f"{target.name}\n")
@@ -165,33 +165,33 @@ def _prune(newest: Path, keep: int) -> None:
             shutil.rmtree(path)
 
 
-def _manifest(folder: Path) -> tuple[str, dict] | None:
-    checkpoint = latest(folder)
+def _read_manifest(folder: Path) -> tuple[str, dict] | None:
+    checkpoint = find_latest(folder)
     if checkpoint is None:
         return None
     try:
         manifest = json.loads((checkpoint / "manifest.json").read_bytes())
-        return str(checkpoint), manifest | {"job": recorded(manifest.get("job", {}))}
+        return str(checkpoint), manifest | {"job": read_recorded(manifest.get("job", {}))}
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint / 'manifest.json'}: cannot be read ({error}); {_earlier(checkpoint)}") from None
+        raise CheckpointError(f"{checkpoint / 'manifest.json'}: cannot be read ({error}); {_find_earlier(checkpoint)}") from None
 
 
 def _check(checkpoint: Path, manifest: dict, world: World, may_differ: Sequence[str]) -> None:
-    readable = manifest.get("format") == FORMAT
+    readable = manifest.get("format") == CHECKPOINT_FORMAT
     if not readable or (manifest["hpcfl"] != hpcfl.__version__ and VERSION not in may_differ):
         otherwise = f", or, where its results need not be those of one version, allow it with --may-differ {VERSION}" if readable else ""
         raise CheckpointError(f"{checkpoint}: written by hpcfl {manifest.get('hpcfl')} in checkpoint format {manifest.get('format')}, this is hpcfl "
-                              f"{hpcfl.__version__} with format {FORMAT}; nothing was changed. Resume with the version that wrote it{otherwise}")
+                              f"{hpcfl.__version__} with format {CHECKPOINT_FORMAT}; nothing was changed. Resume with the version that wrote it{otherwise}")
     if manifest["data_sha256"] != world.corpus.sha256:
         raise CheckpointError(f"{checkpoint}: was made with data set '{world.job.data.name}' of SHA-256 {manifest['data_sha256'][:12]}..., the one here is "
                               f"{world.corpus.sha256[:12]}...; resume with the data it was made with")
-    changed = [key for key in differences(manifest["job"], json.loads(json.dumps(world.job.tables()))) if key not in (*FREE_TO_DIFFER, *may_differ)]
+    changed = [key for key in find_differences(manifest["job"], json.loads(json.dumps(world.job.tables()))) if key not in (*FREE_TO_DIFFER, *may_differ)]
     if changed:
         raise CheckpointError(f"{checkpoint}: belongs to a job that differs in {', '.join(changed)}; nothing was changed. Choose another --out, or allow it with "
                               + " ".join(f"--may-differ {key}" for key in changed))
 
 
-def _fit(checkpoint: Path, architecture: str, model: tree.Tree, states: Mapping[int, tree.Tree]) -> None:
+def _check_models(checkpoint: Path, architecture: str, model: tree.Tree, states: Mapping[int, tree.Tree]) -> None:
     """Settings that may differ may make other models of the same names, whose states these are not."""
     wanted = {path: tuple(leaf.shape) for path, leaf in model.items()}
     for client, state in states.items():
@@ -201,7 +201,7 @@ def _fit(checkpoint: Path, architecture: str, model: tree.Tree, states: Mapping[
                                   f"{wanted.get(odd[0], 'none')}; nothing was changed. What the models are made of must not differ: choose another --out")
 
 
-def _clients(state: State) -> Iterator[tuple[str, tree.Tree]]:
+def _iterate_clients(state: State) -> Iterator[tuple[str, tree.Tree]]:
     """Every client's own Tree, and the versions that it received, one group in memory at a time."""
     for parked in state.groups:
         for client, own in parked.fetch().states().items():
@@ -210,20 +210,20 @@ def _clients(state: State) -> Iterator[tuple[str, tree.Tree]]:
 
 def _verify(path: Path, wanted: str) -> None:
     try:
-        got = atomic.sha256(path)
+        got = atomic.hash_file(path)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}; {_earlier(path.parent)}") from None
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}; {_find_earlier(path.parent)}") from None
     if got != wanted:
-        raise CheckpointError(f"{path}: is damaged or truncated: its SHA-256 is {got[:12]}..., the manifest says {wanted[:12]}...; {_earlier(path.parent)}")
+        raise CheckpointError(f"{path}: is damaged or truncated: its SHA-256 is {got[:12]}..., the manifest says {wanted[:12]}...; {_find_earlier(path.parent)}")
 
 
 def _read(path: Path, names: Collection[str]) -> dict[str, tree.Tree]:
     try:
         return trees.read_trees(path, names)
     except HpcflError as error:
-        raise CheckpointError(f"{error}; {_earlier(path.parent)}") from None
+        raise CheckpointError(f"{error}; {_find_earlier(path.parent)}") from None
 
 
-def _earlier(checkpoint: Path) -> str:
+def _find_earlier(checkpoint: Path) -> str:
     others = sorted(path for path in checkpoint.parent.glob("round-*") if path.name < checkpoint.name and (path / "manifest.json").is_file())
     return f"an earlier one is there: --resume {others[-1]}" if others else "no earlier checkpoint is left; start again with --resume never and another --out"

@@ -47,7 +47,7 @@ class Console:
         parts += [shown[name].ljust(COLUMNS[name]) for name in self.columns]
         asked, answered = ((row["conditions"]["answered"] >= least).sum() for least in (0, 1))
         parts += [f"answers {answered:>{len(str(asked))}}/{asked}"] if asked else []
-        parts.append(f"up {megabytes(row['up'].sum())}  down {megabytes(row['down'].sum())}  {row['wall_s']:7.2f} s")
+        parts.append(f"up {megabytes_text(row['up'].sum())}  down {megabytes_text(row['down'].sum())}  {row['wall_s']:7.2f} s")
         self._advance(place.row + 1, total)
         self.say("  ".join(parts))
 
@@ -113,7 +113,7 @@ class Console:
             log.warning("standard output takes nothing any more (%s); the run goes on, and what it has to say is in its folder log", failure)
 
 
-def megabytes(count: float) -> str:
+def megabytes_text(count: float) -> str:
     """A byte count in MB (1e6 bytes), eight characters wide."""
     return f"{count / 1e6:8.3f} MB"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 
 from hpcfl.settings.job import Run
-from hpcfl.wire.launchers import whole_number
+from hpcfl.wire.launchers import parse_whole_number
 
 GROUPS = Path("/sys/fs/cgroup")
 OWN_GROUPS = Path("/proc/self/cgroup")                             # lines "number:controllers:path", no controllers in version 2
@@ -15,39 +15,39 @@ TASKS = Path("/proc/self/task")
 LIMITS = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))      # of versions 2 and 1
 
 
-def threads(run: Run, cores: float, limit: float) -> int:
+def choose_threads(run: Run, cores: float, limit: float) -> int:
     """Of a rank that has so many cores and may start so many: run.threads, else one where the same bits are promised, else one for each core."""
     return run.threads or (1 if run.deterministic else max(1, int(min(cores, limit))))
 
 
-def thread_limit(environment: Mapping[str, str] = os.environ) -> float:
+def read_thread_limit(environment: Mapping[str, str] = os.environ) -> float:
     """How many threads OMP_NUM_THREADS allows a process; infinite where it says nothing."""
-    return whole_number(environment.get("OMP_NUM_THREADS", "").partition(",")[0]) or math.inf       # "4,2" is for levels, of which there is one
+    return parse_whole_number(environment.get("OMP_NUM_THREADS", "").partition(",")[0]) or math.inf       # "4,2" is for levels, of which there is one
 
 
-def quota_cores() -> float:
+def read_quota_cores() -> float:
     """Processor time that this process's control groups grant, in cores; infinite where they grant all there is."""
     found = [math.inf]
-    for folder in control_groups("cpu"):
+    for folder in find_control_groups("cpu"):
         quota, period = [*_words(folder / "cpu.max"), *_words(folder / "cpu.cfs_quota_us"), *_words(folder / "cpu.cfs_period_us"), "", ""][:2]
         if quota.isdigit() and period.isdigit():                   # else "max", or -1
             found.append(int(quota) / int(period))
     return min(found)
 
 
-def launcher_cores(environment: Mapping[str, str] = os.environ) -> int:
+def read_launcher_cores(environment: Mapping[str, str] = os.environ) -> int:
     """The cores of this host that whoever started this process could have given to it."""
     try:
         allowed = len(psutil.Process().parent().cpu_affinity())
     except (AttributeError, psutil.Error):                         # no such thing on this system, or a parent that is gone or somebody else's
         allowed = os.cpu_count() or 1
-    return min(allowed, whole_number(environment.get("SLURM_CPUS_ON_NODE")) or allowed)
+    return min(allowed, parse_whole_number(environment.get("SLURM_CPUS_ON_NODE")) or allowed)
 
 
-def memory_left_bytes() -> int:
+def read_memory_left_bytes() -> int:
     """Memory that this host, or a control group of this process, still has to give; what the group only keeps of files counts as free."""
     left = [psutil.virtual_memory().available]
-    for folder in control_groups("memory"):
+    for folder in find_control_groups("memory"):
         for limit, used in LIMITS:
             numbers = _words(folder / limit), _words(folder / used)
             if all(number and number[0].isdigit() for number in numbers):
@@ -56,13 +56,13 @@ def memory_left_bytes() -> int:
     return max(0, min(left))
 
 
-def core_seconds() -> tuple[float, float]:
+def read_core_seconds() -> tuple[float, float]:
     """Seconds that the threads of this process have had a core, and that they were ready and waited for one; nothing where the system does not tell."""
     told = [words for task in TASKS.glob("*") if len(words := _words(task / "schedstat")) > 1]
     return sum(int(words[0]) for words in told) / 1e9, sum(int(words[1]) for words in told) / 1e9
 
 
-def control_groups(controller: str) -> Iterator[Path]:
+def find_control_groups(controller: str) -> Iterator[Path]:
     """The folders of this process's control groups, from its own up to the root."""
     for line in _text(OWN_GROUPS).splitlines():
         _, controllers, path = line.split(":", 2)

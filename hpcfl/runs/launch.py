@@ -21,21 +21,21 @@ import torch
 import hpcfl
 from hpcfl.algorithms import CONFIGS
 from hpcfl.data.store import NO_LOCKS
-from hpcfl.errors import CheckpointError, EnvironmentFault, HpcflError, Interrupted, JobError, Stopped, told
+from hpcfl.errors import CheckpointError, EnvironmentFault, HpcflError, Interrupted, JobError, Stopped, error_text
 from hpcfl.federation.state import State
 from hpcfl.federation.world import World
 from hpcfl.files import atomic, lock
-from hpcfl.files.places import place
+from hpcfl.files.places import expand_home
 from hpcfl.report import averaging
 from hpcfl.runs import checkpoint
 from hpcfl.runs.console import Console, keep_log
-from hpcfl.runs.host_limits import quota_cores, thread_limit, threads
+from hpcfl.runs.host_limits import choose_threads, read_quota_cores, read_thread_limit
 from hpcfl.runs.simulation import Simulation
 from hpcfl.runs.watchdog import watching
 from hpcfl.settings.job import Job, recall, refuse_old_names
 from hpcfl.wire.communicator import Alone, Communicator
-from hpcfl.wire.launchers import launched
-from hpcfl.wording import counted, duration
+from hpcfl.wire.launchers import read_launch
+from hpcfl.wording import count_text, duration_text
 
 WORTH_A_THREAD_FLOPS = 100_000_000                                 # of a batch's forward pass: with less a second thread costs more than it does (README)
 log = logging.getLogger("hpcfl")
@@ -51,29 +51,29 @@ def run(job: Job, comm: Communicator, out: str | Path | None, resume: str, may_d
     """
     refuse_old_names(may_differ, "--may-differ")
     began_s = time.monotonic()
-    folder, resume_from = (Path(path) if path else None for path in comm.share(_folders(job, Path(out) if out else None, resume) if comm.is_server else None))
+    folder, resume_from = (Path(path) if path else None for path in comm.share(_choose_folders(job, Path(out) if out else None, resume) if comm.is_server else None))
     with _owning(folder, comm), watching(comm, folder, job.timeouts.collective, partial(_fail, folder)):
         keep_log(folder, comm.rank)
         # A launcher gives its ranks terminals that are none, and standard output may be closed.
-        console = Console(comm.is_server, live=launched() is None and getattr(sys.stdout, "isatty", bool)())
-        if comm.share(comm.is_server and resume_from == folder and _finished(folder) and _of(folder, job)):
+        console = Console(comm.is_server, live=read_launch() is None and getattr(sys.stdout, "isatty", bool)())
+        if comm.share(comm.is_server and resume_from == folder and _is_finished(folder) and _is_of(folder, job)):
             console.say(f"{folder}: already done; choose another --out to run it again")
             return folder
-        device = device_of(job, comm)
+        device = choose_job_device(job, comm)
         set_threads(job, comm)
-        world = World(job, comm, device, comm.share(checkpoint.past(resume_from) if comm.is_server and resume_from else None))
+        world = World(job, comm, device, comm.share(checkpoint.read_past(resume_from) if comm.is_server and resume_from else None))
         spare_threads(world)
         console.say(f"{job.run.name}: {job.algorithm_name} on {job.data.name}, {world.clients} clients on {comm.size} rank(s) of "
-                    f"{counted(torch.get_num_threads(), 'thread')}, {sum(phase.rounds for phase in world.plan)} rounds -> {folder}")
+                    f"{count_text(torch.get_num_threads(), 'thread')}, {sum(phase.rounds for phase in world.plan)} rounds -> {folder}")
         for remark in world.corpus.remarks:
             console.say(f"{job.data.name}: {remark}")
         console.announce(len(world.corpus.test_labels), world.has_global_models, job.evaluation.personal and any(map(len, world.split.test)))
-        if comm.is_server and (warning := averaging.warning(job.algorithm_name, world.averages(world.steps))):
+        if comm.is_server and (warning := averaging.warning_text(job.algorithm_name, world.averages(world.steps))):
             log.warning(warning)
         simulation = Simulation(world, folder, console, stop_requested)
         if resume_from:
             simulation.resume(resume_from, may_differ)             # before anything is written: a refusal changes nothing
-        environments = comm.gather(_environment(comm, device))
+        environments = comm.gather(_describe_environment(comm, device))
         if comm.is_server:
             checkpoint.clear(folder, resume_from)
             atomic.write_text(folder / "job.toml", job.to_toml())
@@ -83,7 +83,7 @@ def run(job: Job, comm: Communicator, out: str | Path | None, resume: str, may_d
             with console.beating(job.timeouts.heartbeat, simulation.so_far):
                 simulation.run()
         except KeyboardInterrupt:
-            error = Interrupted(f"{folder}: interrupted from the keyboard; {checkpoint.way_on(folder)}")
+            error = Interrupted(f"{folder}: interrupted from the keyboard; {checkpoint.way_on_text(folder)}")
             _write_status(folder, f"stopped: {error}")
             raise error from None
         except Stopped as error:
@@ -91,13 +91,13 @@ def run(job: Job, comm: Communicator, out: str | Path | None, resume: str, may_d
                 _write_status(folder, f"stopped: {error}")
             raise
         except BaseException as error:
-            _write_status(folder, f"failed: {told(error, comm.rank)}")
+            _write_status(folder, f"failed: {error_text(error, comm.rank)}")
             raise
         finally:
             console.close()
         if comm.is_server:
             _write_status(folder, "done")
-        console.say(f"done after {duration(time.monotonic() - began_s)}: {folder}; figures and a page: hpcfl report {shlex.quote(str(folder))}")
+        console.say(f"done after {duration_text(time.monotonic() - began_s)}: {folder}; figures and a page: hpcfl report {shlex.quote(str(folder))}")
     return folder
 
 
@@ -118,7 +118,7 @@ def revisit(run: str | Path) -> tuple[World, State]:
     return world, state
 
 
-def guarded(body: Callable[[], int], comm: Communicator) -> int:
+def run_guarded(body: Callable[[], int], comm: Communicator) -> int:
     """Run `body` and return the exit code of the process; an error ends the whole job at once, with this rank's message or traceback.
 
     Where all ranks fail alike the server speaks first and the abort takes the others along before they repeat it.
@@ -146,7 +146,7 @@ def guarded(body: Callable[[], int], comm: Communicator) -> int:
 
 def set_threads(job: Job, comm: Communicator) -> None:
     """Have torch use the threads that are this rank's. Called by all ranks."""
-    torch.set_num_threads(threads(job.run, cores_of_rank(comm), thread_limit()))
+    torch.set_num_threads(choose_threads(job.run, count_cores(comm), read_thread_limit()))
 
 
 def spare_threads(world: World) -> None:
@@ -163,23 +163,23 @@ def spare_threads(world: World) -> None:
     torch.set_num_threads(max(1, min(torch.get_num_threads(), flops // WORTH_A_THREAD_FLOPS)))
 
 
-def cores_of_rank(comm: Communicator) -> float:
+def count_cores(comm: Communicator) -> float:
     """This rank's part of its host's cores: each core is shared by the ranks bound to it, the time that control groups grant by all ranks of the host.
 
     Called by all ranks.
     """
-    host, own, quota = platform.node(), bound_cores(), quota_cores()
+    host, own, quota = platform.node(), find_bound_cores(), read_quota_cores()
     told = [cores for other, cores in comm.share(comm.gather((host, own))) if other == host]
     sharing = Counter(core for cores in told for core in cores)
     return min(round(sum(1 / sharing[core] for core in own), 6), quota / len(told))
 
 
-def bound_cores() -> set[int]:
+def find_bound_cores() -> set[int]:
     """The cores that this process may run on."""
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
-def device_of(job: Job, comm: Communicator) -> torch.device:
+def choose_job_device(job: Job, comm: Communicator) -> torch.device:
     """The device of this rank, with which the job's promises can be kept.
 
     Raises: EnvironmentFault as `choose_device`; JobError where the same bits are promised and a GPU or several threads would be at work.
@@ -211,11 +211,11 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
     return device
 
 
-def _folders(job: Job, out: Path | None, resume: str) -> tuple[str, str | None]:
+def _choose_folders(job: Job, out: Path | None, resume: str) -> tuple[str, str | None]:
     """(run folder, where to resume from or None), decided at the server."""
     if resume not in ("auto", "never"):
-        source = place(resume)
-        found = checkpoint.latest(source)
+        source = expand_home(resume)
+        found = checkpoint.find_latest(source)
         if found is None:
             raise JobError(f"--resume {source}: no checkpoint there; wanted a run folder with LATEST or a folder with manifest.json")
         origin = found.parent.parent
@@ -224,16 +224,16 @@ def _folders(job: Job, out: Path | None, resume: str) -> tuple[str, str | None]:
         return str(out or origin), str(source)
     if out is None and resume == "auto":
         begun = sorted(Path("runs", job.run.name).glob(f"*Z-{'?' * 8}"))           # by time: of what the digest is made changes with the version
-        unfinished = [path for path in begun if checkpoint.latest(path) and not _finished(path) and _of(path, job)]
+        unfinished = [path for path in begun if checkpoint.find_latest(path) and not _is_finished(path) and _is_of(path, job)]
         if unfinished:
             return str(unfinished[-1]), str(unfinished[-1])
     folder = out or Path("runs", job.run.name, f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{job.digest()}")
-    if resume == "auto" and checkpoint.latest(folder):
+    if resume == "auto" and checkpoint.find_latest(folder):
         return str(folder), str(folder)
-    died_early = resume == "auto" and not _finished(folder)        # in its first checkpoint: nobody can go on from that record
+    died_early = resume == "auto" and not _is_finished(folder)        # in its first checkpoint: nobody can go on from that record
     if ((folder / "metrics.h5").exists() and not died_early) or (resume == "never" and folder.is_dir() and any(folder.iterdir())):
         raise JobError(f"{folder}: holds a run already and nothing is overwritten; choose another --out"
-                       + (", or --resume auto to go on with it" if checkpoint.latest(folder) else ""))
+                       + (", or --resume auto to go on with it" if checkpoint.find_latest(folder) else ""))
     return str(folder), None
 
 
@@ -247,10 +247,10 @@ def _owning(folder: Path, comm: Communicator) -> Iterator[None]:
             handle = (folder / lock.NAME).open("a+", encoding="utf-8")                   # what another has written there is not to be lost
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             handle.truncate(0)
-            print(json.dumps(lock.holder()), file=handle, flush=True)
+            print(json.dumps(lock.describe_holder()), file=handle, flush=True)
         except BlockingIOError:
             handle.seek(0)
-            failure = f"{folder}: another run is at work in this folder ({lock.held_by(handle.read())}); wait for it, or choose another --out"
+            failure = f"{folder}: another run is at work in this folder ({lock.holder_text(handle.read())}); wait for it, or choose another --out"
         except OSError as error:
             failure = None if error.errno in NO_LOCKS else f"{folder}: cannot write there: {error.strerror}; choose a writable folder with --out"
     failure = comm.share(failure)
@@ -263,13 +263,13 @@ def _owning(folder: Path, comm: Communicator) -> Iterator[None]:
             handle.close()
 
 
-def _finished(folder: Path) -> bool:
+def _is_finished(folder: Path) -> bool:
     """Whether the run in a folder came to its end."""
     status = folder / "STATUS"
     return status.is_file() and status.read_bytes().strip() == b"done"
 
 
-def _of(folder: Path, job: Job) -> bool:
+def _is_of(folder: Path, job: Job) -> bool:
     """Whether the run in a folder is one of this very job, whatever version recorded it."""
     with suppress(JobError):                                       # a job that cannot be read any more is another
         return recall(folder / "job.toml", CONFIGS) == job
@@ -287,7 +287,7 @@ def _write_status(folder: Path, text: str) -> None:
         log.warning("%s", error)
 
 
-def _environment(comm: Communicator, device: torch.device) -> dict:
+def _describe_environment(comm: Communicator, device: torch.device) -> dict:
     import h5py
     import numpy
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()

@@ -9,10 +9,10 @@ from hpcfl.errors import CheckpointError
 from hpcfl.federation.answers import Answers
 from hpcfl.federation.ledger import SECONDS
 from hpcfl.files import metrics
-from hpcfl.files.metrics import SCHEMA, Arrays, Damaged, Piece
+from hpcfl.files.metrics import RECORD_VERSION, Arrays, DamagedFile, RecordFile
 from hpcfl.wire.communicator import EXCHANGES
 
-KINDS = ("generalization", "personal", "validation")               # of right answers, by the images that they are out of
+ACCURACIES = ("generalization", "personal", "validation")               # of right answers, by the images that they are out of
 GLOBAL = "evaluation/global_correct"
 TRACE = {"rank": np.uint16, "row": np.int32, "kind": np.uint8, "start_s": np.float64, "duration_s": np.float32}          # of an interval: 19 bytes
 INTERVALS = 500_000                                                # kept at most, 10 MB; beyond that the oldest rounds lose theirs
@@ -71,7 +71,7 @@ class Record:
         began_s = self._resumed_s + accounts[0]["opened_s"]
         tables = [{"rank": np.full(len(own["kind"]), rank), "row": np.full(len(own["kind"]), len(self.rows) - 1), **own, "start_s": began_s + own["start_s"]}
                   for rank, own in enumerate(account["intervals"] for account in accounts)]
-        self._remember(_joined(tables))
+        self._remember(_join(tables))
 
     def _conditions(self, answers: Answers | None) -> dict[str, np.ndarray | float]:
         answered, delays = np.full(self.clients, -1, np.int8), np.full(self.clients, np.nan)
@@ -109,10 +109,10 @@ class Record:
 
     def gather(self, path: Path) -> None:
         """See that the one file holds everything, where a run that had nothing left to do was killed before it did. Raises CheckpointError as `write`."""
-        if metrics.beside(path) or self.lost or not path.exists():
+        if metrics.find_beside(path) or self.lost or not path.exists():
             self.write(path)
 
-    def read(self, path: Path, rows: int, places: Sequence[tuple[str, int]] = ()) -> list[Damaged]:
+    def read(self, path: Path, rows: int, places: Sequence[tuple[str, int]] = ()) -> list[DamagedFile]:
         """Take over the first `rows` rounds of an earlier run; what is wrong with files of it that cannot be used.
 
         Rounds that none of the others holds are `lost`: their figures are missing, their phases and counters are those of `places`. Right answers out of
@@ -121,14 +121,14 @@ class Record:
         """
         pieces, damaged = metrics.salvage(path)
         taken: set[int] = set()
-        self.left_out = [kind for kind in KINDS if any(f"evaluation/{kind}_count" in piece.arrays and not np.array_equal(
+        self.left_out = [kind for kind in ACCURACIES if any(f"evaluation/{kind}_count" in piece.arrays and not np.array_equal(
             piece.arrays[f"evaluation/{kind}_count"], self.fixed.get(f"evaluation/{kind}_count")) for piece in pieces)]
         self.rows = [self._unknown(*(places[row] if row < len(places) else ("unknown", 0))) for row in range(rows)]
         for piece in pieces:
-            if (schema := piece.attributes.get("schema")) != SCHEMA:
-                raise CheckpointError(f"{piece.path}: schema = {schema}, wanted {SCHEMA}; resume with the hpcfl version that wrote it")
-            if flaw := metrics.flaw(piece, self.clients):
-                damaged.append(Damaged(piece.path, f"{piece.path}: {flaw}; it is no record of this job"))
+            if (schema := piece.attributes.get("schema")) != RECORD_VERSION:
+                raise CheckpointError(f"{piece.path}: schema = {schema}, wanted {RECORD_VERSION}; resume with the hpcfl version that wrote it")
+            if flaw := metrics.find_flaw(piece, self.clients):
+                damaged.append(DamagedFile(piece.path, f"{piece.path}: {flaw}; it is no record of this job"))
                 continue
             new = [row for row in range(piece.first, min(piece.stop, rows)) if row not in taken]
             self._take(piece, set(new))
@@ -136,7 +136,7 @@ class Record:
         self.lost = [row for row in range(rows) if row not in taken]
         return damaged
 
-    def _take(self, piece: Piece, rows: Set[int]) -> None:
+    def _take(self, piece: RecordFile, rows: Set[int]) -> None:
         """Take over these rows of a file."""
         get, first = piece.arrays, piece.first
         unknown = np.zeros((piece.stop - first, self.ranks))       # for what an earlier version did not record
@@ -146,13 +146,13 @@ class Record:
             self.rows[row] = {
                 "phase": get["rounds/phase"][t], "round": int(get["rounds/round"][t]), "wall_s": float(get["rounds/wall_s"][t]),
                 "conditions": {name[11:]: get[name][t] for name in simulated} or self._conditions(None),
-                "up": get["bytes/simulated_up"][t], "down": get["bytes/simulated_down"][t], "transported": self._fit(get["bytes/transported"][t]),
+                "up": get["bytes/simulated_up"][t], "down": get["bytes/simulated_down"][t], "transported": self._fit_width(get["bytes/transported"][t]),
                 "metrics": {name[6:]: get[name][t] for name in get if name.startswith("train/") and not np.isnan(get[name][t]).all()},
                 "notes": {name[7:]: float(get[name][t]) for name in get if name.startswith("server/") and not np.isnan(get[name][t])},
-                "seconds": {kind: self._fit(get.get(f"seconds/{kind}", unknown)[t]) for kind in SECONDS},
+                "seconds": {kind: self._fit_width(get.get(f"seconds/{kind}", unknown)[t]) for kind in SECONDS},
                 "wire": {kind: int(get.get(f"wire/{kind}", unknown[:, 0])[t]) for kind in EXCHANGES},
                 "item_s": float(get.get("wire/item_s", unknown[:, 0])[t])}
-        kinds = [f"{kind}_correct" for kind in KINDS if f"evaluation/{kind}_correct" in get and kind not in self.left_out]
+        kinds = [f"{kind}_correct" for kind in ACCURACIES if f"evaluation/{kind}_correct" in get and kind not in self.left_out]
         models = get.get("evaluation/global_names", ())
         for e, at in enumerate(get.get("evaluation/at", ())):
             if at in rows:
@@ -171,7 +171,7 @@ class Record:
                 "transported": np.zeros(self.ranks, np.int64), "metrics": {}, "notes": {},
                 "seconds": {kind: np.full(self.ranks, np.nan) for kind in SECONDS}, "wire": dict.fromkeys(EXCHANGES, 0), "item_s": np.nan}
 
-    def _fit(self, by_rank: np.ndarray) -> np.ndarray:
+    def _fit_width(self, by_rank: np.ndarray) -> np.ndarray:
         """Rows by rank as wide as this run: another number of ranks may have written them."""
         return np.pad(by_rank, (0, max(0, self.ranks - len(by_rank))))[:self.ranks] if len(by_rank) <= self.ranks else \
             np.append(by_rank[:self.ranks - 1], by_rank[self.ranks - 1:].sum())
@@ -193,7 +193,7 @@ class Record:
         columns |= {f"wire/{kind}": np.array([row["wire"][kind] for row in rows], np.int64) for kind in EXCHANGES}
         columns["wire/item_s"] = np.array([row["item_s"] for row in rows], np.float64)
         intervals = [table for table in self._intervals if len(table["row"]) and table["row"][0] >= first]          # those of one round each
-        columns |= {f"trace/{name}": column for name, column in _joined(intervals).items()}
+        columns |= {f"trace/{name}": column for name, column in _join(intervals).items()}
         columns["trace/kinds"] = np.array(SECONDS, object)
         if any((row["conditions"]["answered"] >= 0).any() for row in rows):
             columns |= {f"conditions/{name}": np.array([row["conditions"][name] for row in rows]) for name in rows[0]["conditions"]}
@@ -201,15 +201,15 @@ class Record:
             columns |= {"evaluation/at": np.array([entry["at"] for entry in evaluations], np.int64),
                         "evaluation/stage": np.array([entry["stage"] for entry in evaluations], object)}
             kinds = sorted({name for entry in evaluations for name in entry} - {"at", "stage", "global"})
-            columns |= {f"evaluation/{kind}": _stacked([entry.get(kind) for entry in evaluations]) for kind in kinds}
+            columns |= {f"evaluation/{kind}": _stack([entry.get(kind) for entry in evaluations]) for kind in kinds}
             models = sorted({name for entry in evaluations for name in entry["global"]})
             if models:
-                counts = [_stacked([entry["global"].get(model) for entry in evaluations]) for model in models]
+                counts = [_stack([entry["global"].get(model) for entry in evaluations]) for model in models]
                 columns |= {"evaluation/global_names": np.array(models, object), GLOBAL: np.stack(counts, 1)}
         return columns
 
 
-def seconds_taken(path: Path, rows: int) -> tuple[float, ...]:
+def measure_client_seconds(path: Path, rows: int) -> tuple[float, ...]:
     """What each client took of a round, (K,): the median over its rounds of the phase in which a run was after `rows` rounds; NaN where it had none.
 
     The median, because the first round of a phase may include compilation. Raises: CheckpointError where the file cannot be read.
@@ -224,7 +224,7 @@ def seconds_taken(path: Path, rows: int) -> tuple[float, ...]:
     return tuple(float(np.median(each)) if len(each) else float("nan") for each in own)
 
 
-def _joined(tables: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+def _join(tables: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Tables of intervals one after the other."""
     return {name: np.concatenate([np.zeros(0, kind), *(table[name].astype(kind) for table in tables)]) for name, kind in TRACE.items()}
 
@@ -233,7 +233,7 @@ def _table(rows: list[dict[str, Any]], key: str, width: int) -> np.ndarray:
     return np.array([row[key] for row in rows], np.int64).reshape(-1, width)
 
 
-def _stacked(counts: Sequence[np.ndarray | None]) -> np.ndarray:
+def _stack(counts: Sequence[np.ndarray | None]) -> np.ndarray:
     """Right answers of all evaluations; -1 where this was not evaluated."""
     missing = np.full_like(next(each for each in counts if each is not None), -1, dtype=np.int64)
     return np.stack([missing if each is None else each for each in counts])

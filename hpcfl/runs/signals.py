@@ -5,7 +5,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
 
-from hpcfl.wire.launchers import launched
+from hpcfl.wire.launchers import read_launch
 
 OF_A_TERMINAL = (signal.SIGINT, signal.SIGHUP)                     # stay ignored where whoever started this process ignores them: nohup, a script's &
 NUMBERS = (signal.SIGUSR1, signal.SIGTERM, *OF_A_TERMINAL)
@@ -24,7 +24,7 @@ def listen() -> Callable[[], bool]:
         seen.append(number)
         if again:
             raise KeyboardInterrupt
-        if number == signal.SIGINT and getattr(launched(), "rank", 0) == 0:
+        if number == signal.SIGINT and getattr(read_launch(), "rank", 0) == 0:
             with suppress(OSError):
                 os.write(2, HEARD)                                 # not by a stream: the signal may have come in the middle of one's work
     for number in NUMBERS:

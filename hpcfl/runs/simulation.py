@@ -14,7 +14,7 @@ from hpcfl.federation.loop import rounds
 from hpcfl.federation.state import Place, State, schedule
 from hpcfl.federation.world import World
 from hpcfl.files import metrics
-from hpcfl.files.metrics import Damaged
+from hpcfl.files.metrics import DamagedFile
 from hpcfl.runs import checkpoint
 from hpcfl.runs.console import Console
 from hpcfl.runs.examination import Examination
@@ -37,7 +37,7 @@ class Simulation:
         self.ledger = Ledger(world.problem.device)
         self.exchange = Exchange(world, self.ledger, self._before_refine)
         self.places, self.ahead = schedule(world), rounds(self.exchange)
-        self.record = Record(_attributes(world), _fixed(world) if self.comm.is_server else {}, world.clients, world.comm.size)
+        self.record = Record(_describe_run(world), _describe_fixed(world) if self.comm.is_server else {}, world.clients, world.comm.size)
         self.score: float | None = None
         self.lines: dict[str, float] = {}
         self.examination = Examination(world, self.ledger)
@@ -86,7 +86,7 @@ class Simulation:
         """
         state = checkpoint.load(resume_from, self.world, may_differ)
         if self.comm.is_server:
-            record = checkpoint.latest(resume_from).parent.parent / "metrics.h5"
+            record = checkpoint.find_latest(resume_from).parent.parent / "metrics.h5"
             damaged = self.record.read(record, state.rows, [(place.phase.name, place.round) for place in self.places])
             self._check_place(resume_from, state.rows)
             self._set_aside(damaged, ours=record.parent.resolve() == self.folder.resolve())
@@ -96,19 +96,19 @@ class Simulation:
     def _check_place(self, resume_from: Path, rows: int) -> None:
         """A plan with other rounds may have another phase at the checkpoint's row; then its state is none of this plan's."""
         recorded = self.record.rows[rows - 1]
-        last, here = checkpoint.place(resume_from) or (recorded["phase"], recorded["round"]), self.places[rows - 1] if rows <= len(self.places) else None
+        last, here = checkpoint.read_place(resume_from) or (recorded["phase"], recorded["round"]), self.places[rows - 1] if rows <= len(self.places) else None
         if here is None or last != (here.phase.name, here.round):
             place = f"round {here.round + 1} of phase {here.phase.name}" if here else "behind its end"
             raise CheckpointError(f"{resume_from}: its last round, {rows}, was round {last[1] + 1} of phase {last[0]}; in this job that is {place}. "
                                   "Resume from an earlier checkpoint, from before the phases part, or choose another --out")
 
-    def _set_aside(self, damaged: Sequence[Damaged], ours: bool) -> None:
+    def _set_aside(self, damaged: Sequence[DamagedFile], ours: bool) -> None:
         for each in damaged:
             aside = metrics.set_aside(each.path) if ours else None
             log.warning("%s%s", each.reason, f"; it is called {aside.name} from now on" if aside else "")
         if self.record.lost:
             log.warning("the figures of %s are lost, what was learned in them is not: the run goes on from its checkpoint",
-                        metrics.listed([row + 1 for row in self.record.lost]))
+                        metrics.rounds_text([row + 1 for row in self.record.lost]))
         if self.record.left_out:
             log.warning("the %s accuracies of the rounds before are left out of the record: they are over other images than this job's",
                         " and ".join(self.record.left_out))
@@ -125,7 +125,7 @@ class Simulation:
 
         `models`: those of the federation's own models, name -> (C,).
         """
-        mine = self.examination.of_clients(state.groups)
+        mine = self.examination.count_of_clients(state.groups)
         with self.ledger("idle"):
             counts = self.comm.gather(mine)
         if not self.comm.is_server:
@@ -153,7 +153,7 @@ class Simulation:
         step = next((step for step in reversed(place.phase.steps) if step.overrides("global_models")), None)
         with self.ledger("publish"):
             models = self.exchange.delivery.global_models(step, state) if step else {}
-        return self.examination.of_federation(models)
+        return self.examination.count_of_federation(models)
 
     def _finish_round(self, place: Place) -> None:
         sent, self.sent_bytes = self.sent_bytes, self.comm.sent_bytes
@@ -161,7 +161,7 @@ class Simulation:
         accounts = self.comm.gather({**self.ledger.close(), "sent_bytes": self.sent_bytes - sent,
                                      "carried": {kind: count - carried[kind] for kind, count in self.carried.items()}})
         if self.comm.is_server:
-            self.record.finish_round(place.phase.name, place.round, accounts, self.world.answers(place.phase, place.row))
+            self.record.finish_round(place.phase.name, place.round, accounts, self.world.ask(place.phase, place.row))
             row = self.record.rows[-1]
             self.console.round(place, len(self.places), row, self.lines)
             self.lead.watch(row["wall_s"], float(row["seconds"]["checkpoint"].max()))
@@ -186,9 +186,9 @@ class Simulation:
             with self.world.problem.stream("sample", client).seeding():
                 sample = step.draw(group, own, site, SAMPLES_PER_CLASS)
             if sample is not None:
-                real = torch.stack([step.seen(group, own, site, images) for images in _real(self.world)])
+                real = torch.stack([step.seen(group, own, site, images) for images in _take_real_images(self.world)])
                 brightest = max(1.0, float(sample[0].max()))       # maps of an extractor, which people see as images too, have no upper bound
-                drawn[client] = {"synthetic": _bytes(sample[0] / brightest), "has": sample[1].cpu().numpy(), "real": _bytes(real / brightest)}
+                drawn[client] = {"synthetic": _to_bytes(sample[0] / brightest), "has": sample[1].cpu().numpy(), "real": _to_bytes(real / brightest)}
         gathered = self.comm.gather(drawn)
         if self.comm.is_server:
             samples = {client: part[client] for part in gathered for client in part}
@@ -198,20 +198,20 @@ class Simulation:
                 "has": np.stack([samples[client]["has"] for client in clients]), "real": samples[clients[0]]["real"]}
 
 
-def _attributes(world: World) -> Mapping[str, object]:
+def _describe_run(world: World) -> Mapping[str, object]:
     return {"algorithm": world.job.algorithm_name, "name": world.job.run.name, "job": world.job.to_toml(), "clients": world.clients,
             "classes": world.problem.classes, "data_sha256": world.corpus.sha256, "data_source": world.corpus.source, "ranks": world.comm.size,
-            "plan": json.dumps(_plan(world))}
+            "plan": json.dumps(_describe_plan(world))}
 
 
-def _plan(world: World) -> list[dict[str, object]]:
+def _describe_plan(world: World) -> list[dict[str, object]]:
     """The phases: what their last refinement does to the clients' models, and how many clients average each part."""
     refining = {phase.name: [step.refines for step in phase.steps if step.overrides("refine")] for phase in world.plan}
     return [{"phase": phase.name, "rounds": phase.rounds, "refines": (refining[phase.name] or [None])[-1],
              "averages": world.averages(phase.steps)} for phase in world.plan]
 
 
-def _fixed(world: World) -> Mapping[str, np.ndarray]:
+def _describe_fixed(world: World) -> Mapping[str, np.ndarray]:
     """What does not change during a run: the partition, the clients, how many images each accuracy is over."""
     classes, problem = world.problem.classes, world.problem
     with problem.stream("count").seeding():
@@ -226,7 +226,7 @@ def _fixed(world: World) -> Mapping[str, np.ndarray]:
         "evaluation/personal_count": tables["partition/test"], "evaluation/validation_count": tables["partition/validation"]}
 
 
-def _real(world: World) -> torch.Tensor:
+def _take_real_images(world: World) -> torch.Tensor:
     """The first images of each class of the official test set, as the classifier reads them, (C, n, Cin, H, W); short classes repeat theirs."""
     shard, rows = world.test, []
     for y in range(world.problem.classes):
@@ -236,7 +236,7 @@ def _real(world: World) -> torch.Tensor:
     return torch.stack(rows)
 
 
-def _bytes(images: torch.Tensor) -> np.ndarray:
+def _to_bytes(images: torch.Tensor) -> np.ndarray:
     """uint8 of images (..., C, H, W) in [0, 1]; of maps with channels that no colour stands for, the first alone or the first three."""
     channels = images.shape[-3]
     images = images[..., :3 if channels > 3 else 1 if channels == 2 else channels, :, :]

@@ -132,7 +132,7 @@ class Request:
                 raise JobError(f"{word!r} behind --: wanted options of sbatch, for example -- --constraint=a100 --exclusive")
             if own := OWN.get(word.partition("=")[0]):
                 raise JobError(f"{word} behind --: the script stands on it; wanted {own} before the --")
-        if self.lead_s >= (limit_s := seconds(self.time)):
+        if self.lead_s >= (limit_s := parse_seconds(self.time)):
             raise JobError(f"--lead {self.lead_s} with --time {self.time}: the signal would come before the job starts; wanted less than {limit_s} s")
 
     @property
@@ -195,7 +195,7 @@ class Sweep:
         return [*lines, "esac", 'settings+=(--set "run.name=$variant")', f"out={folder}/$variant/seed-$seed"]
 
 
-def checked(path: Path, settings: Sequence[str], variants: Sequence[Sequence[str]] = ()) -> Job:
+def check_job(path: Path, settings: Sequence[str], variants: Sequence[Sequence[str]] = ()) -> Job:
     """The job without a variant, after every variant was read too: a mistake shows here and not at the end of the queue.
 
     Raises: JobError as `load` does.
@@ -205,7 +205,7 @@ def checked(path: Path, settings: Sequence[str], variants: Sequence[Sequence[str
     return load(path, CONFIGS, settings)
 
 
-def script(job: Path, name: str, request: Request, settings: Sequence[str] = (), out: Path | None = None, sweep: Sweep | None = None, venv: str = "") -> str:
+def write_script(job: Path, name: str, request: Request, settings: Sequence[str] = (), out: Path | None = None, sweep: Sweep | None = None, venv: str = "") -> str:
     """The script for sbatch of a job file whose job is called `name`, with `settings` ("section.key=value") changed.
 
     out: the run folder, of a sweep the folder of its run folders; by default runs/<name>/slurm-<number of the job>. venv: the virtual environment of hpcfl.
@@ -236,7 +236,7 @@ def submit(text: str) -> str:
     return answer.stdout.strip()
 
 
-def seconds(time: str) -> int:
+def parse_seconds(time: str) -> int:
     """A time limit as sbatch takes it (minutes, minutes:seconds, hours:minutes:seconds, days-hours and so on), in seconds.
 
     Raises: JobError for any other text, and for no time at all.
@@ -248,7 +248,7 @@ def seconds(time: str) -> int:
     raise JobError(f"--time {time!r}: wanted minutes, hours:minutes:seconds or days-hours, for example --time 8:00:00")
 
 
-def seeds(text: str) -> tuple[tuple[int, ...], int]:
+def parse_seeds(text: str) -> tuple[tuple[int, ...], int]:
     """(seeds, how many at once or 0) from what sbatch --array takes: numbers and ranges, perhaps with a step or a limit, "0-2,7,10-20:5%2".
 
     Raises: JobError for any other text and for an empty range.
@@ -266,7 +266,7 @@ def seeds(text: str) -> tuple[tuple[int, ...], int]:
     return tuple(found), int(at_once or 0)
 
 
-def gpus_of(per_node: str, nodes: int) -> tuple[int, str]:
+def parse_gpus(per_node: str, nodes: int) -> tuple[int, str]:
     """(GPUs over all nodes, their type or "") from what sbatch --gpus-per-node takes, "4" or "a100:4".
 
     Raises: JobError for any other text.
@@ -277,7 +277,7 @@ def gpus_of(per_node: str, nodes: int) -> tuple[int, str]:
     return int(told[2]) * nodes, told[1] or ""
 
 
-def environment() -> str:
+def find_environment() -> str:
     """The virtual environment that this process runs in, empty where that is none to activate."""
     return sys.prefix if Path(sys.prefix, "bin", "activate").is_file() else ""
 

@@ -16,7 +16,7 @@ from typing import Any
 import hpcfl
 from hpcfl.errors import RankMissing
 from hpcfl.wire.communicator import Communicator
-from hpcfl.wording import spoken
+from hpcfl.wording import numbers_text
 
 TOGETHER = ("bcast", "gather", "allgather", "barrier", "any", "among", "gather_lines")   # calls that all ranks make, in the same order
 APART = ("send", "receive", "bcast_lines", "send_lines", "receive_lines", "reduce")      # those in which some may have no part
@@ -32,10 +32,10 @@ class Watched:
     `state` is (calls begun, name of the last, whether inside it, since when); `together` is (those begun that all ranks make, names of the last RECENT).
     """
 
-    def __init__(self, engine: Any):
-        self._engine, self.state, self.together = engine, (0, "the start", False, time.monotonic()), (0, ())
+    def __init__(self, ranks: Any):
+        self._ranks, self.state, self.together = ranks, (0, "the start", False, time.monotonic()), (0, ())
         for name in (*TOGETHER, *APART):
-            setattr(self, name, partial(self._call, name, getattr(engine, name)))
+            setattr(self, name, partial(self._call, name, getattr(ranks, name)))
 
     def _call(self, name: str, call: Callable, *arguments: Any, **named: Any) -> Any:
         number = self.state[0] + 1
@@ -49,7 +49,7 @@ class Watched:
             self.state = (number, name, False, time.monotonic())
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
+        return getattr(self._ranks, name)
 
 
 class Watchdog:
@@ -110,11 +110,11 @@ class Watchdog:
         for graces in range(1, 4):
             if self.over.wait(self.grace_s):
                 return                                             # everybody came after all, and to the end
-            said = self.testimonies() | {self.comm.rank: own}
+            said = self.read_testimonies() | {self.comm.rank: own}
             first = min((rank for rank, each in said.items() if each["inside"]), default=self.comm.rank)
             if graces == 3 or (own["inside"] and (graces == 2 or self.comm.rank == first)):
                 break
-        text = self.verdict(said)
+        text = self.verdict_text(said)
         print(f"hpcfl: rank {self.comm.rank}: {text}", file=sys.stderr, flush=True)
         self.last_words(text)
         self.comm.abort(RankMissing.exit_code)
@@ -126,7 +126,7 @@ class Watchdog:
         if not inside:
             print(f"hpcfl: rank {self.comm.rank}: the others wait for this rank, which is here:", file=sys.stderr, flush=True)
             faulthandler.dump_traceback(sys.__stderr__)
-        told = {"inside": inside, "call": name, "number": number, "together": self.watched.together, "seconds": time.monotonic() - since, "at": _place()}
+        told = {"inside": inside, "call": name, "number": number, "together": self.watched.together, "seconds": time.monotonic() - since, "at": _find_place()}
         path = self.folder / FOLDER / f"rank-{self.comm.rank:04d}.json"
         try:
             path.with_suffix(".part").write_text(json.dumps(told), encoding="utf-8")
@@ -135,11 +135,11 @@ class Watchdog:
             print(f"hpcfl: rank {self.comm.rank}: {path}: could not be written: {error.strerror}", file=sys.stderr, flush=True)
         return told
 
-    def testimonies(self) -> dict[int, dict[str, Any]]:
+    def read_testimonies(self) -> dict[int, dict[str, Any]]:
         """What the ranks have said so far."""
         return {int(path.stem[5:]): json.loads(path.read_bytes()) for path in (self.folder / FOLDER).glob("rank-*.json")}
 
-    def verdict(self, said: dict[int, dict[str, Any]]) -> str:
+    def verdict_text(self, said: dict[int, dict[str, Any]]) -> str:
         """Who is missing where, in words."""
         waiting = {rank: each for rank, each in sorted(said.items()) if each["inside"]}
         missing = [rank for rank in range(self.comm.size) if rank not in waiting]
@@ -147,19 +147,19 @@ class Watchdog:
         latest = self.folder / "LATEST"
         last = latest.read_text(encoding="utf-8").strip() if latest.is_file() else ""
         checkpoint = f"its last checkpoint is {last}, and the same command goes on from there" if last else "it has no checkpoint yet"
-        found = "; ".join(f"rank {rank} {self.away(rank, said.get(rank))}" for rank in missing) or f"no rank is missing: {self.apart(said)}"
+        found = "; ".join(f"rank {rank} {self.absence_text(rank, said.get(rank))}" for rank in missing) or f"no rank is missing: {self.split_text(said)}"
         return (f"timeouts.collective = {self.limit_s:g} s is over: {found}. "
-                f"{_listed(list(waiting))} in {', '.join(calls)}. The stacks are in {self.folder / 'log'}/rank-*.stack. "
-                f"The run is ended; {checkpoint}. If all this is only slow, raise timeouts.collective" + self.launchers())
+                f"{_waiting_text(list(waiting))} in {', '.join(calls)}. The stacks are in {self.folder / 'log'}/rank-*.stack. "
+                f"The run is ended; {checkpoint}. If all this is only slow, raise timeouts.collective" + self.launcher_text())
 
-    def away(self, rank: int, told: dict[str, Any] | None) -> str:
+    def absence_text(self, rank: int, told: dict[str, Any] | None) -> str:
         """What keeps a rank that is missing, in words."""
         if told:
             return f"did not arrive: for {told['seconds']:.1f} s, since its last {told['call']}, it has been at work in {told['at']}"
         gone = f", or its host {self.hosts[rank]} or the network to it is down" if len(set(self.hosts)) > 1 else ""
         return f"did not arrive and gives no sign: it is gone, stopped, or inside one call that does not let go of Python{gone}"
 
-    def apart(self, said: dict[int, dict[str, Any]]) -> str:
+    def split_text(self, said: dict[int, dict[str, Any]]) -> str:
         """Why ranks wait that are all there, in words: where all made the same calls so far, what one of them sent has not come to another."""
         first, *others = (each["together"] for each in said.values())
         if not all(_in_step(first, other) for other in others):
@@ -167,12 +167,12 @@ class Watchdog:
         found: dict[str, list[int]] = {}
         for rank, host in enumerate(self.hosts):
             found.setdefault(host, []).append(rank)
-        names = [f"{host} ({spoken(ranks)})" for host, ranks in found.items()]
+        names = [f"{host} ({numbers_text(ranks)})" for host, ranks in found.items()]
         if len(names) == 1:
             return f"they made the same calls, and a message between them does not arrive, on the host {names[0]}"
         return f"they made the same calls, and a message between the hosts {', '.join(names[:-1])} and {names[-1]} does not arrive: see to the network between them"
 
-    def launchers(self) -> str:
+    def launcher_text(self) -> str:
         """What to do about a launcher that cannot reach its daemon on another host, and waits for that."""
         return ". If mpirun does not end, it cannot reach a host: end it by hand (Ctrl-C three times), the run has ended" if len(set(self.hosts)) > 1 else ""
 
@@ -197,7 +197,7 @@ def _in_step(one: Sequence[Any], other: Sequence[Any]) -> bool:
     return all(here[number] == there[number] for number in here.keys() & there.keys())
 
 
-def _listed(ranks: list[int]) -> str:
+def _waiting_text(ranks: list[int]) -> str:
     """Ranks 0 to 3, 7: runs of numbers in short, for there may be hundreds."""
     runs: list[list[int]] = []
     for rank in ranks:
@@ -209,7 +209,7 @@ def _listed(ranks: list[int]) -> str:
     return f"Ranks {words} wait" if len(ranks) > 1 else f"Rank {words or 'unknown'} waits"
 
 
-def _place() -> str:
+def _find_place() -> str:
     """Where in hpcfl the main thread is: the innermost of its frames that is ours, the calls to other ranks left out."""
     frame, ours = sys._current_frames().get(threading.main_thread().ident), Path(hpcfl.__file__).parent
     while frame:

@@ -7,12 +7,12 @@ from enum import Enum
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from hpcfl.errors import JobError
-from hpcfl.settings.fields import Kind, is_text
+from hpcfl.settings.fields import SettingType, is_text
 
 WANTED = "int, float, bool, str, a Literal or an Enum, a tuple or list of those, each perhaps with '| None', or a field of hpcfl.settings.fields"
 
 
-def kinds(section: type, where: str) -> dict[str, Kind]:
+def list_setting_types(section: type, where: str) -> dict[str, SettingType]:
     """The kind of each field that a job may set, in order.
 
     Raises: JobError naming the class and the field where the annotation says too little, or the class is no dataclass.
@@ -22,16 +22,16 @@ def kinds(section: type, where: str) -> dict[str, Kind]:
         raise JobError(f"{name} is not a dataclass; wanted @dataclass(frozen=True), a field for each setting")
     found = {}
     for entry in (entry for entry in dataclasses.fields(section) if entry.init):
-        found[entry.name] = entry.metadata.get("kind") or _kind(_annotation(section, entry, name))
+        found[entry.name] = entry.metadata.get("kind") or _find_type(_annotation(section, entry, name))
         if found[entry.name] is None:
-            raise JobError(f"{name}: field '{entry.name}' is annotated {_spoken(_annotation(section, entry, name))}; wanted {WANTED}")
+            raise JobError(f"{name}: field '{entry.name}' is annotated {_annotation_text(_annotation(section, entry, name))}; wanted {WANTED}")
     return found
 
 
-def written(value: Any) -> Any:
+def to_job_value(value: Any) -> Any:
     """A setting as a job file holds it: an Enum by its word."""
     if isinstance(value, (tuple, list)):
-        return type(value)(map(written, value))
+        return type(value)(map(to_job_value, value))
     return _word(value) if isinstance(value, Enum) else value
 
 
@@ -42,14 +42,14 @@ def _annotation(section: type, entry: dataclasses.Field, name: str) -> Any:
         raise JobError(f"{name}: its annotations cannot be read ({error}); wanted {WANTED}") from None
 
 
-def _kind(annotation: Any) -> Kind | None:
+def _find_type(annotation: Any) -> SettingType | None:
     """The kind of what is annotated so, None where there is none."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin is None and isinstance(annotation, type):
         return _enum(annotation) if issubclass(annotation, Enum) else PLAIN.get(annotation)
     if origin is Literal:
-        return Kind("one of " + ", ".join(map(repr, inner)), lambda value: _one_of(inner, value))
-    of = [_kind(each) for each in inner if each not in (Ellipsis, types.NoneType)]
+        return SettingType("one of " + ", ".join(map(repr, inner)), lambda value: _one_of(inner, value))
+    of = [_find_type(each) for each in inner if each not in (Ellipsis, types.NoneType)]
     if origin not in (tuple, list, Union, types.UnionType) or not of or None in of:
         return None
     if origin in (Union, types.UnionType):
@@ -57,12 +57,12 @@ def _kind(annotation: Any) -> Kind | None:
     return _sequence(origin, of, repeated=origin is list or Ellipsis in inner)
 
 
-def _enum(options: type[Enum]) -> Kind:
+def _enum(options: type[Enum]) -> SettingType:
     words = {_word(member): member for member in options}
-    return Kind("one of " + ", ".join(map(repr, words)), lambda value: value if isinstance(value, options) else words[_one_of(tuple(words), value)])
+    return SettingType("one of " + ", ".join(map(repr, words)), lambda value: value if isinstance(value, options) else words[_one_of(tuple(words), value)])
 
 
-def _either(kinds: Sequence[Kind], empty: bool) -> Kind:
+def _either(kinds: Sequence[SettingType], empty: bool) -> SettingType:
     def parse(value: Any) -> Any:
         if value is None and empty:
             return None                                            # only as a default: TOML has no word for it
@@ -72,16 +72,16 @@ def _either(kinds: Sequence[Kind], empty: bool) -> Kind:
             except (ValueError, TypeError):
                 continue
         raise ValueError
-    return Kind(" or ".join(kind.allowed for kind in kinds) + (", or to be left out" if empty else ""), parse)
+    return SettingType(" or ".join(kind.allowed for kind in kinds) + (", or to be left out" if empty else ""), parse)
 
 
-def _sequence(origin: type, kinds: Sequence[Kind], repeated: bool) -> Kind:
+def _sequence(origin: type, kinds: Sequence[SettingType], repeated: bool) -> SettingType:
     def parse(value: Any) -> Any:
         if not isinstance(value, (list, tuple)):
             raise ValueError
         each = kinds * len(value) if repeated else kinds
         return origin(kind.parse(item) for kind, item in zip(each, value, strict=True))
-    return Kind(f"a list, each of it {kinds[0].allowed}" if repeated else f"a list of {', '.join(kind.allowed for kind in kinds)}", parse)
+    return SettingType(f"a list, each of it {kinds[0].allowed}" if repeated else f"a list of {', '.join(kind.allowed for kind in kinds)}", parse)
 
 
 def _one_of(options: tuple, value: Any) -> Any:
@@ -113,9 +113,9 @@ def _word(member: Enum) -> Any:
     return member.value if isinstance(member.value, (str, int)) else member.name
 
 
-def _spoken(annotation: Any) -> str:
+def _annotation_text(annotation: Any) -> str:
     return annotation.__name__ if isinstance(annotation, type) and get_origin(annotation) is None else str(annotation)
 
 
-PLAIN = {bool: Kind("true or false", lambda value: _plain(bool, value)), int: Kind("a whole number", lambda value: _plain(int, value)),
-         float: Kind("a number", _number), str: Kind("a string", _text)}
+PLAIN = {bool: SettingType("true or false", lambda value: _plain(bool, value)), int: SettingType("a whole number", lambda value: _plain(int, value)),
+         float: SettingType("a number", _number), str: SettingType("a string", _text)}

@@ -15,7 +15,7 @@ class Hint(ValueError):
 
 
 @dataclass(frozen=True)
-class Kind:
+class SettingType:
     """What a setting accepts: `parse` returns the value or raises ValueError, `allowed` is the sentence a user reads."""
 
     allowed: str
@@ -39,7 +39,7 @@ def is_text(value: Any) -> bool:
 
 
 def _setting(default: Any, allowed: str, parse: Callable[[Any], Any]) -> Any:
-    return field(default=default, metadata={"kind": Kind(allowed, parse)})
+    return field(default=default, metadata={"kind": SettingType(allowed, parse)})
 
 
 def integer(default: int, low: int, high: int | None = None) -> Any:

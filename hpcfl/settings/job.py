@@ -132,7 +132,7 @@ class Job:
         """Every setting spelled out: {section: {key: value}}."""
         sections = {name: dataclasses.asdict(getattr(self, name)) for name in SECTIONS}
         settings = {entry.name: getattr(self.algorithm, entry.name) for entry in dataclasses.fields(self.algorithm) if entry.init}
-        sections["algorithm"] = {"name": self.algorithm_name, **{key: annotations.written(value) for key, value in settings.items()}}
+        sections["algorithm"] = {"name": self.algorithm_name, **{key: annotations.to_job_value(value) for key, value in settings.items()}}
         return sections
 
     def digest(self) -> str:
@@ -143,7 +143,7 @@ class Job:
         """The resolved job as a job file that reads back equal."""
         lines: list[str] = []
         for section, table in self.tables().items():
-            lines += [f"[{section}]", *(f"{_quoted(key)} = {_toml(value)}" for key, value in table.items() if value is not None), ""]
+            lines += [f"[{section}]", *(f"{_quote(key)} = {_toml(value)}" for key, value in table.items() if value is not None), ""]
         return "\n".join(lines)
 
 
@@ -178,10 +178,10 @@ def load(path: str | Path, configs: Mapping[str, type], overrides: Sequence[str]
 
 def recall(path: str | Path, configs: Mapping[str, type]) -> Job:
     """The job that a run recorded in its folder, perhaps under an earlier version. Raises: JobError as `load` does."""
-    return resolve(recorded(_read(Path(path))), configs, str(path))
+    return resolve(read_recorded(_read(Path(path))), configs, str(path))
 
 
-def recorded(tables: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def read_recorded(tables: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """The tables of a job that a run recorded, perhaps under an earlier version, in the words of this one.
 
     Every setting has the name that it has today; outside [algorithm] one that did not exist yet has its default, which is what the run did.
@@ -203,26 +203,26 @@ def refuse_old_names(names: Iterable[str], where: str) -> None:
 def resolve(tables: Mapping[str, Any], configs: Mapping[str, type], where: str = "job") -> Job:
     """A Job from nested tables; `configs` maps algorithm names to their Config dataclass. Raises JobError as `load` does."""
     refuse_old_names((f"{section}.{key}" for section, table in tables.items() if isinstance(table, Mapping) for key in table), where)
-    known = {name: tuple(annotations.kinds(kind, where)) if kind else ("name",) for name, kind in SECTIONS.items()}
+    known = {name: tuple(annotations.list_setting_types(kind, where)) if kind else ("name",) for name, kind in SECTIONS.items()}
     for section, table in tables.items():
         if section in SECTIONS and not isinstance(table, Mapping):
             raise JobError(f"{where}: '{section}' is {table!r}, wanted a section [{section}]")
         if section not in SECTIONS:
-            meant = (synonyms.section(section, SECTIONS) if isinstance(table, Mapping) else "") or synonyms.setting("", section, table, known)
+            meant = (synonyms.suggest_section(section, SECTIONS) if isinstance(table, Mapping) else "") or synonyms.suggest_setting("", section, table, known)
             unknown = f"unknown section [{section}]" if isinstance(table, Mapping) else f"'{section}' stands in no section"
             raise JobError(f"{where}: {unknown}{meant or ';'} There are {', '.join(f'[{name}]' for name in SECTIONS)}")
     sections = {name: _section(kind, tables.get(name, {}), name, where, known) for name, kind in SECTIONS.items() if kind is not None}
     algorithm = dict(tables.get("algorithm", {}))
     name = algorithm.pop("name", None)
     if name is None:
-        raise JobError(f"{where}: {'names no method' if tables else 'is empty'}; wanted at least a section [algorithm] with name = one of {_listed(configs)} "
+        raise JobError(f"{where}: {'names no method' if tables else 'is empty'}; wanted at least a section [algorithm] with name = one of {_list_text(configs)} "
                        "(algorithm.name)")
     if not isinstance(name, str) or name not in configs:
-        raise JobError(f"{where}: algorithm.name = {name!r} is not known{_nearest(str(name), configs)}; there are {_listed(configs)}")
+        raise JobError(f"{where}: algorithm.name = {name!r} is not known{_suggest(str(name), configs)}; there are {_list_text(configs)}")
     return Job(**sections, algorithm=_section(configs[name], algorithm, "algorithm", where, known, f" of {name}"), algorithm_name=name)
 
 
-def differences(one: Mapping[str, Mapping[str, Any]], other: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def find_differences(one: Mapping[str, Mapping[str, Any]], other: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The settings in which two resolved jobs differ, as "section.key"."""
     def flat(tables):
         return {f"{section}.{key}": json.dumps(value) for section, table in tables.items() for key, value in table.items()}
@@ -241,10 +241,10 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _section(section_type: type, table: Mapping[str, Any], section: str, where: str, known: Mapping[str, Sequence[str]], owner: str = "") -> Any:
     """A section from its table; `known` are the keys of all sections, `owner` whose section it is, for words to the user."""
-    kinds = annotations.kinds(section_type, f"{where}: [{section}]{owner}")
+    kinds = annotations.list_setting_types(section_type, f"{where}: [{section}]{owner}")
     for key, value in table.items():
         if key not in kinds:
-            meant = synonyms.setting(section, key, value, {**known, section: tuple(kinds)})
+            meant = synonyms.suggest_setting(section, key, value, {**known, section: tuple(kinds)})
             raise JobError(f"{where}: unknown key {section}.{key}{meant or ';'} [{section}]{owner} has {', '.join(kinds) or 'no settings'}")
     defaults = {entry.name: _default(entry) for entry in dataclasses.fields(section_type) if entry.init}
     checked = {}
@@ -268,7 +268,7 @@ def _default(entry: dataclasses.Field) -> Any:
 
 def _settings(method: Any, configs: Mapping[str, type]) -> set[str]:
     """The settings of a method, none if there is no such method."""
-    return set(annotations.kinds(configs[method], f"algorithm '{method}'")) if isinstance(method, str) and method in configs else set()
+    return set(annotations.list_setting_types(configs[method], f"algorithm '{method}'")) if isinstance(method, str) and method in configs else set()
 
 
 def _override(override: str) -> tuple[str, str, Any]:
@@ -298,14 +298,14 @@ def _toml(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")                # the one character that JSON may hold as it is and TOML may not
 
 
-def _quoted(key: str) -> str:
+def _quote(key: str) -> str:
     return key if key.isascii() else _toml(key)
 
 
-def _listed(configs: Mapping[str, type]) -> str:
+def _list_text(configs: Mapping[str, type]) -> str:
     return ", ".join(sorted(configs))
 
 
-def _nearest(word: str, known) -> str:
+def _suggest(word: str, known) -> str:
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else ""

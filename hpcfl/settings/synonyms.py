@@ -44,7 +44,7 @@ SECTIONS = {"training": "optimizer train client_training", "models": "model", "d
             "evaluation": "eval test", "run": "general experiment", "checkpoint": "checkpoints"}
 
 
-def setting(section: str, key: str, value: Any, known: Mapping[str, Collection[str]]) -> str:
+def suggest_setting(section: str, key: str, value: Any, known: Mapping[str, Collection[str]]) -> str:
     """What to say of a key that a section does not have: "; did you mean 'training.lr'?", another sentence, or nothing. `known`: the keys of each section."""
     inner = next(iter(value), "") if isinstance(value, Mapping) else ""
     head, dot, rest = f"{key}.{inner}".rstrip(".").partition(".")
@@ -61,7 +61,7 @@ def setting(section: str, key: str, value: Any, known: Mapping[str, Collection[s
     return f"; {told}." if told else f"; did you mean '{close[0]}'?" if close else ""
 
 
-def section(name: str, known: Collection[str]) -> str:
+def suggest_section(name: str, known: Collection[str]) -> str:
     """"; did you mean 'training'?" of a section that does not exist, or nothing."""
     found = [meant for meant, words in SECTIONS.items() if name.lower() in words.split()] or difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean '{found[0]}'?" if found else ""

@@ -18,7 +18,7 @@ def compiles(compile: str, device: str, expected_steps: int) -> bool:
 
 
 @functools.cache
-def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
+def compile_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
     """A module-level function compiled (its backward pass with it); where that proves impossible, one warning and the function as it is from then on."""
     from torch._dynamo import config  # imported here: a second of start-up that eager runs do not need
     from torch._dynamo.exc import TorchDynamoException

@@ -12,64 +12,64 @@ from torch.func import functional_call, vmap
 
 from hpcfl import tree
 from hpcfl.errors import LayoutError
-from hpcfl.streams import sow, watched
+from hpcfl.streams import sow, sow_and_watch
 from hpcfl.training.group import Group
 from hpcfl.training.meter import Meter
-from hpcfl.training.optimizers import Slots, begin, clipped
-from hpcfl.training.turns import Batches, Loss, Modules, Plan, Turn
+from hpcfl.training.optimizers import Slots, begin, clip_gradients
+from hpcfl.training.turns import Batches, Loss, Modules, Setup, Turn
 from hpcfl.tree import Tree
 
 log = logging.getLogger(__name__)
 
-Outcome = tuple[Tree, list[dict[str, float]]]                      # what training changed (K, ...), and each client's mean metrics
+Trained = tuple[Tree, list[dict[str, float]]]                      # what training changed (K, ...), and each client's mean metrics
 
 
-def sequential(plan: Plan, group: Group, batches: Batches) -> Outcome:
+def run_sequential(setup: Setup, group: Group, batches: Batches) -> Trained:
     """Client after client in one memory, aligned as any tensor is, so that the bits do not depend on the row a client has in its Group."""
-    state = {path: _own_memory(group.state[path], path in plan.channels_last) for path in plan.own}
+    state = {path: _own_memory(group.state[path], path in setup.channels_last) for path in setup.own}
     bounds = []
-    for number, turn in enumerate(plan.turns):
-        parameters = [state[path] for path in plan.trained[number]]
+    for number, turn in enumerate(setup.turns):
+        parameters = [state[path] for path in setup.trained[number]]
         slots = {slot: [begin(slot, parameter) for parameter in parameters] for slot in turn.optimizer.slots}
-        bounds.append(Bound(turn, *plan.bind(number, state), parameters, slots))
-    for bound, paths in zip(bounds, plan.slots, strict=True):
+        bounds.append(Bound(turn, *setup.bind(number, state), parameters, slots))
+    for bound, paths in zip(bounds, setup.slots, strict=True):
         state |= {path: tensor for slot in paths for path, tensor in zip(paths[slot], bound.slots[slot], strict=True)}
-    outcome = {path: state[path].new_empty(len(group.clients), *state[path].shape) for path in plan.returned}
+    outcome = {path: state[path].new_empty(len(group.clients), *state[path].shape) for path in setup.returned}
     metrics = []
     for index, client in enumerate(group.clients):
         for path, row in state.items():
             row.copy_(group.state[path][index]) if path in group.state else row.zero_()
-        meter, seeds = Meter([client]), plan.streams(client).seeds()
-        for batch in plan.drawn(batches, client, seeds):
-            batch = tree.transform(batch, _channels_last) if plan.images_last else batch
+        meter, seeds = Meter([client]), setup.streams(client).seeds()
+        for batch in setup.draw_batches(batches, client, seeds):
+            batch = tree.transform(batch, _channels_last) if setup.images_last else batch
             for bound in bounds:
-                with plan.naming(bound.turn, [client]):
+                with setup.naming(bound.turn, [client]):
                     sow(next(seeds))
-                    meter.add(bound.update(*plan.alone(plan.modules, bound.turn.loss, bound.own, plan.shared, batch, plan.context)), (0,))
+                    meter.add(bound.update(*setup.alone(setup.modules, bound.turn.loss, bound.own, setup.shared, batch, setup.context)), (0,))
         for path, rows in outcome.items():
             rows[index].copy_(state[path])
-        metrics += meter.read({path: state[path][None] for path in plan.returned}, plan, lambda index=index: tree.rows(group.state, [index]))
+        metrics += meter.read({path: state[path][None] for path in setup.returned}, setup, lambda index=index: tree.rows(group.state, [index]))
     return outcome, metrics
 
 
-def together(plan: Plan, group: Group, batches: Batches) -> Outcome:
+def run_stacked(setup: Setup, group: Group, batches: Batches) -> Trained:
     """All clients a step further at a time, by one vmapped call for those whose batches have one shape: nothing is padded or masked."""
-    state = {path: _copy(group.state[path]) if path in plan.returned else group.state[path] for path in plan.own}
-    for turn, parameters in zip(plan.slots, plan.trained, strict=True):
+    state = {path: _copy(group.state[path]) if path in setup.returned else group.state[path] for path in setup.own}
+    for turn, parameters in zip(setup.slots, setup.trained, strict=True):
         for slot, paths in turn.items():
             for path, parameter in zip(paths, parameters, strict=True):
                 state[path] = _copy(group.state[path]) if path in group.state else begin(slot, state[parameter], rows=len(group.clients))
-    losses = Losses(plan, group.clients)
-    select = functools.cache(functools.partial(Selection, plan, state, losses, len(group.clients)))
+    losses = Losses(setup, group.clients)
+    select = functools.cache(functools.partial(Selection, setup, state, losses, len(group.clients)))
     meter = Meter(group.clients)
-    sources = {index: plan.drawn(batches, client, losses.seeds[index]) for index, client in enumerate(group.clients)}
+    sources = {index: setup.draw_batches(batches, client, losses.seeds[index]) for index, client in enumerate(group.clients)}
     while sources:
         drawn = {index: batch for index, source in sources.items() if (batch := next(source, None)) is not None}
         sources = {index: sources[index] for index in drawn}
         for indices, batch in _buckets(drawn):
             select(indices).step(batch, meter)
-    outcome = {path: state[path] for path in plan.returned}
-    return outcome, meter.read(outcome, plan, lambda: group.state)
+    outcome = {path: state[path] for path in setup.returned}
+    return outcome, meter.read(outcome, setup, lambda: group.state)
 
 
 @dataclass(frozen=True)
@@ -91,16 +91,16 @@ class Bound:
                               "it was detached, or computed without gradients")
         gradients = torch.autograd.grad(loss, self.leaves, torch.ones_like(loss) if self.rows else None, allow_unused=True)
         used = [index for index, gradient in enumerate(gradients) if gradient is not None]
-        parameters, slots = (self.parameters, self.slots) if len(used) == len(gradients) else self.part(used)
+        parameters, slots = (self.parameters, self.slots) if len(used) == len(gradients) else self.select(used)
         gradients = [gradients[index] for index in used]
         if self.turn.optimizer.clip and gradients:
-            gradients = (vmap(clipped, (0, None)) if self.rows else clipped)(gradients, self.turn.optimizer.clip)
+            gradients = (vmap(clip_gradients, (0, None)) if self.rows else clip_gradients)(gradients, self.turn.optimizer.clip)
         if self.rows and not self.stacked:
             gradients = [row for gradient in gradients for row in gradient.unbind()]
         self.turn.optimizer.update_out(parameters, gradients, slots)
         return {"loss": loss, **scalars}
 
-    def part(self, used: list[int]) -> tuple[list[Tensor], Slots]:
+    def select(self, used: list[int]) -> tuple[list[Tensor], Slots]:
         """Parameters and slots of some leaves: an update passes over what the loss left out, as in torch.optim."""
         rows = 1 if self.stacked else self.rows or 1
         flat = [leaf * rows + row for leaf in used for row in range(rows)]
@@ -114,11 +114,11 @@ class Losses:
     as control flow by values, is also computed client by client. Either is found out when it happens, and holds for the rest of this training.
     """
 
-    def __init__(self, plan: Plan, clients: Sequence[int]) -> None:
-        self.plan, self.clients, self.apart = plan, clients, False
-        self.seeds = [plan.streams(client).seeds() for client in clients]
-        self.buffers = [plan.own[path] for path in plan.buffers]
-        self.laid_out = {plan.own[path] for path in plan.channels_last}
+    def __init__(self, setup: Setup, clients: Sequence[int]) -> None:
+        self.setup, self.clients, self.apart = setup, clients, False
+        self.seeds = [setup.streams(client).seeds() for client in clients]
+        self.buffers = [setup.own[path] for path in setup.buffers]
+        self.laid_out = {setup.own[path] for path in setup.channels_last}
 
     def __call__(self, bound: Bound, batch: Tree, indices: Sequence[int]) -> tuple[Tensor, Tree]:
         """The losses (K',) of the clients at `indices`, and their scalars."""
@@ -128,9 +128,9 @@ class Losses:
 
     def stacked(self, bound: Bound, batch: Tree, clients: Sequence[int], seed: int) -> tuple[Tensor, Tree] | None:
         """All at once; None, and buffers as they were, where that cannot be."""
-        plan, buffers = self.plan, [bound.own[name] for name in self.buffers]
-        before = _copies(buffers)
-        has_drawn = watched(seed)
+        plan, buffers = self.setup, [bound.own[name] for name in self.buffers]
+        before = _copy_all(buffers)
+        has_drawn = sow_and_watch(seed)
         try:
             with plan.naming(bound.turn, clients):
                 result = plan.stacked(plan.modules, bound.turn.loss, bound.own, plan.shared, batch, plan.context)
@@ -148,7 +148,7 @@ class Losses:
 
     def one_by_one(self, bound: Bound, batch: Tree, clients: Sequence[int], seeds: Sequence[int]) -> tuple[Tensor, Tree]:
         """Each alone, in memory laid out as by the sequential engine: a tensor is filled with random numbers in the order of its memory."""
-        plan, found = self.plan, []
+        plan, found = self.setup, []
         split = {name: leaf.unbind() if leaf.requires_grad else leaf for name, leaf in bound.own.items()}      # one backward step for all rows
         for row, (client, seed) in enumerate(zip(clients, seeds, strict=True)):
             own = {name: _channels_last(rows[row]) if name in self.laid_out else rows[row] for name, rows in split.items()}
@@ -166,30 +166,30 @@ class Losses:
 class Selection:
     """Some rows of the stacked state, which take steps together."""
 
-    def __init__(self, plan: Plan, state: Tree, losses: Losses, clients: int, indices: tuple[int, ...]) -> None:
-        self.plan, self.state, self.losses, self.indices = plan, state, losses, indices
+    def __init__(self, setup: Setup, state: Tree, losses: Losses, clients: int, indices: tuple[int, ...]) -> None:
+        self.setup, self.state, self.losses, self.indices = setup, state, losses, indices
         self.index = None if len(indices) == clients else torch.tensor(indices, device=next(iter(state.values())).device)
-        self.stacked = [self.index is None and turn.optimizer.elementwise for turn in plan.turns]
+        self.stacked = [self.index is None and turn.optimizer.elementwise for turn in setup.turns]
 
         def leaves(paths: Iterable[str], stacked: bool) -> list[Tensor]:
             return [state[path] for path in paths] if stacked else [state[path][index] for path in paths for index in indices]
         self.targets = [(leaves(paths, stacked), {slot: leaves(names, stacked) for slot, names in slots.items()})
-                        for paths, slots, stacked in zip(plan.trained, plan.slots, self.stacked, strict=True)]
-        self.whole = [self.bind(number, state) for number in range(len(plan.turns))] if self.index is None else None
+                        for paths, slots, stacked in zip(setup.trained, setup.slots, self.stacked, strict=True)]
+        self.whole = [self.bind(number, state) for number in range(len(setup.turns))] if self.index is None else None
 
     def bind(self, number: int, read: Tree) -> Bound:
         """One Turn that reads `read` (K', ...) and updates the state itself."""
-        return Bound(self.plan.turns[number], *self.plan.bind(number, read), *self.targets[number], len(self.indices), self.stacked[number])
+        return Bound(self.setup.turns[number], *self.setup.bind(number, read), *self.targets[number], len(self.indices), self.stacked[number])
 
     def step(self, batch: Tree, meter: Meter) -> None:
         """All Turns on one stacked batch; a part of the clients is gathered, and what its modules wrote into their buffers is put back."""
-        for number in range(len(self.plan.turns)):
-            read = {} if self.whole else {path: self.state[path][self.index] for path in self.plan.own}
+        for number in range(len(self.setup.turns)):
+            read = {} if self.whole else {path: self.state[path][self.index] for path in self.setup.own}
             bound = self.whole[number] if self.whole else self.bind(number, read)
             losses = self.losses(bound, batch, self.indices)
-            with self.plan.naming(bound.turn, [self.losses.clients[index] for index in self.indices]):
+            with self.setup.naming(bound.turn, [self.losses.clients[index] for index in self.indices]):
                 meter.add(bound.update(*losses), self.indices, self.index)
-            for path in self.plan.buffers if read else ():
+            for path in self.setup.buffers if read else ():
                 self.state[path].index_copy_(0, self.index, read[path])
 
 
@@ -219,7 +219,7 @@ def _copy(stacked: Tensor) -> Tensor:
     return stacked.clone(memory_format=torch.contiguous_format)    # the fused kernels read the rows as flat memory
 
 
-def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+def _copy_all(tensors: Sequence[Tensor]) -> list[Tensor]:
     """A copy of each, in one launch of a kernel for all of a type: there are many and small ones."""
     copies = [torch.empty_like(tensor) for tensor in tensors]
     for dtype in {tensor.dtype for tensor in tensors}:

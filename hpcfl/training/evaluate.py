@@ -9,7 +9,7 @@ from hpcfl import tree
 from hpcfl.data.shards import Shard
 from hpcfl.errors import NonFiniteError
 from hpcfl.streams import kept, sow
-from hpcfl.training.compiling import compiled
+from hpcfl.training.compiling import compile_forward
 from hpcfl.training.group import Group
 from hpcfl.tree import Tree
 
@@ -33,7 +33,7 @@ def bind(module: nn.Module, state: Tree, method: str = "forward", compile: bool 
     On a CPU convolutions get their weights channels last: the small networks of the zoo take 25 to 50 % less time for it.
     compile: for what is called thousands of times; equal to rounding. What was compiled serves every state and module of the same structure.
     """
-    forward = compiled(_forward) if compile else _forward
+    forward = compile_forward(_forward) if compile else _forward
     wrapped, convolutions = _Method(module, method), {name for name, layer in module.named_modules() if isinstance(layer, nn.Conv2d)}
     state = {f"module.{path}": leaf.to(memory_format=torch.channels_last)
              if leaf.device.type == "cpu" and leaf.dim() == 4 and path.removesuffix("weight").removesuffix(".") in convolutions else leaf
@@ -55,17 +55,17 @@ def _forward(wrapped: _Method, state: Tree, inputs: tuple[Tensor, ...]) -> Tenso
     return functional_call(wrapped, state, inputs)
 
 
-def model_of(group: Group, modules: Mapping[str, nn.Module], client: int, name: str = "model", method: str = "forward") -> Callable[..., Tensor]:
+def bind_model(group: Group, modules: Mapping[str, nn.Module], client: int, name: str = "model", method: str = "forward") -> Callable[..., Tensor]:
     """A network of one client of the group, ready to be called."""
     return bind(modules[name], tree.part(tree.row(group.state, group.row_of[client]), name), method)
 
 
-def in_batches(function: Callable[[Tensor], Tensor], shard: Shard, batch: int = BATCH) -> Tensor:
+def apply_in_batches(function: Callable[[Tensor], Tensor], shard: Shard, batch: int = BATCH) -> Tensor:
     """function over all images of a shard, batch by batch, concatenated (n, ...)."""
-    return torch.cat(_answers(function, shard, [slice(start, start + batch) for start in range(0, len(shard), batch)]))
+    return torch.cat(_apply_to_blocks(function, shard, [slice(start, start + batch) for start in range(0, len(shard), batch)]))
 
 
-def _answers(function: Callable[[Tensor], Tensor], shard: Shard, blocks: Iterable[slice]) -> list[Tensor]:
+def _apply_to_blocks(function: Callable[[Tensor], Tensor], shard: Shard, blocks: Iterable[slice]) -> list[Tensor]:
     """function of each block of images; a network that draws random numbers in eval mode too draws the same for a block on every rank and in every run."""
     answers = []
     with kept():
@@ -75,19 +75,19 @@ def _answers(function: Callable[[Tensor], Tensor], shard: Shard, blocks: Iterabl
     return answers
 
 
-def features(group: Group, modules: Mapping[str, nn.Module], client: int, shard: Shard, where: str = "evaluation",
+def extract_features(group: Group, modules: Mapping[str, nn.Module], client: int, shard: Shard, where: str = "evaluation",
              advice: str = "lower the learning rate") -> Tensor:
     """z = g_k(x) over a shard, (n, p) float32, in the shard's order and without augmentation.
 
     Raises: NonFiniteError naming `where` and the client, with an advice.
     """
-    z = in_batches(model_of(group, modules, client, method="features"), shard)
+    z = apply_in_batches(bind_model(group, modules, client, method="features"), shard)
     if not bool(torch.isfinite(z).all()):
         raise NonFiniteError(f"{where}: client {client} ({group.architecture}): its features hold NaN or infinity; {advice}")
     return z
 
 
-def correct(predict: Callable[[Tensor], Tensor], shard: Shard, classes: int, batch: int = BATCH, first: int = 0, every: int = 1) -> Tensor:
+def count_correct(predict: Callable[[Tensor], Tensor], shard: Shard, classes: int, batch: int = BATCH, first: int = 0, every: int = 1) -> Tensor:
     """Right answers per class, (C,) int64: the diagonal of the confusion matrix.
 
     Of the batches first, first + every, ... alone: `every` ranks that each begin with another batch count all images once, and since the
@@ -97,5 +97,5 @@ def correct(predict: Callable[[Tensor], Tensor], shard: Shard, classes: int, bat
     if not blocks:
         return torch.zeros(classes, dtype=torch.int64)
     labels = torch.cat([shard.labels[block] for block in blocks])
-    right = torch.cat([said.argmax(1) for said in _answers(predict, shard, blocks)]) == labels
+    right = torch.cat([said.argmax(1) for said in _apply_to_blocks(predict, shard, blocks)]) == labels
     return torch.bincount(labels[right], minlength=classes).cpu()

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hpcfl.errors import JobError, LayoutError, at
+from hpcfl.errors import JobError, LayoutError, note_whom
 from hpcfl.streams import Stream, kept
-from hpcfl.training.compiling import compiled, compiles
-from hpcfl.training.engines import forward_one, forward_together, sequential, together
+from hpcfl.training.compiling import compile_forward, compiles
+from hpcfl.training.engines import forward_one, forward_together, run_sequential, run_stacked
 from hpcfl.training.group import OPTIMIZER, Group
-from hpcfl.training.turns import Batches, Forward, Modules, Plan, Turn
+from hpcfl.training.turns import Batches, Forward, Modules, Setup, Turn
 from hpcfl.tree import Tree
-from hpcfl.wording import spoken
+from hpcfl.wording import numbers_text
 
-ENGINES = {"sequential": sequential, "vmap": together}
+ENGINES = {"sequential": run_sequential, "vmap": run_stacked}
 PRECISIONS = {"auto": None, "float32": None, "bfloat16": torch.bfloat16}
 UNNAMED = partial(Stream, 0, "fit")
 
@@ -59,33 +59,33 @@ def fit(group: Group, modules: Mapping[str, nn.Module], turns: Sequence[Turn], b
 
     def prepared(forward: Forward) -> Forward:
         if compiles(compile, device, expected_steps):
-            forward = compiled(forward)
+            forward = compile_forward(forward)
         return forward if PRECISIONS[precision] is None else torch.autocast(device, PRECISIONS[precision], cache_enabled=False)(forward)
-    plan = _plan(group, modules, turns, keep_optimizer, alone=prepared(forward_one), stacked=prepared(forward_together), context=context or {}, where=where,
+    setup = _set_up(group, modules, turns, keep_optimizer, alone=prepared(forward_one), stacked=prepared(forward_together), context=context or {}, where=where,
                  member=member, origin=origin, streams=streams, channels_last=device == "cpu" if channels_last is None else channels_last)
     asked: list[int] = []                                          # whose batches are read, the client at work last; with vmap all are at work
 
     def noted(client: int) -> Iterable[Tree]:
         asked.append(client)
         return batches(client)
-    with _modes(plan, frozen_norm), kept(), at(lambda: spoken(asked[-1:] if run is sequential else asked, member)):
-        changed, rows = run(plan, group, noted)
+    with _modes(setup, frozen_norm), kept(), note_whom(lambda: numbers_text(asked[-1:] if run is run_sequential else asked, member)):
+        changed, rows = run(setup, group, noted)
     names = dict.fromkeys(["loss", *(name for row in rows for name in row)])
     metrics = {name: torch.tensor([row.get(name, math.nan) for row in rows], dtype=torch.float64) for name in names}
     return replace(group, state={**group.state, **changed}), metrics
 
 
-def _plan(group: Group, modules: Mapping[str, nn.Module], turns: Sequence[Turn], keep_optimizer: bool, channels_last: bool, where: str,
-          **settings: Any) -> Plan:
+def _set_up(group: Group, modules: Mapping[str, nn.Module], turns: Sequence[Turn], keep_optimizer: bool, channels_last: bool, where: str,
+          **settings: Any) -> Setup:
     wrapped = Modules(modules)
     everything = dict([*wrapped.named_parameters(remove_duplicate=False), *wrapped.named_buffers(remove_duplicate=False)])
     if len({id(tensor) for tensor in everything.values()}) < len(everything):
         raise LayoutError(f"{where}: modules {', '.join(modules)}: two names share one parameter or buffer; give each use a tensor of its own")
-    own = {f"{name}/{path}": f"{name}.{path}" for name in modules for path in _held(group, name, modules[name], where)}
+    own = {f"{name}/{path}": f"{name}.{path}" for name in modules for path in _find_held(group, name, modules[name], where)}
     all_buffers = {name for name, _ in wrapped.named_buffers()}
     fixed = {name for name, tensor in everything.items() if not tensor.requires_grad}
     parameters = [path for path, name in own.items() if name not in all_buffers and name not in fixed]
-    trained = tuple(_trained(group, turn, parameters, where) for turn in turns)
+    trained = tuple(_find_trained(group, turn, parameters, where) for turn in turns)
     slots = tuple({slot: [_slot_path(OPTIMIZER if keep_optimizer else f"turn {number}", slot, path) for path in trained[number]]
                    for slot in turn.optimizer.slots} for number, turn in enumerate(turns))
     kept = [path for turn in slots for paths in turn.values() for path in paths] if keep_optimizer else []
@@ -98,10 +98,10 @@ def _plan(group: Group, modules: Mapping[str, nn.Module], turns: Sequence[Turn],
     returned = tuple(dict.fromkeys([*(path for paths in trained for path in paths), *buffers, *kept]))
     convolutions = {f"{name}.weight" for name, module in wrapped.named_modules() if isinstance(module, nn.Conv2d)} if channels_last else set()
     images = frozenset(path for path, name in own.items() if name in convolutions)
-    return Plan(wrapped, tuple(turns), own, trained, slots, buffers, returned, shared, channels_last=images, images_last=channels_last, where=where, **settings)
+    return Setup(wrapped, tuple(turns), own, trained, slots, buffers, returned, shared, channels_last=images, images_last=channels_last, where=where, **settings)
 
 
-def _held(group: Group, name: str, module: nn.Module, where: str) -> list[str]:
+def _find_held(group: Group, name: str, module: nn.Module, where: str) -> list[str]:
     """The names of one module's tensors that the Group holds: all of its state_dict, or none."""
     def told(tensor: Tensor, first: int) -> str:
         return f"{tuple(tensor.shape[first:])} {str(tensor.dtype).removeprefix('torch.')}"
@@ -114,7 +114,7 @@ def _held(group: Group, name: str, module: nn.Module, where: str) -> list[str]:
     return list(wanted)
 
 
-def _trained(group: Group, turn: Turn, parameters: Sequence[str], where: str) -> tuple[str, ...]:
+def _find_trained(group: Group, turn: Turn, parameters: Sequence[str], where: str) -> tuple[str, ...]:
     """The paths one Turn updates."""
     there = {_module(path) for path in parameters}
     if missing := set(turn.trains) - there:
@@ -135,10 +135,10 @@ def _slot_path(root: str, slot: str, path: str) -> str:
 
 
 @contextmanager
-def _modes(plan: Plan, frozen_norm: bool) -> Iterator[None]:
+def _modes(setup: Setup, frozen_norm: bool) -> Iterator[None]:
     """Inside the block, train mode for what holds trained parameters and eval mode for the rest; then the caller's flags again."""
-    trained = {plan.own[path] for paths in plan.trained for path in paths}
-    before = [(module, module.training) for module in plan.modules.modules()]
+    trained = {setup.own[path] for paths in setup.trained for path in paths}
+    before = [(module, module.training) for module in setup.modules.modules()]
 
     def choose(module: nn.Module, prefix: str, inherited: bool) -> None:
         names = {prefix + name for name, _ in module.named_parameters()}
@@ -148,7 +148,7 @@ def _modes(plan: Plan, frozen_norm: bool) -> Iterator[None]:
         if frozen_norm and hasattr(module, "track_running_stats"):
             module.training = False
     try:
-        choose(plan.modules, "", False)
+        choose(setup.modules, "", False)
         yield
     finally:
         for module, training in before:

@@ -35,7 +35,7 @@ class Group:
                 raise LayoutError(f"group {self.architecture}: '{path}' is {tuple(leaf.shape)}, wanted {len(self.clients)} rows, one per client")
 
     @staticmethod
-    def of(architecture: str, states: Mapping[int, Tree]) -> Group:
+    def from_states(architecture: str, states: Mapping[int, Tree]) -> Group:
         """A Group from one Tree per client, in ascending client order; optimiser state that only some have begins at zero for the rest.
 
         Raises: LayoutError naming the client, path and both shapes where a Tree is laid out unlike that of the first client.
@@ -77,13 +77,13 @@ class Group:
         """The Group with nothing below `name/`."""
         return replace(self, state={path: leaf for path, leaf in self.state.items() if not path.startswith(f"{name}/")})
 
-    def holding(self, name: str, stacked: Tree) -> Group:
+    def with_part(self, name: str, stacked: Tree) -> Group:
         """The Group whose part `name` is this stacked Tree (K, ...) and nothing else; `holding("model", {...})`."""
         return replace(self, state={**self.without(name).state, **tree.join(**{name: stacked})})
 
-    def sharing(self, name: str, one: Tree) -> Group:
+    def with_common_part(self, name: str, one: Tree) -> Group:
         """The Group whose clients all start from one Tree in part `name`, each with memory of its own."""
-        return self.holding(name, tree.repeat(one, len(self.clients)))
+        return self.with_part(name, tree.repeat(one, len(self.clients)))
 
     def select(self, clients: Iterable[int]) -> Group:
         """The Group of some of the clients, in this Group's order; their rows are copied unless all are asked for.
@@ -98,7 +98,7 @@ class Group:
         indices = [index for index, client in enumerate(self.clients) if client in wanted]
         return Group(self.architecture, tuple(self.clients[index] for index in indices), tree.rows(self.state, indices))
 
-    def updated(self, other: Group) -> Group:
+    def with_rows(self, other: Group) -> Group:
         """This Group with the rows of `other`, a Group of some of its clients, written in; nothing else changes.
 
         Optimiser state that only one of both has is zero for the clients that have none, which is where it begins anyway: it goes when nobody has it.

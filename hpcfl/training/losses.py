@@ -16,8 +16,8 @@ def prototype_distance(z: Tensor, y: Tensor, prototypes: Tensor, has: Tensor, we
     z (B, p), y (B,), prototypes (C, p), has (C,) bool, weight (p,) or (C, p) with mean 1. FedProto's regulariser with weight = 1, FedVTC's alignment
     (arXiv 2508.01669) with weight = normalised inverse variance.
     """
-    spread = weight[y] if weight.dim() == 2 else weight                                     # (B, p) or (p,)
-    return (has[y].unsqueeze(1) * spread * (z - prototypes[y]).square()).mean()
+    deviation = weight[y] if weight.dim() == 2 else weight                                     # (B, p) or (p,)
+    return (has[y].unsqueeze(1) * deviation * (z - prototypes[y]).square()).mean()
 
 
 def divergence(p: Tensor, q: Tensor) -> Tensor:

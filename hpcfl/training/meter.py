@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hpcfl import tree
 from hpcfl.errors import NonFiniteError
-from hpcfl.training.turns import Plan
+from hpcfl.training.turns import Setup
 from hpcfl.tree import Tree
 
 LOST = 1e6                                                         # a loss before the first step for which training is not to blame; ten classes begin at 2.3
@@ -42,33 +42,33 @@ class Meter:
             self.first = torch.full_like(self.totals["loss"], math.nan) if self.first is None else self.first
             self.first[chosen] = self.totals["loss"][chosen]
 
-    def read(self, changed: Tree, plan: Plan, begun: Callable[[], Tree]) -> list[dict[str, float]]:
+    def read(self, changed: Tree, setup: Setup, begun: Callable[[], Tree]) -> list[dict[str, float]]:
         """Each client's means; `changed` (K, ...) is what training made of `begun()` (K, ...).
 
         Raises: NonFiniteError naming the clients whose measures or changed leaves hold NaN or infinity, or whose weights are so large that their squares do.
         """
-        weights = set(chain(*plan.trained))
-        usable = [_usable(leaf.reshape(len(self.clients), -1), path in weights) for path, leaf in tree.floating(changed).items()]
+        weights = set(chain(*setup.trained))
+        usable = [_usable(leaf.reshape(len(self.clients), -1), path in weights) for path, leaf in tree.select_floating(changed).items()]
         table = torch.stack([*self.totals.values(), torch.stack(usable).sum(0)], dim=1).tolist()    # (K, names + 1): the one synchronisation
         broken = [row for row, numbers in enumerate(table) if not all(map(math.isfinite, numbers))]
         if broken:
-            raise NonFiniteError(self.diagnosis(broken, plan, begun(), changed))
+            raise NonFiniteError(self.diagnosis(broken, setup, begun(), changed))
         return [{name: total / counts[row] for (name, counts), total in zip(self.counts.items(), totals) if counts[row]}
                 for row, totals in enumerate(table)]
 
-    def diagnosis(self, broken: Sequence[int], plan: Plan, begun: Tree, changed: Tree) -> str:
+    def diagnosis(self, broken: Sequence[int], setup: Setup, begun: Tree, changed: Tree) -> str:
         """What went wrong with the clients at these rows, and what to do: whether it was there before they took a step decides."""
-        who = f"{plan.where}: training of {plan.member} {', '.join(str(self.clients[row]) for row in broken)}"
+        who = f"{setup.where}: training of {setup.member} {', '.join(str(self.clients[row]) for row in broken)}"
         firsts = self.first.tolist() if self.first is not None else [math.nan] * len(self.clients)
         for row in broken:
-            spoiled = next((path for path, leaf in tree.floating(begun).items() if path in plan.own and not bool(torch.isfinite(leaf[row]).all())), None)
+            spoiled = next((path for path, leaf in tree.select_floating(begun).items() if path in setup.own and not bool(torch.isfinite(leaf[row]).all())), None)
             if spoiled or not abs(firsts[row]) < LOST:
-                one, way_out = f"{plan.member} {self.clients[row]}", f"; {plan.origin}" if plan.origin else ""
+                one, way_out = f"{setup.member} {self.clients[row]}", f"; {setup.origin}" if setup.origin else ""
                 found = f"'{spoiled}' of {one} held it" if spoiled else f"the loss of {one} was {firsts[row]:.3g}"
                 return (f"{who} reached NaN or infinity in its loss or weights; but {found} before its first step: "
                         f"what it received, or its data or loss, is at fault, not its training{way_out}")
-        advice = " and ".join(dict.fromkeys(turn.optimizer.advice for turn in plan.turns))
-        largest = max(float(leaf[broken].abs().max()) for path, leaf in tree.floating(changed).items() if path in set(chain(*plan.trained)))
+        advice = " and ".join(dict.fromkeys(turn.optimizer.advice for turn in setup.turns))
+        largest = max(float(leaf[broken].abs().max()) for path, leaf in tree.select_floating(changed).items() if path in set(chain(*setup.trained)))
         if math.isfinite(largest) and all(math.isfinite(float(total[row])) for total in self.totals.values() for row in broken):
             return f"{who} left weights of up to {largest:.3g}, with which nobody can compute: their squares are infinite; {advice}"
         return f"{who} reached NaN or infinity in its loss or weights; {advice}"

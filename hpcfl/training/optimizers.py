@@ -40,7 +40,7 @@ class Optimizer:
             raise JobError(f"optimizer = {self.name!r} is not known; there are {', '.join(sorted(RULES))}")
 
     @staticmethod
-    def of(training: Training, **changes: Any) -> Optimizer:
+    def from_settings(training: Training, **changes: Any) -> Optimizer:
         """The Optimizer of a job's [training] section, some of its settings changed."""
         settings = {"name": training.optimizer, "lr": training.lr, "momentum": training.momentum, "weight_decay": training.weight_decay,
                     "clip": training.clip, "rate_setting": f"training.lr = {training.lr:g}", "clip_setting": f"training.clip = {training.clip:g}"}
@@ -74,7 +74,7 @@ def begin(slot: str, parameter: Tensor, rows: int | None = None) -> Tensor:
     return parameter.new_zeros(() if rows is None else (rows,), dtype=torch.float32) if slot == STEP else torch.zeros_like(parameter)
 
 
-def clipped(gradients: Sequence[Tensor], limit: float) -> list[Tensor]:
+def clip_gradients(gradients: Sequence[Tensor], limit: float) -> list[Tensor]:
     """Gradients scaled so that their common norm is at most `limit`; new tensors, for autograd may give one tensor to two parameters."""
     norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]))
     scale = torch.clamp(limit / (norm + 1e-6), max=1.0)            # the guard of torch.nn.utils.clip_grad_norm_

@@ -30,14 +30,14 @@ class Modules(nn.Module):
         result = loss(self, batch, context)
         value, scalars = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
         if not isinstance(value, Tensor) or not value.is_floating_point():
-            raise LayoutError(f"returned {described(value)}; wanted a floating-point tensor of shape (), or that and a dict of what else it measured")
+            raise LayoutError(f"returned {describe_value(value)}; wanted a floating-point tensor of shape (), or that and a dict of what else it measured")
         if value.dim():
             raise LayoutError(f"returned shape {tuple(value.shape)}; wanted a scalar: take its mean or sum over the batch")
         if not isinstance(scalars, Mapping):
-            raise LayoutError(f"returned {described(scalars)} beside its value; wanted a dict of what else it measured, {{name: tensor of shape ()}}")
+            raise LayoutError(f"returned {describe_value(scalars)} beside its value; wanted a dict of what else it measured, {{name: tensor of shape ()}}")
         for name, scalar in scalars.items():
             if not isinstance(scalar, Tensor) or scalar.dim():
-                raise LayoutError(f"measured '{name}' as {described(scalar)}; wanted a tensor of shape ()")
+                raise LayoutError(f"measured '{name}' as {describe_value(scalar)}; wanted a tensor of shape ()")
         return value, dict(scalars)
 
 
@@ -64,7 +64,7 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Setup:
     """What fit has found out before the first step."""
 
     modules: Modules
@@ -90,19 +90,19 @@ class Plan:
         leaves = {path: state[path].detach().requires_grad_() for path in self.trained[number]}
         return {name: leaves.get(path, state[path]) for path, name in self.own.items()}, tuple(leaves.values())
 
-    def drawn(self, batches: Batches, client: int, seeds: Iterator[int]) -> Iterator[Tree]:
+    def draw_batches(self, batches: Batches, client: int, seeds: Iterator[int]) -> Iterator[Tree]:
         """A client's batches; should they draw from global generators, these go on from where they were sown. Raises: LayoutError for what is no batch."""
         sow(next(seeds))
         given = batches(client)
         if not isinstance(given, Iterable):
-            raise LayoutError(f"{self.where}: the batches of {self.member} {client} are {described(given)}, wanted something to iterate over")
+            raise LayoutError(f"{self.where}: the batches of {self.member} {client} are {describe_value(given)}, wanted something to iterate over")
         source = iter(given)
         while True:
             batch = next(source, END)
             if batch is END:
                 return
             if not isinstance(batch, Mapping) or not all(isinstance(leaf, Tensor) for leaf in batch.values()):
-                raise LayoutError(f"{self.where}: a batch of {self.member} {client} is {described(batch)}, "
+                raise LayoutError(f"{self.where}: a batch of {self.member} {client} is {describe_value(batch)}, "
                                   "wanted a dict of tensors, for example {'x': images, 'y': labels}")
             yield batch
 
@@ -120,7 +120,7 @@ class Plan:
             raise
 
 
-def described(given: object) -> str:
+def describe_value(given: object) -> str:
     """What somebody gave who was to give something else."""
     if isinstance(given, Tensor):
         return f"a tensor {tuple(given.shape)} of {str(given.dtype).removeprefix('torch.')}"

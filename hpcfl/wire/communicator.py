@@ -15,20 +15,20 @@ from hpcfl import tree
 from hpcfl.errors import EnvironmentFault
 from hpcfl.tree import Tree
 from hpcfl.wire import packing
-from hpcfl.wire.launchers import ALONE, RELAUNCH, give_folders, launched
-from hpcfl.wire.ranks import Alone, Audience, Ranks, of_this_job
-from hpcfl.wire.uplink import Contribution, Header, Statistics, SumLayout, Sums, Total, Uploads, check_alike, header, payload
+from hpcfl.wire.launchers import ALONE, RELAUNCH, give_folders, read_launch
+from hpcfl.wire.ranks import Alone, Audience, Ranks, find_ranks
+from hpcfl.wire.uplink import Contribution, Header, SumLayout, Sums, Total, Uplink, Uploads, check_alike, count_payload_bytes, make_header
 
 EXCHANGES = ("bcast", "reduce", "gatherv", "send", "bcast_by_client", "reduce_by_client")            # kinds of `carried`
 SMALL_CALLS = 20                                                   # headers, barriers and agreements of a round, each like a collective of 8 bytes
 REDUCE_FLOATS = 1 << 22                                            # per Reduce: long enough for the wire, and the buffer takes 16 MiB however long a sum is
 
-Parts = Mapping[str, Sums | Uploads]
+Pieces = Mapping[str, Sums | Uploads]
 HelpWith = Callable[[str, dict[int, Tree]], dict[int, Tree]]       # (verb, items) -> results under the same keys
 
 
 @dataclass(frozen=True)
-class _Outcome:
+class _Share:
     """What came of one rank's share: its results, or the error that stopped it."""
 
     results: dict[int, Tree]
@@ -45,14 +45,14 @@ class Communicator:
     clients bring to a gathering.
     """
 
-    def __init__(self, engine: Alone | Ranks, deterministic: bool = False) -> None:
+    def __init__(self, ranks: Alone | Ranks, deterministic: bool = False) -> None:
         """`deterministic`: totals have the same bits for any number of ranks, at the price of gathering what would be reduced."""
-        self._engine, self.deterministic = engine, deterministic
+        self._ranks, self.deterministic = ranks, deterministic
         self._help_with: HelpWith | None = None
         self._waiting: Callable[[], AbstractContextManager] = nullcontext
-        self.rank, self.size = engine.rank, engine.size
-        self.local_rank, self.local_size = engine.local_rank, engine.local_size      # among the ranks of this host
-        self.library, self.standard = engine.library, engine.standard
+        self.rank, self.size = ranks.rank, ranks.size
+        self.local_rank, self.local_size = ranks.local_rank, ranks.local_size      # among the ranks of this host
+        self.library, self.standard = ranks.library, ranks.standard
         self.sent_bytes = 0
         self.carried = dict.fromkeys(EXCHANGES, 0)
 
@@ -73,7 +73,7 @@ class Communicator:
         finally:
             self._help_with = None
             if self.is_server and self.size > 1:
-                self._engine.bcast(None)                           # the others go on even where the server failed
+                self._ranks.bcast(None)                           # the others go on even where the server failed
 
     def distribute(self, parcels: Mapping[Audience, Tree]) -> Tree:
         """What rank 0 has for this rank: the leaves of every Tree of {ranks: Tree} whose ranks it is of; rank 0, which gives them, keeps its own objects.
@@ -83,18 +83,18 @@ class Communicator:
         """
         if self.size == 1:
             return {path: leaf for parcel in parcels.values() for path, leaf in parcel.items()}
-        layouts = self._engine.bcast({audience: tree.layout(parcels[audience]) for audience in sorted(parcels)})
+        layouts = self._ranks.bcast({audience: tree.layout(parcels[audience]) for audience in sorted(parcels)})
         mine: Tree = {}
         for audience, layout in layouts.items():
-            ranks = self._engine.among(audience)
+            ranks = self._ranks.among(audience)
             if self.is_server:
                 parcel = parcels[audience]
-                self._engine.bcast_lines(packing.pack([parcel]), ranks)
+                self._ranks.bcast_lines(packing.pack([parcel]), ranks)
                 self.sent_bytes += tree.nbytes(parcel) * (len(audience) - 1)
                 mine |= parcel
             elif ranks is not None:
-                buffer = packing.empty([layout])
-                self._engine.bcast_lines(buffer, ranks)
+                buffer = packing.allocate([layout])
+                self._ranks.bcast_lines(buffer, ranks)
                 mine |= tree.unpack(buffer, layout)
         return mine
 
@@ -114,26 +114,26 @@ class Communicator:
         if self._help_with is None:
             raise RuntimeError(f"rank {self.rank}: spread('{verb}') was called where the other ranks do not attend; call it at rank 0, inside at_server(..., help_with=...)")
         alone = self.size == 1 or len(items) < 2
-        results = self._share(verb, dict(items)) if alone else self._helped(verb, items, costs)
+        results = self._share(verb, dict(items)) if alone else self._spread_over_ranks(verb, items, costs)
         if len(items) > 1:
             self.carry("send", sum(tree.nbytes(each) for moved in (items, results) for each in moved.values()))
         return {key: tree.to(result, "cpu") for key, result in results.items()}
 
-    def _helped(self, verb: str, items: Mapping[int, Tree], costs: Mapping[int, float] | None) -> dict[int, Tree]:
-        shares = _shares(costs or {key: tree.nbytes(item) for key, item in items.items()}, self.size)
-        self._engine.bcast(verb)
+    def _spread_over_ranks(self, verb: str, items: Mapping[int, Tree], costs: Mapping[int, float] | None) -> dict[int, Tree]:
+        shares = _deal(costs or {key: tree.nbytes(item) for key, item in items.items()}, self.size)
+        self._ranks.bcast(verb)
         for rank in range(1, self.size):
             self._send({key: items[key] for key in shares[rank]}, rank)
         outcomes = [self._carry_out(verb, {key: items[key] for key in shares[0]})]
         with self._waiting():
-            outcomes += [_Outcome(*self._receive(rank)) for rank in range(1, self.size)]
+            outcomes += [_Share(*self._receive(rank)) for rank in range(1, self.size)]
         for outcome in outcomes:                                   # after all have answered, so that the next message finds everybody listening
             if outcome.error:
                 raise outcome.error
         results = {key: result for outcome in outcomes for key, result in outcome.results.items()}
         return {key: results[key] for key in items}
 
-    def combine(self, statistics: Statistics | None) -> dict[str, Total | Uploads] | None:
+    def combine(self, uplink: Uplink | None) -> dict[str, Total | Uploads] | None:
         """The statistics of all ranks, in host memory at rank 0: a Total per name of Sums, Uploads in ascending client order; None elsewhere.
 
         A rank without clients takes part with None. Sums travel by Reduce among the ranks that bring some of them, each leaf in its own type and counts in
@@ -144,57 +144,57 @@ class Communicator:
         What is reduced already is used up: the total is made in its memory.
         Raises: LayoutError on every rank where ranks disagree on a name, or where a client uploads twice.
         """
-        parts = {} if statistics is None else statistics.parts
+        pieces = {} if uplink is None else uplink.pieces
         if self.size == 1:
-            return {name: self._alone(name, part) for name, part in sorted(parts.items())}
-        headers = self._engine.allgather({name: header(part) for name, part in parts.items()})
-        check_alike(headers, lambda name: self._engine.allgather(parts[name].layout() if name in parts else None))
+            return {name: self._combine_alone(name, piece) for name, piece in sorted(pieces.items())}
+        headers = self._ranks.allgather({name: make_header(piece) for name, piece in pieces.items()})
+        check_alike(headers, lambda name: self._ranks.allgather(pieces[name].layout() if name in pieces else None))
         kinds = {name: kind for each in headers for name, (kind, _, _) in each.items()}
-        reduced = {} if self.deterministic else _audiences(headers)
-        sums = self._reduce(reduced, headers, parts) if reduced else {}
+        reduced = {} if self.deterministic else _find_audiences(headers)
+        sums = self._reduce(reduced, headers, pieces) if reduced else {}
         whole = {name: kind for name, kind in sorted(kinds.items()) if name not in reduced}
-        gathered = self._gather(whole, parts) if whole else {}
+        gathered = self._gather(whole, pieces) if whole else {}
         return dict(sorted({**sums, **gathered}.items())) if self.is_server else None
 
     def agree(self, flag: bool) -> bool:
         """Whether any rank says so, known to all."""
-        return bool(flag) if self.size == 1 else self._engine.any(bool(flag))
+        return bool(flag) if self.size == 1 else self._ranks.any(bool(flag))
 
     def gather(self, value: Any) -> list | None:
         """Every rank's small object, in rank order, at rank 0; None elsewhere."""
-        return [value] if self.size == 1 else self._engine.gather(value)
+        return [value] if self.size == 1 else self._ranks.gather(value)
 
     def share(self, value: Any) -> Any:
         """Rank 0's small object at every rank."""
-        return value if self.size == 1 else self._engine.bcast(value)
+        return value if self.size == 1 else self._ranks.bcast(value)
 
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.size > 1:
-            self._engine.barrier()
+            self._ranks.barrier()
 
     def abort(self, code: int) -> None:
         """End all ranks at once; the process of this one exits with `code`."""
-        self._engine.abort(code)
+        self._ranks.abort(code)
 
     @contextmanager
     def watched(self, watch: Callable[[Any], Any]) -> Iterator[Any]:
         """Inside the block every call to other ranks goes through watch(the ranks), which is what is given."""
-        engine = self._engine
-        self._engine = watch(engine)
+        ranks = self._ranks
+        self._ranks = watch(ranks)
         try:
-            yield self._engine
+            yield self._ranks
         finally:
-            self._engine = engine
+            self._ranks = ranks
 
     def check_launch(self, environment: Mapping[str, str] = os.environ) -> None:
         """Raises EnvironmentFault where a launcher started several ranks but each of them would run alone."""
-        if fault := self.unseen(environment):
+        if fault := self.find_launch_fault(environment):
             raise EnvironmentFault(fault)
 
-    def unseen(self, environment: Mapping[str, str] = os.environ) -> str:
+    def find_launch_fault(self, environment: Mapping[str, str] = os.environ) -> str:
         """That a launcher started several ranks of which each sees only itself, and the way out; empty where it is not so."""
-        launch = launched(environment)
+        launch = read_launch(environment)
         if self.size > 1 or launch is None or launch.ranks == 1:
             return ""
         return (f"{launch.launcher} started {launch.ranks} ranks ({launch.variable}), but each sees only itself through {self.library}: "
@@ -202,7 +202,7 @@ class Communicator:
 
     def collectives(self, size: int) -> dict[str, Callable[[], object]]:
         """Bcast, Reduce and Gatherv of `size` bytes, a multiple of 8, of every rank, by name: bare and uncounted, to be timed; none where there is one rank."""
-        return {} if self.size == 1 else self._engine.collectives(size)
+        return {} if self.size == 1 else self._ranks.collectives(size)
 
     def _share(self, verb: str, items: dict[int, Tree]) -> dict[int, Tree]:
         """This rank's share of spread work, in which nobody attends to work that is spread again."""
@@ -212,56 +212,56 @@ class Communicator:
         finally:
             self._help_with = help_with
 
-    def _carry_out(self, verb: str, items: dict[int, Tree]) -> _Outcome:
+    def _carry_out(self, verb: str, items: dict[int, Tree]) -> _Share:
         try:
-            return _Outcome(self._share(verb, items) if items else {})
+            return _Share(self._share(verb, items) if items else {})
         except Exception as error:                                 # whatever it is, rank 0 raises it
             error.add_note(f"raised on rank {self.rank}:\n{traceback.format_exc()}")
-            return _Outcome({}, error if _survives_pickling(error) else RuntimeError(f"rank {self.rank}: {traceback.format_exc()}"))
+            return _Share({}, error if _survives_pickling(error) else RuntimeError(f"rank {self.rank}: {traceback.format_exc()}"))
 
     def _serve(self) -> None:
-        while (verb := self._engine.bcast(None)) is not None:
+        while (verb := self._ranks.bcast(None)) is not None:
             outcome = self._carry_out(verb, self._receive(0)[0])
             self._send(outcome.results, 0, outcome.error)
 
     def _send(self, trees: Mapping[int, Tree], rank: int, error: Exception | None = None) -> None:
-        self._engine.send(({key: tree.layout(each) for key, each in trees.items()}, error), rank)
-        self._engine.send_lines(packing.pack(list(trees.values())), rank)
+        self._ranks.send(({key: tree.layout(each) for key, each in trees.items()}, error), rank)
+        self._ranks.send_lines(packing.pack(list(trees.values())), rank)
         self.sent_bytes += sum(map(tree.nbytes, trees.values()))
 
     def _receive(self, rank: int) -> tuple[dict[int, Tree], Exception | None]:
-        layouts, error = self._engine.receive(rank)
-        buffer = packing.empty(list(layouts.values()))
-        self._engine.receive_lines(buffer, rank)
+        layouts, error = self._ranks.receive(rank)
+        buffer = packing.allocate(list(layouts.values()))
+        self._ranks.receive_lines(buffer, rank)
         return dict(zip(layouts, packing.unpack(buffer, list(layouts.values())), strict=True)), error
 
-    def _alone(self, name: str, part: Sums | Uploads) -> Total | Uploads:
+    def _combine_alone(self, name: str, part: Sums | Uploads) -> Total | Uploads:
         """What one rank has instead of a combination."""
         if isinstance(part, Uploads):
             self.carry("gatherv", sum(map(tree.nbytes, part.trees.values())))
-            return _ordered([part])
+            return _order_uploads([part])
         if self.deterministic:
-            self.carry("gatherv", sum(tree.nbytes(each) for _, _, each in _labelled(name, part)))
+            self.carry("gatherv", sum(tree.nbytes(each) for _, _, each in _label(name, part)))
             return part.total()
-        self.carry("reduce", payload(part.layout()), header(part)[2])
-        return part.spent()
+        self.carry("reduce", count_payload_bytes(part.layout()), make_header(part)[2])
+        return part.take_total()
 
-    def _reduce(self, audiences: Mapping[str, Audience], headers: Sequence[dict[str, Header]], parts: Parts) -> dict[str, Total]:
+    def _reduce(self, audiences: Mapping[str, Audience], headers: Sequence[dict[str, Header]], pieces: Pieces) -> dict[str, Total]:
         """The Total of each name at rank 0, by reductions among its ranks."""
-        layouts = {name: parts[name].layout() for name in audiences if name in parts}
+        layouts = {name: pieces[name].layout() for name in audiences if name in pieces}
         if any(name not in headers[0] for name in audiences):      # rank 0 hosts no such client: it learns from the others what the sum looks like
-            told = self._engine.gather({name: layout for name, layout in layouts.items() if name not in headers[0]})
+            told = self._ranks.gather({name: layout for name, layout in layouts.items() if name not in headers[0]})
             layouts = {name: layout for each in [*(told or []), layouts] for name, layout in each.items()}
-        totals = {name: parts[name].spent() if name in parts else Total.zero(layout) for name, layout in layouts.items()}
+        totals = {name: pieces[name].take_total() if name in pieces else Total.zero(layout) for name, layout in layouts.items()}
         for audience in sorted(set(audiences.values())):
-            ranks, names = self._engine.among(audience), [name for name in sorted(audiences) if audiences[name] == audience]
+            ranks, names = self._ranks.among(audience), [name for name in sorted(audiences) if audiences[name] == audience]
             if ranks is not None:
                 self._add_up([(totals[name], layouts[name]) for name in names], ranks)
         for name, layout in layouts.items():
             if self.is_server:
-                self.carry("reduce", payload(layout), sum(each[name][2] for each in headers if name in each))
+                self.carry("reduce", count_payload_bytes(layout), sum(each[name][2] for each in headers if name in each))
             else:
-                self.sent_bytes += payload(layout)
+                self.sent_bytes += count_payload_bytes(layout)
         return totals
 
     def _add_up(self, sums: Sequence[tuple[Total, SumLayout]], ranks: Any) -> None:
@@ -272,33 +272,33 @@ class Communicator:
                 leaves.setdefault(dtype, []).append(total.values[path].view(-1))
                 leaves.setdefault(torch.float64, []).append(total.counts[path].view(-1))
         for dtype in sorted(leaves, key=str):
-            for views in _blocks(leaves[dtype], REDUCE_FLOATS):
+            for views in _cut_blocks(leaves[dtype], REDUCE_FLOATS):
                 buffer = torch.zeros(sum(map(len, views)), dtype=dtype)
                 slots = buffer.split([len(view) for view in views])
                 if not self.is_server:                             # rank 0 brings zeros: its own sum is not to be rounded
                     for slot, view in zip(slots, views, strict=True):
                         slot.copy_(view)
-                self._engine.reduce(buffer, ranks)
+                self._ranks.reduce(buffer, ranks)
                 if self.is_server:
                     for slot, view in zip(slots, views, strict=True):
                         view.add_(slot)
 
-    def _gather(self, kinds: Mapping[str, str], parts: Parts) -> dict[str, Total | Uploads]:
-        labelled = [labelled for name in kinds if name in parts for labelled in _labelled(name, parts[name])]
+    def _gather(self, kinds: Mapping[str, str], parts: Pieces) -> dict[str, Total | Uploads]:
+        labelled = [labelled for name in kinds if name in parts for labelled in _label(name, parts[name])]
         trees = [each for _, _, each in labelled]
         self.carry("gatherv", sum(map(tree.nbytes, trees)))
-        told = self._engine.gather([(name, label, tree.layout(each)) for name, label, each in labelled])
+        told = self._ranks.gather([(name, label, tree.layout(each)) for name, label, each in labelled])
         if not self.is_server:
-            self._engine.gather_lines(packing.pack(trees))
+            self._ranks.gather_lines(packing.pack(trees))
             self.sent_bytes += sum(map(tree.nbytes, trees))
             return {}
         layouts = [[layout for _, _, layout in each] for each in told]
-        lines = [0, *(sum(map(packing.lines, each)) for each in layouts[1:])]            # rank 0 need not send to itself
-        arrived = packing.unpack(self._engine.gather_lines(packing.pack([]), lines), sum(layouts[1:], []))
+        lines = [0, *(sum(map(packing.count_lines, each)) for each in layouts[1:])]            # rank 0 need not send to itself
+        arrived = packing.unpack(self._ranks.gather_lines(packing.pack([]), lines), sum(layouts[1:], []))
         pieces: dict[str, list] = {name: [] for name in kinds}
         for (name, label, _), each in zip(sum(told, []), [*trees, *arrived], strict=True):
-            pieces[name].append(_rebuilt(label, each))
-        return {name: _ordered(found) if kinds[name] == "Uploads" else Sums(tuple(found)).total() for name, found in pieces.items()}
+            pieces[name].append(_rebuild(label, each))
+        return {name: _order_uploads(found) if kinds[name] == "Uploads" else Sums(tuple(found)).total() for name, found in pieces.items()}
 
 
 def connect(deterministic: bool = False, checked: bool = True, alone: bool = False) -> Communicator:
@@ -309,13 +309,13 @@ def connect(deterministic: bool = False, checked: bool = True, alone: bool = Fal
     if alone:
         return Communicator(Alone(), deterministic)
     give_folders()
-    communicator = Communicator(of_this_job(), deterministic)
+    communicator = Communicator(find_ranks(), deterministic)
     if checked:
         communicator.check_launch()
     return communicator
 
 
-def _audiences(headers: Sequence[Mapping[str, Header]]) -> dict[str, Audience]:
+def _find_audiences(headers: Sequence[Mapping[str, Header]]) -> dict[str, Audience]:
     """Who takes part in the reduction of each name of Sums: the ranks that bring it, and rank 0."""
     ranks: dict[str, list[int]] = {}
     for rank, brought in enumerate(headers):
@@ -325,7 +325,7 @@ def _audiences(headers: Sequence[Mapping[str, Header]]) -> dict[str, Audience]:
     return {name: tuple(sorted(set(found))) for name, found in ranks.items()}
 
 
-def _blocks(leaves: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:
+def _cut_blocks(leaves: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:
     """Flat leaves in order, in blocks of at most so many elements."""
     block, room = [], size
     for leaf in leaves:
@@ -339,22 +339,22 @@ def _blocks(leaves: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:
         yield block
 
 
-def _labelled(name: str, part: Sums | Uploads) -> list[tuple[str, Any, Tree]]:
-    if isinstance(part, Uploads):
-        return [(name, client, uploaded) for client, uploaded in part.trees.items()]
-    return [(name, contribution.clients, contribution.packed()) for contribution in part.apart()]
+def _label(name: str, piece: Sums | Uploads) -> list[tuple[str, Any, Tree]]:
+    if isinstance(piece, Uploads):
+        return [(name, client, uploaded) for client, uploaded in piece.trees.items()]
+    return [(name, contribution.clients, contribution.pack()) for contribution in piece.take_contributions()]
 
 
-def _rebuilt(label: Any, each: Tree) -> Contribution | Uploads:
-    return Contribution.unpacked(label, each) if isinstance(label, tuple) else Uploads({label: each})
+def _rebuild(label: Any, each: Tree) -> Contribution | Uploads:
+    return Contribution.unpack(label, each) if isinstance(label, tuple) else Uploads({label: each})
 
 
-def _ordered(uploads: Sequence[Uploads]) -> Uploads:
+def _order_uploads(uploads: Sequence[Uploads]) -> Uploads:
     merged = {client: uploaded for each in uploads for client, uploaded in each.trees.items()}
     return Uploads({client: tree.transform(merged[client], lambda leaf: leaf.detach().cpu()) for client in sorted(merged)})
 
 
-def _shares(costs: Mapping[int, float], ranks: int) -> list[list[int]]:
+def _deal(costs: Mapping[int, float], ranks: int) -> list[list[int]]:
     """Keys to ranks, costliest first, each to the least loaded rank; rank 0, which also sends and collects, comes last among equals."""
     loads = [(0.0, -rank) for rank in range(ranks)]
     heapq.heapify(loads)

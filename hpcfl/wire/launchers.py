@@ -27,17 +27,17 @@ class Launch:
     rank: int
 
 
-def launched(environment: Mapping[str, str] = os.environ) -> Launch | None:
+def read_launch(environment: Mapping[str, str] = os.environ) -> Launch | None:
     """What the environment says of the launch, None where there was no launcher."""
     in_step = any(environment.get(name) for name in STEPS)
-    declared = next((name for name in LAUNCHERS if whole_number(environment.get(name)) and (in_step or name != "SLURM_NTASKS")), None)
+    declared = next((name for name in LAUNCHERS if parse_whole_number(environment.get(name)) and (in_step or name != "SLURM_NTASKS")), None)
     if declared is None:
         return None
     launcher, rank = LAUNCHERS[declared]
-    return Launch(launcher, declared, whole_number(environment[declared]), whole_number(environment.get(rank)))
+    return Launch(launcher, declared, parse_whole_number(environment[declared]), parse_whole_number(environment.get(rank)))
 
 
-def whole_number(text: str | None) -> int:
+def parse_whole_number(text: str | None) -> int:
     """What a variable of the environment says; 0 where it is not set, or set to what is no number."""
     return int(text) if text and re.fullmatch(r"\s*[0-9]+\s*", text) else 0
 

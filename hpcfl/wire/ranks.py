@@ -108,7 +108,7 @@ class Ranks:
         return [buffer.numpy(), len(buffer) // LINE, self._line]
 
 
-def of_this_job() -> Alone | Ranks:
+def find_ranks() -> Alone | Ranks:
     """All ranks that MPI knows; this process alone where mpi4py is not installed, or finds no library to load."""
     try:
         from mpi4py import MPI  # here, not above: importing it starts MPI

@@ -1,4 +1,4 @@
-"""Statistics, what clients send up: weighted sums and whole uploads that can be added in any order before the server looks at them."""
+"""Uplink: what clients send up: weighted sums and whole uploads that can be added in any order before the server looks at them."""
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from hpcfl.errors import LayoutError
-from hpcfl.tree import Tree, digest, floating, join, nbytes, part, transform
+from hpcfl.tree import Tree, digest, join, nbytes, part, select_floating, transform
 
 Shape = tuple[int, ...]
 SumLayout = tuple[tuple[str, Shape, Shape, torch.dtype], ...]      # (path, shape of the sum, shape of the count, type in which the sum travels), by path
 Header = tuple[str, str | tuple[int, ...], int]                    # (kind, digest of the layout or clients, how many clients)
-BLOCK = {"cpu": 1 << 14, "cuda": 1 << 24}                          # elements added at a time: of each client a cache's worth, or of all a kernel's
+SUM_BLOCK = {"cpu": 1 << 14, "cuda": 1 << 24}                          # elements added at a time: of each client a cache's worth, or of all a kernel's
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Total:
     counts: Tree
 
     @classmethod
-    def over(cls, buffer: Tensor, layout: SumLayout) -> "Total":
+    def view(cls, buffer: Tensor, layout: SumLayout) -> "Total":
         """The Total whose leaves are views of `buffer`, float64 (floats(layout),): all values, then all counts."""
         shapes = [shape for _, shape, _, _ in layout] + [shape for _, _, shape, _ in layout]
         leaves = [leaf.view(shape) for leaf, shape in zip(buffer.split([_numel(shape) for shape in shapes]), shapes, strict=True)]
@@ -32,7 +32,7 @@ class Total:
     @classmethod
     def zero(cls, layout: SumLayout) -> "Total":
         """The Total of nobody."""
-        return cls.over(torch.zeros(floats(layout), dtype=torch.float64), layout)
+        return cls.view(torch.zeros(count_floats(layout), dtype=torch.float64), layout)
 
     def mean(self) -> Tree:
         """sum / count in float64, 0 where the count is 0: nobody had a say there, which `has` tells apart from a mean of 0."""
@@ -52,12 +52,12 @@ class Contribution:
     weights: Tree
     sent_bytes: int = 0                                            # per client, on a real network
 
-    def packed(self) -> Tree:
+    def pack(self) -> Tree:
         """Values and weights as one Tree, to travel unsummed."""
         return join(values=self.values, weights=self.weights)
 
     @classmethod
-    def unpacked(cls, clients: tuple[int, ...], tree: Tree) -> "Contribution":
+    def unpack(cls, clients: tuple[int, ...], tree: Tree) -> "Contribution":
         """The Contribution that `packed` made, without the count of bytes, which is taken where they leave."""
         return cls(clients, part(tree, "values"), part(tree, "weights"))
 
@@ -84,12 +84,12 @@ class Sums:
         `sent_bytes`: what one client sends on a real network, where values and weights are not sent as they lie here.
         Raises: LayoutError for integer leaves, a client axis of another length, and weights that do not fit their value.
         """
-        carried = values.keys() - floating(values).keys()
+        carried = values.keys() - select_floating(values).keys()
         if carried:
             raise LayoutError(f"'{min(carried)}' is {values[min(carried)].dtype}, wanted a floating type; integer buffers are carried, "
                               "never averaged: take tree.floating(...), or .double() for counts")
         shared = isinstance(weights, Tensor)
-        named = dict.fromkeys(values, weights.detach().to(torch.float64)) if shared else _named(values, weights)
+        named = dict.fromkeys(values, weights.detach().to(torch.float64)) if shared else _align_weights(values, weights)
         for path, value in values.items():
             _check_fit(path, tuple(value.shape), tuple(named[path].shape), len(clients))
         each = 8 if shared else sum(8 * _numel(weight.shape[1:]) for weight in named.values())
@@ -103,13 +103,13 @@ class Sums:
         if self.partial:
             return self.described
         first = self.contributions[0]
-        return tuple((path, tuple(first.values[path].shape[1:]), tuple(first.weights[path].shape[1:]), travelling(first.values[path].dtype))
+        return tuple((path, tuple(first.values[path].shape[1:]), tuple(first.weights[path].shape[1:]), choose_wire_type(first.values[path].dtype))
                      for path in sorted(first.values))
 
     def __add__(self, other: "Sums") -> "Sums":
         """Both, still unsummed. Raises LayoutError where paths, shapes or types differ."""
         if self.layout() != other.layout():
-            path, got, want = difference(self.layout(), other.layout())
+            path, got, want = find_difference(self.layout(), other.layout())
             raise LayoutError(f"cannot add Sums: '{path}' is {got} on one side, {want} on the other; clients of one sum must share paths, shapes and types")
         return Sums(self.contributions + other.contributions, self.partial + other.partial, self.sent + other.sent, self.described or other.described)
 
@@ -119,17 +119,17 @@ class Sums:
         self.add_to(total)
         return total
 
-    def reduced(self) -> "Sums":
+    def reduce(self) -> "Sums":
         """The same sum in the room of one total: nothing of a contribution is kept, and what is added later is added after it."""
         if not self.contributions and len(self.partial) == 1:
             return self
         return Sums((), (self.total(),), (*self.sent, self._own_bytes()), self.layout())
 
-    def spent(self) -> Total:
+    def take_total(self) -> Total:
         """The total in the memory of a sum that is reduced: whoever adds to it uses that up."""
-        return self.reduced().partial[0]
+        return self.reduce().partial[0]
 
-    def apart(self) -> tuple[Contribution, ...]:
+    def take_contributions(self) -> tuple[Contribution, ...]:
         """The contributions. Raises LayoutError where some are reduced already."""
         if self.partial:
             raise LayoutError(f"the sum of '{self.layout()[0][0]}' is reduced already; what is to be added in ascending client order must come unsummed")
@@ -187,50 +187,50 @@ class Uploads:
 
 
 @dataclass(frozen=True)
-class Statistics:
-    """Named Sums and Uploads; `Statistics()` is the zero of `+`, and a name that one side lacks contributes nothing."""
+class Uplink:
+    """Named Sums and Uploads; `Uplink()` is the zero of `+`, and a name that one side lacks contributes nothing."""
 
-    parts: Mapping[str, Sums | Uploads] = field(default_factory=dict)
+    pieces: Mapping[str, Sums | Uploads] = field(default_factory=dict)
 
-    def __add__(self, other: "Statistics") -> "Statistics":
+    def __add__(self, other: "Uplink") -> "Uplink":
         """Both, name by name. Raises LayoutError where one name is Sums here and Uploads there, or where layouts differ."""
-        return Statistics({**self.parts, **{name: _added(name, self.parts.get(name), piece) for name, piece in other.parts.items()}})
+        return Uplink({**self.pieces, **{name: _add(name, self.pieces.get(name), piece) for name, piece in other.pieces.items()}})
 
-    def reduced(self) -> "Statistics":
+    def reduce(self) -> "Uplink":
         """The same with every sum in the room of one total; Uploads as they are."""
-        return Statistics({name: piece.reduced() if isinstance(piece, Sums) else piece for name, piece in self.parts.items()})
+        return Uplink({name: piece.reduce() if isinstance(piece, Sums) else piece for name, piece in self.pieces.items()})
 
     def simulated_bytes(self) -> dict[int, int]:
         """What each client would send on a real network, bytes over all names."""
         sent: dict[int, int] = {}
-        for piece in self.parts.values():
-            sent = _added_bytes(sent, piece.simulated_bytes())
+        for piece in self.pieces.values():
+            sent = _add_bytes(sent, piece.simulated_bytes())
         return sent
 
 
-def floats(layout: SumLayout) -> int:
+def count_floats(layout: SumLayout) -> int:
     """How many float64 numbers a Total of this layout has."""
     return sum(_numel(value) + _numel(count) for _, value, count, _ in layout)
 
 
-def travelling(dtype: torch.dtype) -> torch.dtype:
+def choose_wire_type(dtype: torch.dtype) -> torch.dtype:
     """The type in which the sum of leaves of a type travels: their own, but never half precision."""
     return torch.promote_types(dtype, torch.float32)
 
 
-def payload(layout: SumLayout) -> int:
+def count_payload_bytes(layout: SumLayout) -> int:
     """Bytes of a Total as it travels: the sums in their own types, the counts in float64."""
     return sum(_numel(value) * dtype.itemsize + 8 * _numel(count) for _, value, count, dtype in layout)
 
 
-def difference(one: SumLayout, other: SumLayout) -> tuple[str, str, str]:
+def find_difference(one: SumLayout, other: SumLayout) -> tuple[str, str, str]:
     """The first path in which two layouts differ, with what it is in either: as far as that tells them apart shapes, those of counts, types; or 'absent'."""
     here, there = ({path: described for path, *described in layout} for layout in (one, other))
     path = next(path for path in sorted(here.keys() | there.keys()) if here.get(path) != there.get(path))
     return path, *(_words(one, other) for one, other in ((here.get(path), there.get(path)), (there.get(path), here.get(path))))
 
 
-def header(piece: Sums | Uploads) -> Header:
+def make_header(piece: Sums | Uploads) -> Header:
     """What other ranks must know of it before it travels."""
     if isinstance(piece, Uploads):
         return "Uploads", tuple(piece.trees), len(piece.trees)
@@ -250,7 +250,7 @@ def check_alike(headers: Sequence[Mapping[str, Header]], layouts: Callable[[str]
                 raise LayoutError(f"rank {rank}: '{name}' is {other_kind}, rank {first} has {kind}; one name has one kind")
             if kind == "Sums" and other_described != described:
                 found = layouts(name)
-                path, got, want = difference(found[rank], found[first])
+                path, got, want = find_difference(found[rank], found[first])
                 raise LayoutError(f"rank {rank}: '{path}' of '{name}' is {got}, rank {first} has {want}; "
                                   "clients of one sum must share paths, shapes and types")
         if kind == "Uploads":
@@ -274,11 +274,11 @@ def _words(described: Sequence | None, other: Sequence | None) -> str:
     return f"{value} with counts {count}" if other[1] != count else f"{value} in {dtype}"
 
 
-def _added_bytes(one: Mapping[int, int], other: Mapping[int, int]) -> dict[int, int]:
+def _add_bytes(one: Mapping[int, int], other: Mapping[int, int]) -> dict[int, int]:
     return {**one, **{client: one.get(client, 0) + count for client, count in other.items()}}
 
 
-def _added(name: str, one: Sums | Uploads | None, other: Sums | Uploads) -> Sums | Uploads:
+def _add(name: str, one: Sums | Uploads | None, other: Sums | Uploads) -> Sums | Uploads:
     if one is None:
         return other
     if type(one) is not type(other):
@@ -286,7 +286,7 @@ def _added(name: str, one: Sums | Uploads | None, other: Sums | Uploads) -> Sums
     return one + other
 
 
-def _named(values: Tree, weights: Tree) -> Tree:
+def _align_weights(values: Tree, weights: Tree) -> Tree:
     missing = values.keys() - weights.keys()
     if missing:
         raise LayoutError(f"'{min(missing)}' has a value but no weight; give one weight per path, or one Tensor (K,) for all")
@@ -324,7 +324,7 @@ def _add_products(out: Tensor, values: Sequence[Tensor], weights: Sequence[Tenso
     device = values[0].device
     target = out if device.type == "cpu" else torch.zeros(out.shape, dtype=torch.float64, device=device)
     pairs = [(value, weight.to(device)) for value, weight in zip(values, weights, strict=True)]
-    size = max(1, BLOCK[device.type] // (len(order) if device.type == "cuda" else 1))
+    size = max(1, SUM_BLOCK[device.type] // (len(order) if device.type == "cuda" else 1))
     for start in range(0, len(out), size):
         block = slice(start, start + size)
         products = [row for value, weight in pairs

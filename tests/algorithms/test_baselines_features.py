@@ -11,8 +11,8 @@ from torch import nn
 from hpcfl import tree
 from hpcfl.algorithms import fedgen
 from hpcfl.algorithms.fedgen import FeatureGenerator, FedGen, client_loss, diversity_loss, ensemble_teacher, weighted_teacher
-from hpcfl.algorithms.fedtgp import FedTGP, GlobalPrototypes, contrastive_loss, margin
-from hpcfl.algorithms.shared_head import HEAD, head_of
+from hpcfl.algorithms.fedtgp import FedTGP, GlobalPrototypes, compute_margin, contrastive_loss
+from hpcfl.algorithms.shared_head import HEAD, take_head
 from hpcfl.errors import JobError
 from hpcfl.training.turns import Modules
 from hpcfl.tree import Tree
@@ -55,7 +55,7 @@ def test_only_heads_are_common_and_all_clients_end_with_the_same(name):
     found, before = usual(name)
     for client in range(CLIENTS):
         own = tree.part(found.state(client), "model")
-        assert bits(head_of(own)) == bits(head_of(found.states[-1].server))
+        assert bits(take_head(own)) == bits(take_head(found.states[-1].server))
         assert changed(before[-1][client], found.state(client)) == {"model/head"}
     (one, other) = (tree.part(found.state(client), "model") for client in (0, 2))              # of one architecture, with extractors of their own
     assert all(not torch.equal(one[path], other[path]) for path in one if path.endswith("weight") and path not in HEAD)
@@ -89,8 +89,8 @@ def test_the_global_header_descends_on_the_mean_features_of_each_clients_classes
 def test_clients_of_fedgh_begin_a_round_with_the_global_header():
     found, before = went("fedgh", training={"lr": 1e-30})
     for client in range(CLIENTS):
-        assert bits(head_of(tree.part(before[0][client], "model"))) == bits(head_of(found.states[0].server))
-        assert bits(head_of(tree.part(before[1][client], "model"))) == bits(head_of(found.states[1].server))
+        assert bits(take_head(tree.part(before[0][client], "model"))) == bits(take_head(found.states[0].server))
+        assert bits(take_head(tree.part(before[1][client], "model"))) == bits(take_head(found.states[1].server))
 
 
 def test_a_client_of_fedgh_pays_for_the_header_and_its_own_classes():
@@ -108,10 +108,10 @@ def test_a_client_of_fedgh_pays_for_the_header_and_its_own_classes():
 def test_the_margin_is_the_largest_distance_to_the_nearest_or_to_the_furthest_class():
     means = torch.tensor([[0.0, 0.0], [2.0, 0.0], [1.0, 4.0], [11.0, 0.0]])                    # classes at (1, 0), (1, 4) and (11, 0)
     classes = torch.tensor([3, 3, 5, 7])
-    assert float(margin(means, classes, "nearest", 100.0)) == pytest.approx(10.0)              # nearest: 4, 4 and 10
-    assert float(margin(means, classes, "furthest", 100.0)) == pytest.approx(math.hypot(10, 4))
-    assert float(margin(means, classes, "nearest", 2.5)) == 2.5
-    assert [float(margin(means[:2], classes[:2], rule, 100.0)) for rule in ("nearest", "furthest")] == [0.0, 0.0]
+    assert float(compute_margin(means, classes, "nearest", 100.0)) == pytest.approx(10.0)              # nearest: 4, 4 and 10
+    assert float(compute_margin(means, classes, "furthest", 100.0)) == pytest.approx(math.hypot(10, 4))
+    assert float(compute_margin(means, classes, "nearest", 2.5)) == 2.5
+    assert [float(compute_margin(means[:2], classes[:2], rule, 100.0)) for rule in ("nearest", "furthest")] == [0.0, 0.0]
 
 
 def test_the_contrastive_loss_keeps_ones_own_prototype_nearer_by_the_margin():
@@ -151,7 +151,7 @@ def test_one_step_of_the_server_follows_the_gradient():
     z, y = (torch.from_numpy(array) for array in prototypes_of(found, 1))
     network = GlobalPrototypes(CLASSES, SIZE).double()
     network.load_state_dict(tree.part(found.states[0].server, "network"))
-    delta = margin(z, y, "nearest", 100.0)
+    delta = compute_margin(z, y, "nearest", 100.0)
     logits = -torch.cdist(z, network()) - delta * F.one_hot(y, CLASSES)
     gradients = torch.autograd.grad(F.cross_entropy(logits, y), list(network.parameters()))
     for (path, parameter), gradient in zip(network.named_parameters(), gradients, strict=True):
@@ -282,14 +282,14 @@ def test_classes_that_nobody_has_are_never_wished_for(monkeypatch):
 
 
 def test_labels_are_drawn_evenly():
-    drawn = fedgen.labels(torch.tensor([2, 5]), 400, torch.Generator().manual_seed(0))
+    drawn = fedgen.draw_labels(torch.tensor([2, 5]), 400, torch.Generator().manual_seed(0))
     assert drawn.unique().tolist() == [2, 5] and 150 < int((drawn == 2).sum()) < 250
 
 
 def test_a_client_of_fedgen_pays_for_the_head_and_for_a_generator_that_knows_something():
     found, _ = usual("fedgen")
     generator = FeatureGenerator(CLASSES, SIZE, 32, 8)
-    known = HEAD_BYTES + CLASSES + tree.nbytes(tree.floating(generator.state_dict()))
+    known = HEAD_BYTES + CLASSES + tree.nbytes(tree.select_floating(generator.state_dict()))
     for client in range(CLIENTS):
         assert [account["up"][client] for account in found.accounts] == [HEAD_BYTES + 8 * CLASSES] * 2
         assert [account["down"][client] for account in found.accounts] == [HEAD_BYTES + CLASSES + known, known]

@@ -85,7 +85,7 @@ def test_the_downlink_of_avgkd_counts_all_models_that_teach():
     for client, name in enumerate(found.world.problem.architectures):
         begin, each = own[name] + sum(own.values()), sum(own.values())                              # the start and the first set, then every new set
         assert [account["down"][client] for account in found.accounts] == [begin, each]
-        assert found.accounts[1]["up"][client] == tree.nbytes(tree.floating(found.world.problem.model(name).state_dict())) + 8
+        assert found.accounts[1]["up"][client] == tree.nbytes(tree.select_floating(found.world.problem.model(name).state_dict())) + 8
 
 
 def test_an_architecture_that_nobody_has_trained_yet_teaches_nobody():
@@ -145,7 +145,7 @@ def test_the_meme_is_the_mean_of_the_clients_memes_weighted_by_their_images():
         memes = [tree.part(found.state(client, round_), "meme") for client in range(CLIENTS)]
         server = found.states[round_].server
         assert {path.split("/")[0] for path in server} == {"meme"}
-        for path, leaf in tree.floating(tree.part(server, "meme")).items():
+        for path, leaf in tree.select_floating(tree.part(server, "meme")).items():
             np.testing.assert_allclose(leaf.numpy(), mean([meme[path] for meme in memes], sizes(found)), rtol=1e-5, atol=1e-7)
     method = step(found.world, FML)
     global_models = method.global_models(method.publish(found.states[-1].server))
@@ -156,7 +156,7 @@ def test_private_models_stay_private_and_a_round_moves_one_meme_each_way():
     found = went("fml")
     meme = found.world.problem.model("cnn4").state_dict()
     for account in found.accounts:
-        assert set(account["down"].values()) == {tree.nbytes(meme)} and set(account["up"].values()) == {tree.nbytes(tree.floating(meme)) + 8}
+        assert set(account["down"].values()) == {tree.nbytes(meme)} and set(account["up"].values()) == {tree.nbytes(tree.select_floating(meme)) + 8}
     states = models({client: found.state(client) for client in range(CLIENTS)})
     assert bits(states[0]) != bits(states[2]) and found.world.problem.architectures[0] == found.world.problem.architectures[2]
 
@@ -172,7 +172,7 @@ def test_fml_whose_memes_heed_labels_alone_averages_them_as_fedavg(monkeypatch):
     plain = went("fedavg", models={"names": ["cnn1"]})
     monkeypatch.setattr(FML, "first", lambda self: tree.part(plain.states[0].server, "cnn1"))
     found = went("fml", {"beta": 1.0, "meme": "cnn1"})
-    for path, leaf in tree.floating(tree.part(plain.states[-1].server, "cnn1")).items():
+    for path, leaf in tree.select_floating(tree.part(plain.states[-1].server, "cnn1")).items():
         torch.testing.assert_close(found.states[-1].server[f"meme/{path}"], leaf, rtol=1e-4, atol=1e-5)
 
 

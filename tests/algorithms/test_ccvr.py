@@ -5,7 +5,7 @@ import torch
 
 from hpcfl import tree
 from hpcfl.algorithms import ccvr
-from hpcfl.algorithms.ccvr import Calibrate, TakeHead, factors
+from hpcfl.algorithms.ccvr import Calibrate, TakeHead, compute_factors
 from hpcfl.algorithms.shared_head import HEAD
 from hpcfl.latents import moments
 from hpcfl.tree import Tree
@@ -18,7 +18,7 @@ def test_the_head_is_averaged_over_all_clients_and_the_rest_within_architectures
     for name in ("mlp2", "cnn1"):
         own = [client for client in range(CLIENTS) if found.world.problem.architectures[client] == name]
         model = received(found, 1, name)
-        for path, leaf in tree.floating(model).items():
+        for path, leaf in tree.select_floating(model).items():
             clients = range(CLIENTS) if path in HEAD else own
             rows = np.stack([before[0][client][f"model/{path}"].double().numpy() for client in clients])
             np.testing.assert_allclose(leaf.numpy(), np.tensordot(shares(found, clients), rows, 1), rtol=1e-5, atol=1e-7)
@@ -47,7 +47,7 @@ def test_virtual_features_have_the_unbiased_covariance_of_all_clients_features(m
     measured = [moments.measure(torch.from_numpy(z[piece]), torch.from_numpy(y[piece]), CLASSES, moments.needs_full(mode)) for piece in pieces]
     messages = [moments.to_message(each, mode, dtype=torch.float64) for each in measured]
     known = moments.aggregate(messages, mode)
-    factor = factors(known, ccvr.Config(covariance=mode, floor=1e-3)).numpy()
+    factor = compute_factors(known, ccvr.Config(covariance=mode, floor=1e-3)).numpy()
     for label in (0, 4, 7):
         covariance = np.cov(z[y == label].T) if label != 7 else np.zeros((SIZE, SIZE))
         got = factor[label] @ factor[label].T if mode == "class_full" else np.diag(factor[label] ** 2)
@@ -83,7 +83,7 @@ def test_calibration_turns_statistics_into_a_head_that_tells_classes_apart():
     mean = 3 * torch.eye(CLASSES, SIZE, dtype=torch.float64)
     has = torch.arange(CLASSES) < SIZE
     spread = 0.1 * torch.eye(SIZE, dtype=torch.float64).expand(CLASSES, -1, -1)
-    known = moments.GlobalMoments(has, mean, spread, 50.0 * has, torch.tensor(0.0), torch.tensor(0.0))
+    known = moments.ClassGaussians(has, mean, spread, 50.0 * has, torch.tensor(0.0), torch.tensor(0.0))
     zeros = {"head.weight": torch.zeros(CLASSES, SIZE), "head.bias": torch.zeros(CLASSES)}
     head = algorithm.calibrated(zeros, known, "common", server_site(found, 1))
     assert (mean[:SIZE].float() @ head["head.weight"].T + head["head.bias"]).argmax(1).tolist() == list(range(SIZE))
@@ -102,7 +102,7 @@ def test_calibration_changes_heads_and_nothing_else(scope):
 def test_a_client_of_ccvr_pays_for_moments_once_and_gets_a_head():
     found, _ = usual("ccvr")
     for client in range(CLIENTS):
-        model = tree.nbytes(tree.floating(received(found, 0, found.world.problem.architectures[client])))
+        model = tree.nbytes(tree.select_floating(received(found, 0, found.world.problem.architectures[client])))
         assert found.accounts[0]["up"][client] == model + 8                                     # the head is not sent twice
         assert found.accounts[2]["up"][client] == 8 * CLASSES + 4 * CLASSES * (SIZE + SIZE * (SIZE + 1) // 2)
         assert found.accounts[2]["down"][client] == HEAD_BYTES

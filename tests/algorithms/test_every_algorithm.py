@@ -9,10 +9,10 @@ from hpcfl.algorithms import CONFIGS, PLANS
 from hpcfl.algorithms.fedavg import FedAvg
 from hpcfl.algorithms.fedproto import FedProto, loss
 from hpcfl.contract import Algorithm, ClientSite, Phase
-from hpcfl.data.partition import Split
+from hpcfl.data.partition import Partition
 from hpcfl.latents.moments import MODES
 from hpcfl.models import fixed_maps
-from hpcfl.training.evaluate import correct, features, model_of
+from hpcfl.training.evaluate import bind_model, count_correct, extract_features
 from hpcfl.training.turns import Modules
 from hpcfl.tree import Tree
 from tests.support.in_memory import Run, bits, changed, finite, job, run, step, world
@@ -65,7 +65,7 @@ def test_fedavg_gives_each_architecture_the_mean_of_its_clients_weighted_by_thei
         shares = np.array([sizes(found)[client] for client in clients], float)
         server = tree.part(found.states[1].server, architecture)
         assert len(clients) == 2 and any("running_var" in path for path in server) == (architecture == "cnn1")
-        for path, leaf in tree.floating(server).items():
+        for path, leaf in tree.select_floating(server).items():
             rows = np.stack([tree.part(before[0][client], "model")[path].double().numpy() for client in clients])
             np.testing.assert_allclose(leaf.numpy(), np.tensordot(shares / shares.sum(), rows, 1), rtol=1e-5, atol=1e-7)
             assert leaf.dtype == torch.float32
@@ -118,7 +118,7 @@ def test_a_client_of_fedavg_pays_for_its_own_architecture_only():
     for client in range(CLIENTS):
         model = tree.part(found.states[0].server, found.world.problem.architectures[client])
         assert [account["down"][client] for account in found.accounts] == [2 * tree.nbytes(model), tree.nbytes(model)]   # the start, then each average
-        assert found.accounts[0]["up"][client] == tree.nbytes(tree.floating(model)) + 8                  # and its number of images
+        assert found.accounts[0]["up"][client] == tree.nbytes(tree.select_floating(model)) + 8                  # and its number of images
 
 
 # FedProto
@@ -129,7 +129,7 @@ def test_prototypes_are_means_weighted_by_the_images_of_each_class():
     labels, sums, counts = found.world.corpus.train_labels, np.zeros((CLASSES, SIZE)), np.zeros(CLASSES)
     for group in found.states[1].groups:
         for client in group.clients:
-            z = features(group, found.world.modules[group.architecture], client, found.world.holdings[client].train).double().numpy()
+            z = extract_features(group, found.world.modules[group.architecture], client, found.world.holdings[client].train).double().numpy()
             y = labels[found.world.split.train[client]]
             np.add.at(sums, y, z)
             counts += np.bincount(y, minlength=CLASSES)
@@ -240,7 +240,7 @@ def test_the_discriminant_is_that_of_the_pooled_latents(mode, target):
     want = densities(*pooled(found), latents(found, test), mode, target)
     for group in found.states[-1].groups:
         for client in group.clients:
-            got = model_of(group, found.world.modules[group.architecture], client)(test.pixels(slice(None))).double().numpy()
+            got = bind_model(group, found.world.modules[group.architecture], client)(test.pixels(slice(None))).double().numpy()
             np.testing.assert_allclose(got - got.max(1, keepdims=True), want - want.max(1, keepdims=True), rtol=1e-3, atol=1e-2)
             assert (got.argmax(1) == want.argmax(1)).mean() > 0.99
     assert (want.argmax(1) == test.labels.numpy()).mean() > 0.6, "a classifier that does not classify compares nothing"
@@ -251,13 +251,13 @@ def test_a_class_that_nobody_has_is_never_predicted(mode):
     emptied, y = world(job("gaussian", {"common_size": 12, "covariance": mode}, federation=FOUR, data={"fraction": 0.3})), 3
     labels = emptied.corpus.train_labels
     parts = [tuple(part[labels[part] != y] for part in getattr(emptied.split, name)) for name in ("train", "validation", "test")]
-    emptied.split = Split(*parts, emptied.split.public, emptied.split.public_validation)
+    emptied.split = Partition(*parts, emptied.split.public, emptied.split.public_validation)
     found = run(emptied)
     assert finite(found.states[-1].server)
     group, test = found.states[-1].groups[0], emptied.test
-    predict = model_of(group, emptied.modules[group.architecture], group.clients[0])
+    predict = bind_model(group, emptied.modules[group.architecture], group.clients[0])
     assert bool((predict(test.pixels(slice(None)))[:, y] == -torch.inf).all())
-    right = correct(predict, test, CLASSES)
+    right = count_correct(predict, test, CLASSES)
     assert int(right[y]) == 0 and int(right.sum()) > 0.5 * len(test)
 
 

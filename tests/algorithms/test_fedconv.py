@@ -6,7 +6,7 @@ import torch
 
 from hpcfl import tree
 from hpcfl.algorithms.fedconv import FedConv
-from hpcfl.data.partition import Split
+from hpcfl.data.partition import Partition
 from hpcfl.errors import DataError, JobError, NonFiniteError, TrainingError
 from hpcfl.federation.ledger import Ledger
 from hpcfl.models import zoo
@@ -28,7 +28,7 @@ def went(settings=None, **sections) -> Run:
 
 
 def scalars(name: str, base: str = "fedconv") -> int:
-    return sum(leaf.numel() for leaf in tree.floating(zoo.build(name, (1, 8, 8), 10, 0).state_dict()).values())
+    return sum(leaf.numel() for leaf in tree.select_floating(zoo.build(name, (1, 8, 8), 10, 0).state_dict()).values())
 
 
 @pytest.mark.parametrize("name", ["fedconv", "cnn5_bn"])
@@ -62,9 +62,9 @@ def test_clients_train_what_the_server_compressed():
     for client in range(3):
         architecture = found.problem.architecture(client, 0)
         want = zoo.build(architecture, (1, 8, 8), 10, 0).state_dict()
-        assert {path: leaf.shape for path, leaf in fedconv.receive(message, architecture).items()} == {path: leaf.shape for path, leaf in tree.floating(want).items()}
-    module = fedconv.filtered("fedconv", "fedconv@0.75")
-    module.load_state_dict(dict(module.state_dict()) | module.of(tree.part(server, "global")) | tree.part(server, "filters/fedconv@0.75"))
+        assert {path: leaf.shape for path, leaf in fedconv.receive(message, architecture).items()} == {path: leaf.shape for path, leaf in tree.select_floating(want).items()}
+    module = fedconv.build_filters("fedconv", "fedconv@0.75")
+    module.load_state_dict(dict(module.state_dict()) | module.derive_state(tree.part(server, "global")) | tree.part(server, "filters/fedconv@0.75"))
     for path, leaf in module.weights().items():
         torch.testing.assert_close(leaf, server[f"small/fedconv@0.75/{path}"])
 
@@ -136,13 +136,13 @@ def test_the_mean_is_the_mean_and_what_is_learned_is_not(weights):
 
 
 def test_the_learning_rate_of_the_filters_halves_down_to_its_floor():
-    schedule = step(world(described({"lr_halving": 25, "first_rounds": 5, "first_epochs": 20, "filter_epochs": 10})), FedConv).filter_schedule
+    schedule = step(world(described({"lr_halving": 25, "first_rounds": 5, "first_epochs": 20, "filter_epochs": 10})), FedConv).schedule_filters
     assert [schedule(round_) for round_ in (0, 4, 5, 25, 50, 99, 500)] == \
         [(20, 1e-3), (20, 1e-3), (10, 1e-3), (10, 5e-4), (10, 2.5e-4), (10, 1.25e-4), (10, 1e-4)]
 
 
 def test_a_floor_above_the_rate_does_not_raise_it():
-    assert step(world(described({"filter_lr": 2e-5})), FedConv).filter_schedule(0)[1] == 2e-5
+    assert step(world(described({"filter_lr": 2e-5})), FedConv).schedule_filters(0)[1] == 2e-5
 
 
 def test_signs_are_noted_before_and_after_compression():
@@ -157,7 +157,7 @@ def test_signs_are_noted_before_and_after_compression():
 def test_a_public_set_that_lacks_a_class_is_refused():
     observed = world(described())
     labels = observed.corpus.train_labels
-    observed.split = Split(observed.split.train, observed.split.validation, observed.split.test,
+    observed.split = Partition(observed.split.train, observed.split.validation, observed.split.test,
                            observed.split.public[labels[observed.split.public] != 4], observed.split.public_validation)
     with pytest.raises(DataError, match=r"none of class 4.*raise data\.public_fraction"):
         observed.found()

@@ -106,7 +106,7 @@ def test_a_student_that_equals_its_teacher_learns_nothing():
 def watched_stages(monkeypatch, distances: list[float]) -> tuple[FedDF, Run, list]:
     """FedDF with given divergences; and of each stage what it began with, the step, how many follow, and the result."""
     found = world(job("feddf", {"steps": 10, "stage": 2, "patience": 4}))
-    stages, left, stage = [], iter(distances), FedDF.stage
+    stages, left, stage = [], iter(distances), FedDF.train_stage
 
     def watched(self, group, done, count, teacher, site):
         stages.append((group, done, count, stage(self, group, done, count, teacher, site)))

@@ -41,6 +41,6 @@ def test_a_proximal_term_keeps_clients_near_what_they_received(norm):
     def moved(name, settings=None):
         found, before = before_average(name, settings, training={"epochs": 3})
         start = {client: tree.part(found.states[0].server, found.world.problem.architectures[client]) for client in before[0]}
-        parameters = {client: [path for path in tree.floating(own) if "running" not in path] for client, own in before[0].items()}
+        parameters = {client: [path for path in tree.select_floating(own) if "running" not in path] for client, own in before[0].items()}
         return [sum(float((own[path] - start[client][path]).square().sum()) for path in parameters[client]) for client, own in before[0].items()]
     assert all(near < 0.9 * far for near, far in zip(moved("fedprox", {"mu": 5.0, "norm": norm}), moved("fedavg"), strict=True))

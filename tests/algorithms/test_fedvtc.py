@@ -11,13 +11,13 @@ from torch.distributions import MultivariateNormal, kl_divergence
 from hpcfl import tree
 from hpcfl.algorithms.fedvtc import Config, FedVTC, FineTune
 from hpcfl.contract import ClientSite
-from hpcfl.data.partition import Split
+from hpcfl.data.partition import Partition
 from hpcfl.errors import JobError
 from hpcfl.federation.world import World
 from hpcfl.generators.vtc import VTC
 from hpcfl.latents.matching import MATCHINGS
 from hpcfl.latents.moments import MODES, unpack_triangle
-from hpcfl.training.evaluate import correct, model_of
+from hpcfl.training.evaluate import bind_model, count_correct
 from hpcfl.training.group import Group
 from hpcfl.training.turns import Modules
 from hpcfl.wire.uplink import Sums, Uploads
@@ -58,17 +58,17 @@ class Inside:
         self.group = next(group for group in found.states[position].groups if group.architecture == architecture)
         self.site = self.world.client_site(self.group, phase, position)
         self.message = self.step.publish(found.states[position].server)
-        self.known = self.step.known(self.message)
+        self.read_gaussians = self.step.read_gaussians(self.message)
 
     def vtc_phase(self) -> tuple[Group, dict[str, torch.Tensor]]:
         latents = self.step.encode(self.group, self.site)
-        return self.step.train_generator(self.group, latents, self.step.measure(latents, self.site), self.known, self.site)
+        return self.step.train_generator(self.group, latents, self.step.measure(latents, self.site), self.read_gaussians, self.site)
 
     def batch(self, client: int) -> dict[str, torch.Tensor]:
         """The first batch of the VTC phase."""
         latents = self.step.encode(self.group, self.site)
         deviation = self.step.deviation(self.step.measure(latents, self.site)[client])
-        return next(self.step.generator_batches(client, latents[client], deviation, self.known, self.site))
+        return next(self.step.generator_batches(client, latents[client], deviation, self.read_gaussians, self.site))
 
     def marks(self) -> list:
         """What a phase must leave as it found it on the modules themselves: flags, gradients and weights."""
@@ -150,7 +150,7 @@ class Overheard:
         monkeypatch.setattr(world.comm, "combine", lambda statistics: [self.statistics.append(statistics), combine(statistics)][1])
 
     def parts(self) -> list:
-        return [part for statistics in self.statistics for part in statistics.parts.values()]
+        return [part for statistics in self.statistics for part in statistics.pieces.values()]
 
 
 @pytest.mark.parametrize("latent", ["own", "common"])
@@ -206,7 +206,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others():
 @pytest.mark.parametrize("mode", MODES)
 def test_the_divergence_of_the_loss_is_the_one_of_torch_distributions(mode, sigma):
     inside = Inside(baseline(covariance=mode, sigma_source=sigma, vtc_batch=1000), FedVTC)
-    client, known = inside.group.clients[0], inside.known
+    client, known = inside.group.clients[0], inside.read_gaussians
     z, y = inside.step.encode(inside.group, inside.site)[client].double(), inside.site.holdings[client].train.labels
     deviation = inside.step.deviation(inside.step.measure({client: z}, inside.site)[client]).double()
     spread, kind = inside.message["spread"].double(), MODES[mode]
@@ -353,7 +353,7 @@ def test_distribution_matching_moves_psi_and_not_g_k(dm):
     client, modules = inside.group.clients[0], Modules(inside.site.modules)
     for name in ("model", "generator"):
         inside.site.modules[name].load_state_dict(tree.row(inside.group.part(name), 0))
-    context = {"mean": inside.known.mean, "variance": inside.known.variance, "weight": inside.known.weight}
+    context = {"mean": inside.read_gaussians.mean, "variance": inside.read_gaussians.variance, "weight": inside.read_gaussians.weight}
     loss = inside.step.matching(modules.eval(), inside.batch(client), context)
     slopes = torch.autograd.grad(loss, list(inside.site.modules["generator"].parameters()))
     assert bool(loss != 0) and all(bool(slope.any()) and bool(torch.isfinite(slope).all()) for slope in slopes)
@@ -378,8 +378,8 @@ def test_distribution_matching_is_zero_where_mean_features_are_the_prototypes():
     batch, modules = inside.batch(inside.group.clients[0]), Modules(inside.site.modules).eval()
     with torch.no_grad():
         features = inside.step.latent.encode(modules, modules.generator(batch["v"])).view(len(batch["classes"]), -1, SIZE)
-        mean = inside.known.mean.index_copy(0, batch["classes"], features.mean(1))
-        context = {"mean": mean, "variance": inside.known.variance, "weight": inside.known.weight}
+        mean = inside.read_gaussians.mean.index_copy(0, batch["classes"], features.mean(1))
+        context = {"mean": mean, "variance": inside.read_gaussians.variance, "weight": inside.read_gaussians.weight}
         assert float(inside.step.matching(modules, batch, context)) == 0
         assert float(inside.step.matching(modules, batch, context | {"mean": mean + 1})) > 1
 
@@ -391,7 +391,7 @@ def without_class(y: int, settings=None, **sections) -> World:
     """The small world with no training image of a class."""
     emptied = world(described(settings, **sections))
     labels = emptied.corpus.train_labels
-    emptied.split = Split(*(tuple(part[labels[part] != y] for part in getattr(emptied.split, name)) for name in ("train", "validation", "test")),
+    emptied.split = Partition(*(tuple(part[labels[part] != y] for part in getattr(emptied.split, name)) for name in ("train", "validation", "test")),
                           emptied.split.public, emptied.split.public_validation)
     return emptied
 
@@ -454,7 +454,7 @@ def accuracy_on_absent_classes(found: World, groups) -> dict[int, float]:
     """Per client, the share of right answers on test images of classes of which it has no training image."""
     held = found.split.counts(found.corpus.train_labels, CLASSES) > 0
     images = np.bincount(found.corpus.test_labels, minlength=CLASSES)
-    answers = {client: correct(model_of(group, found.modules[group.architecture], client), found.test, CLASSES).numpy()
+    answers = {client: count_correct(bind_model(group, found.modules[group.architecture], client), found.test, CLASSES).numpy()
                for group in groups for client in group.clients}
     return {client: float(right[~held[client]].sum() / images[~held[client]].sum()) for client, right in answers.items() if not held[client].all()}
 

@@ -76,7 +76,7 @@ def test_the_generator_is_the_mean_of_what_clients_made_of_it(name, generator, m
         server = found.states[rows_of(found, "generator")[0]].server
         assert sorted(clients) == list(range(CLIENTS)) and len(set(images.tolist())) > 1
         for network in phase_of(found, "generator").steps[0].networks:
-            rows = [tree.floating(call.after.part(network)) for call in calls_of]
+            rows = [tree.select_floating(call.after.part(network)) for call in calls_of]
             assert tree.part(server, network).keys() == rows[0].keys()
             for path, leaf in tree.part(server, network).items():
                 want = mean(torch.cat([row[path] for row in rows]), images if by == "images" else torch.ones(CLIENTS))
@@ -90,7 +90,7 @@ def test_batch_counters_of_generators_are_neither_held_nor_sent_by_anybody():
     found = went("gefl", "dcgan")
     paths = [path for state in found.states for path in state.server if path.startswith(("generator/", "discriminator/"))]
     assert paths and not [path for path in paths if "num_batches_tracked" in path]
-    networks = phase_of(found, "generator").steps[0].initial("test").values()
+    networks = phase_of(found, "generator").steps[0].initialise("test").values()
     assert norms(list(networks)[0]) and booked(found, 0, "up")[0] == 4 * sum(map(scalars, networks))
 
 
@@ -108,9 +108,9 @@ def test_two_rounds_are_two_steps_of_one_adam_whose_weights_are_replaced_in_betw
     calls = watched(monkeypatch)
     found = went("gefl", generator, {"generator_batch": 1000, "continued_rounds": 0})              # one step per round
     taught = phase_of(found, "generator").steps[0]
-    kind = taught.kind
+    kind = taught.generative
     for client in range(CLIENTS):
-        networks = taught.initial("test")
+        networks = taught.initialise("test")
         modules, optimizers = Modules(networks).train(), adam(kind, networks)
         for round_ in range(2):
             loaded(networks, found.states[round_].server)
@@ -193,7 +193,7 @@ def test_bytes_of_a_whole_run_are_those_of_the_specification(generator, weights)
     (8 bytes each) with every download of it; n_k (8 bytes) once per target round, and per generator round where that is how the generator is weighted."""
     ka, tn = 4, 3
     found = went("gefl", generator, {"generator_rounds": ka, "generator_weights": weights}, federation={"rounds": tn})
-    networks = phase_of(found, "generator").steps[0].initial("test")
+    networks = phase_of(found, "generator").steps[0].initialise("test")
     g, w = scalars(networks["generator"]), sum(map(scalars, networks.values()))
     assert w > g
     for client in range(CLIENTS):
@@ -217,7 +217,7 @@ def test_what_trains_a_generator_is_in_no_message_of_target_training(name, gener
 
 def test_a_frozen_generator_is_sent_once_and_what_trains_it_no_more():
     found = went("gefl", "cvae")
-    g, w = (sum(scalars(network) for name, network in phase_of(found, "generator").steps[0].initial("test").items() if name in wanted)
+    g, w = (sum(scalars(network) for name, network in phase_of(found, "generator").steps[0].initialise("test").items() if name in wanted)
             for wanted in (("generator",), ("generator", "encoder")))
     for client in range(CLIENTS):
         model = classifier(found, client)
@@ -229,7 +229,7 @@ def test_a_frozen_generator_is_sent_once_and_what_trains_it_no_more():
 def test_a_gan_that_goes_on_training_travels_once_per_round():
     """Its generator goes down with the models, and not again for its own training; without rounds in which it rests its last average goes nowhere."""
     found = went("gefl", "dcgan", {"generator_rounds": 4}, federation={"rounds": 2})
-    w = sum(map(scalars, phase_of(found, "generator").steps[0].initial("test").values()))
+    w = sum(map(scalars, phase_of(found, "generator").steps[0].initialise("test").values()))
     for client in range(CLIENTS):
         model = classifier(found, client)
         size = 4 * scalars(model) + 8 * len(norms(model))

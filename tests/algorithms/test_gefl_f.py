@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 
 from hpcfl import tree
-from hpcfl.algorithms.gefl_f import Headers, Maps
+from hpcfl.algorithms.gefl_f import Maps, TrainHeaders
 from hpcfl.contract import Phase
 from hpcfl.data.augment import Augmentation
-from hpcfl.data.shards import Shard, epochs
+from hpcfl.data.shards import Shard, iterate_epochs
 from hpcfl.models import zoo
-from hpcfl.training.evaluate import model_of
+from hpcfl.training.evaluate import bind_model
 from hpcfl.tree import Tree
 from tests.support.gefl_doubles import (
     CLASSES,
@@ -75,13 +75,13 @@ def test_after_its_warm_up_the_extractor_stays_to_the_bit_while_headers_learn(ca
         for client in found.world.cohort(place.phase, place.row):
             own, before = (tree.part(found.state(client, position), "model") for position in (row, row - 1))
             assert bits(extractor(own)) == wanted
-            learned = tree.floating({path: leaf for path, leaf in header(own).items() if not torch.equal(leaf, before[path])})
-            assert learned.keys() == tree.floating(header(own)).keys(), "every weight and running statistic of a header moves"
+            learned = tree.select_floating({path: leaf for path, leaf in header(own).items() if not torch.equal(leaf, before[path])})
+            assert learned.keys() == tree.select_floating(header(own)).keys(), "every weight and running statistic of a header moves"
 
 
 def test_all_models_have_the_warmed_up_extractor():
     found = cvae()
-    headers = step(found.world, Headers)
+    headers = step(found.world, TrainHeaders)
     whole = headers.global_models(headers.publish(found.states[-1].server))
     assert set(whole) == {"cnn1", "cnn2_bn"} and len({tuple(bits(extractor(model)).items()) for _, model in whole.values()}) == 1
     for name, (architecture, model) in whole.items():
@@ -167,7 +167,7 @@ def test_the_generator_learns_from_maps_of_augmented_images_that_are_never_mixed
     own = [call for call in calls if call.phase == "generator"][0]
     client, model, batch = own.before.clients[0], frozen(found), found.world.job.training.batch
     site = found.world.client_site(own.before, phase_of(found, "generator"), 0)
-    images = epochs(site.holdings[client].train, batch, 2, site.stream("generator batches", client), Augmentation(("crop_flip",)))
+    images = iterate_epochs(site.holdings[client].train, batch, 2, site.stream("generator batches", client), Augmentation(("crop_flip",)))
     for got, image in zip(own.batches(client), images, strict=True):
         torch.testing.assert_close(got["x"].double(), model.extractor(image["x"].double()), rtol=1e-4, atol=1e-5)
         assert torch.equal(got["y"], image["y"])
@@ -194,7 +194,7 @@ def test_without_samples_a_header_learns_as_by_torchs_sgd_on_frozen_maps_and_is_
                 sgd.zero_grad()
                 F.cross_entropy(model.header(maps), batch["y"]).backward()
                 sgd.step()
-            trained[client] = header(tree.floating(model.state_dict()))
+            trained[client] = header(tree.select_floating(model.state_dict()))
             got = tree.part(call.after.states()[client], "model")
             for path, leaf in trained[client].items():
                 torch.testing.assert_close(got[path].double(), leaf.detach(), rtol=1e-3, atol=1e-5, msg=lambda text, path=path: f"{path}: {text}")
@@ -202,7 +202,7 @@ def test_without_samples_a_header_learns_as_by_torchs_sgd_on_frozen_maps_and_is_
     for name in ("cnn1", "cnn2_bn"):
         clients = [client for client in range(CLIENTS) if found.world.problem.architectures[client] == name]
         sizes = torch.tensor([len(found.world.split.train[client]) for client in clients])
-        for path, leaf in tree.floating(tree.part(found.states[end].server, name)).items():
+        for path, leaf in tree.select_floating(tree.part(found.states[end].server, name)).items():
             want = mean(torch.stack([trained[client][path].detach() for client in clients]), sizes)
             torch.testing.assert_close(leaf.double(), want, rtol=1e-3, atol=1e-5)
 
@@ -212,7 +212,7 @@ def test_evaluation_of_a_client_is_extractor_and_header_together():
     group = next(group for group in found.states[-1].groups if 0 in group.clients)
     x, model = found.world.test.pixels(slice(0, 20)), frozen(found, group.architecture)
     model.load_state_dict(tree.part(found.states[-1].server, group.architecture), strict=False)
-    got = model_of(group, found.world.modules[group.architecture], 0)(x)
+    got = bind_model(group, found.world.modules[group.architecture], 0)(x)
     torch.testing.assert_close(got.double(), model.header(model.extractor(x.double())), rtol=1e-4, atol=1e-5)
 
 
@@ -225,7 +225,7 @@ def test_bytes_of_a_whole_run_are_those_of_the_specification(generator, weights)
     with every download of extractor and header; n_k (8 bytes) once per warm-up and target round, and per generator round where it weighs the generator."""
     fe, ka, tn = 2, 4, 3
     found = went("gefl_f", generator, {"warmup_rounds": fe, "generator_rounds": ka, "generator_weights": weights}, federation={"rounds": tn})
-    networks = phase_of(found, "generator").steps[0].initial("test")
+    networks = phase_of(found, "generator").steps[0].initialise("test")
     g, w = scalars(networks["generator"]), sum(map(scalars, networks.values()))
     counted = 8 * (ka if weights == "images" else 0)
     for client in range(CLIENTS):
@@ -241,7 +241,7 @@ def test_bytes_of_a_whole_run_are_those_of_the_specification(generator, weights)
 
 def test_extractor_and_frozen_generator_are_sent_once_and_headers_alone_come_up():
     found = went("gefl_f", "cvae", {"generator_rounds": 3, "continued_rounds": 1})
-    networks = phase_of(found, "generator").steps[0].initial("test")
+    networks = phase_of(found, "generator").steps[0].initialise("test")
     g, w = 4 * scalars(networks["generator"]), 4 * sum(map(scalars, networks.values()))
     for client in range(CLIENTS):
         model = classifier(found, client)
@@ -260,7 +260,7 @@ def test_samples_to_look_at_are_maps_as_the_extractor_makes_them_of_images(phase
     found = cvae()
     step_, group, message, site = inside(found, phase)
     maps, has = step_.draw(group, message, site, 3)
-    assert maps.shape == (CLASSES, 3, *step_.kind.shape) == (CLASSES, 3, 3, 4, 4) and has.tolist() == [True] * CLASSES
+    assert maps.shape == (CLASSES, 3, *step_.generative.shape) == (CLASSES, 3, 3, 4, 4) and has.tolist() == [True] * CLASSES
     assert torch.equal(maps, step_.draw(group, message, site, 3)[0]) and float(maps.min()) >= 0
     x = found.world.holdings[0].train.pixels()
     torch.testing.assert_close(step_.seen(group, message, site, x).double(), frozen(found).extractor(x.double()), rtol=1e-4, atol=1e-5)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hpcfl import tree
-from hpcfl.algorithms.gefl import Targets
+from hpcfl.algorithms.gefl import TrainTargets
 from hpcfl.contract import Phase
 from hpcfl.data.shards import Shard
 from hpcfl.federation.world import World
@@ -57,12 +57,12 @@ def test_without_synthetic_epochs_target_training_is_fedavg_to_the_bit():
 @pytest.mark.parametrize("pool", ["client", "round"])
 def test_labels_of_samples_are_uniform_also_over_classes_that_a_client_lacks(pool):
     built = world(described("gefl", "vtc", {"synthetic_epochs": 300, "pool": pool}, data={"partition": "disjoint"}))
-    targets, drawn = step(built, Targets), []
+    targets, drawn = step(built, TrainTargets), []
     site = built.client_site(next(group for group in built.join() if 0 in group.clients), built.plan[-1], 0)
 
     def draw(y, random):
         drawn.append(y)
-        return torch.zeros(len(y), *targets.kind.shape)
+        return torch.zeros(len(y), *targets.generative.shape)
     labels = torch.cat([batch["y"] for batch in targets.synthetic(draw, site, 0)])
     assert torch.equal(torch.cat(drawn), labels), "what a model learns of a sample is the class it was drawn for"
     assert int((site.holdings[0].train.labels.bincount(minlength=CLASSES) == 0).sum()) >= 6 and len(labels) > 10_000
@@ -80,7 +80,7 @@ def test_a_pool_is_the_same_for_all_clients_of_a_round_on_any_rank_and_new_in_ea
 
     def drawn(found, client, round_=0, phase="targets"):
         targets, _, message, site = inside(found, phase, client, round_, which=0)
-        return list(targets.synthetic(targets.drawer(message, site), site, client))
+        return list(targets.synthetic(targets.build_drawer(message, site), site, client))
 
     def alike(one, other):
         return {all(torch.equal(a[name][:smallest], b[name][:smallest]) for name in ("x", "y")) for a, b in zip(one, other, strict=False)}
@@ -107,13 +107,13 @@ def test_generators_learn_in_their_own_range_and_samples_come_in_the_classifiers
 
     shard = site.holdings[0].train
     own, brightness = shard.pixels(), shard.images.double() / 255
-    perfect = targets.space.of_images(message, own)                # what a generator would draw that knows its images by heart
+    perfect = targets.space.from_images(message, own)                # what a generator would draw that knows its images by heart
     torch.testing.assert_close(perfect.double(), low + (high - low) * brightness, rtol=0, atol=1e-6)
     torch.testing.assert_close(targets.space.to_classifier(perfect), own, rtol=0, atol=1e-5)
-    torch.testing.assert_close(targets.space.shown(perfect).double(), brightness, rtol=0, atol=1e-6)
+    torch.testing.assert_close(targets.space.to_pictures(perfect).double(), brightness, rtol=0, atol=1e-6)
     batch = next(call for call in calls if call.phase == "targets" and 0 in call.before.clients).batches(0)[0]
     random = site.stream("synthetic/0", 0).torch()
-    raw = targets.drawer(message, site)(torch.randint(CLASSES, batch["y"].shape, generator=random), random)
+    raw = targets.build_drawer(message, site)(torch.randint(CLASSES, batch["y"].shape, generator=random), random)
     black, white = (float(shard.scale(torch.full((1, 1, 8, 8), level, dtype=torch.uint8))[0, 0, 0, 0]) for level in (0, 255))
     x = batch["x"]
     torch.testing.assert_close(x.double(), black + (white - black) * (raw.double() - low) / (high - low), rtol=0, atol=1e-5)
@@ -124,11 +124,11 @@ def test_generators_learn_in_their_own_range_and_samples_come_in_the_classifiers
 @pytest.mark.parametrize("values", ["unit", "symmetric", "standard"])
 @pytest.mark.parametrize("generator", GENERATORS)
 def test_the_papers_range_mode_leaves_samples_as_they_are_drawn(generator, values):
-    targets = step(world(described("gefl", generator, {"range_mode": "paper"}, data={"normalization": values})), Targets)
+    targets = step(world(described("gefl", generator, {"range_mode": "paper"}, data={"normalization": values})), TrainTargets)
     samples = torch.linspace(-1.5, 2, 64).view(1, 1, 8, 8)
     assert targets.space.to_classifier(samples) is samples
     low, high = RANGE[STATED[generator]]
-    np.testing.assert_allclose(targets.space.shown(samples).numpy(), ((samples.numpy() - low) / (high - low)).clip(0, 1), atol=1e-6)
+    np.testing.assert_allclose(targets.space.to_pictures(samples).numpy(), ((samples.numpy() - low) / (high - low)).clip(0, 1), atol=1e-6)
 
 
 # What is drawn

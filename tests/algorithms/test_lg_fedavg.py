@@ -16,7 +16,7 @@ def test_the_extractor_is_averaged_over_all_clients_and_the_rest_within_each_arc
     assert set(architectures) == {"cnn1", "cnn2_bn"}
     for architecture in set(architectures):
         clients = [client for client in range(CLIENTS) if architectures[client] == architecture]
-        for path, leaf in tree.floating(before[0][clients[0]]).items():
+        for path, leaf in tree.select_floating(before[0][clients[0]]).items():
             members = range(CLIENTS) if path.startswith("extractor.") else clients
             got = server[f"{'common' if path.startswith('extractor.') else architecture}/{path}"]
             want = mean([before[0][client][path] for client in members], sizes(found)[list(members)])
@@ -47,7 +47,7 @@ def test_a_client_of_lg_fedavg_pays_for_one_model_and_says_once_how_many_images_
     for client in range(CLIENTS):
         model = found.world.problem.model(found.world.problem.architectures[client]).state_dict()
         assert [account["down"][client] for account in found.accounts] == [2 * tree.nbytes(model), tree.nbytes(model)]
-        assert found.accounts[0]["up"][client] == tree.nbytes(tree.floating(model)) + 8
+        assert found.accounts[0]["up"][client] == tree.nbytes(tree.select_floating(model)) + 8
 
 
 def test_lg_fedavg_of_one_architecture_is_fedavg():

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from hpcfl import tree
 from hpcfl.algorithms.fedrolex import FedRolex
 from hpcfl.algorithms.heterofl import HeteroFL
-from hpcfl.algorithms.submodel import GLOBAL, Held, Scaler, SubModel, masked_cross_entropy
+from hpcfl.algorithms.submodel import GLOBAL, MaskAbsentClasses, Scaler, SubModel, masked_cross_entropy
 from hpcfl.contract import ServerSite
 from hpcfl.errors import JobError
 from hpcfl.federation.ledger import Ledger
 from hpcfl.resize import slices
-from hpcfl.training.evaluate import model_of
+from hpcfl.training.evaluate import bind_model
 from hpcfl.training.turns import Modules
 from tests.support.in_memory import Run, bits, changed, finite, job, run, step, world
 
@@ -113,13 +113,13 @@ def test_a_round_without_learning_changes_no_weight(name):
 def test_equal_uploads_of_all_clients_are_their_mean(name):
     found = went(name)
     algorithm, server = method(found), found.states[0].server
-    new = tree.transform(tree.floating(model_after(found, 0)), lambda leaf: leaf + 1)
+    new = tree.transform(tree.select_floating(model_after(found, 0)), lambda leaf: leaf + 1)
     parts = []
     for group in found.states[0].groups:
         one = slices.take(new, algorithm.kept(group.architecture, 0))
         site = found.world.client_site(group, found.world.plan[0], 0)
-        parts.append(algorithm.train(group, one, unmoved(site)).statistics)
-    totals = {name: piece.total() for name, piece in sum(parts[1:], parts[0]).parts.items()}
+        parts.append(algorithm.train(group, one, unmoved(site)).uplink)
+    totals = {name: piece.total() for name, piece in sum(parts[1:], parts[0]).pieces.items()}
     after = tree.part(algorithm.aggregate(server, totals, site_of(found)), GLOBAL)
     assert all(torch.equal(after[path], new[path]) for path in new)
 
@@ -140,7 +140,7 @@ def site_of(found: Run) -> ServerSite:
 def test_with_one_size_for_all_it_is_fedavg(name):
     same = {"models": {"names": ["cnn2_bn"], "sizes": [0], "feature_size": 0}}
     found, average = run(built(name, {"masked_loss": False}, **same)), run(built("fedavg", **same))
-    assert bits(tree.floating(model_after(found, -1))) == bits(tree.floating(tree.part(average.states[-1].server, "cnn2_bn")))
+    assert bits(tree.select_floating(model_after(found, -1))) == bits(tree.select_floating(tree.part(average.states[-1].server, "cnn2_bn")))
 
 
 @both
@@ -160,8 +160,8 @@ def test_running_statistics_are_averaged_within_a_width_and_the_global_model_has
     algorithm, server = method(found), found.states[1].server
     wide, narrow = (0, 3), 2
     sizes = np.array([len(labels(found, client)) for client in wide], float)
-    assert algorithm.statistics and all("running" in path for path in algorithm.statistics)
-    for path in algorithm.statistics:
+    assert algorithm.norm_buffers and all("running" in path for path in algorithm.norm_buffers)
+    for path in algorithm.norm_buffers:
         rows = np.stack([before[0][client][path].double().numpy() for client in wide])
         np.testing.assert_allclose(server[f"{GLOBAL}/{path}"].numpy(), np.tensordot(sizes / sizes.sum(), rows, 1), rtol=1e-5, atol=1e-7)
         architecture = found.world.problem.architectures[narrow]
@@ -174,7 +174,7 @@ def test_a_client_without_company_in_its_width_gets_back_what_its_norms_measured
     found, before = uploads(name)
     algorithm, architecture = method(found), found.world.problem.architectures[2]
     now = algorithm.kept(architecture, 1)
-    for path in algorithm.statistics:
+    for path in algorithm.norm_buffers:
         kept = [index for index, channel in enumerate(now[path][0].tolist()) if channel in algorithm.kept(architecture, 0)[path][0].tolist()]
         was = [algorithm.kept(architecture, 0)[path][0].tolist().index(now[path][0][index]) for index in kept]
         got = slices.take({path: found.states[1].server[f"norms/{architecture}/{path}"]}, now)[path]
@@ -189,27 +189,27 @@ def test_a_client_downloads_and_uploads_its_slice_and_no_more(name):
     found = went(name)
     for client in range(CLIENTS):
         with torch.random.fork_rng(devices=[]):
-            one = tree.floating(found.world.problem.model(found.world.problem.architectures[client]).state_dict())
+            one = tree.select_floating(found.world.problem.model(found.world.problem.architectures[client]).state_dict())
         assert [account["down"][client] for account in found.accounts] == [2 * tree.nbytes(one), tree.nbytes(one)]       # the start, then each mean
         assert {account["up"][client] for account in found.accounts} == {tree.nbytes(one) + 8}
     assert len(set(found.accounts[0]["up"].values())) == 3
     algorithm = method(found)
     received = algorithm.receive(found.states[-1].server, "cnn2_bn@0.75")
-    assert {path: leaf.shape for path, leaf in received.items()} == {path: leaf.shape for path, leaf in tree.floating(
+    assert {path: leaf.shape for path, leaf in received.items()} == {path: leaf.shape for path, leaf in tree.select_floating(
         algorithm.structure("cnn2_bn@0.75").state_dict()).items()}
 
 
 def test_without_counts_of_images_only_the_slice_is_sent():
     found = run(built("heterofl", {"weighting": "clients"}))
-    assert found.accounts[0]["up"][0] == tree.nbytes(tree.floating(model_after(found, 0)))
+    assert found.accounts[0]["up"][0] == tree.nbytes(tree.select_floating(model_after(found, 0)))
 
 
 @both
 def test_clients_end_a_round_with_their_slice_for_the_next_and_the_statistics_of_their_width(name):
     found = went(name)
     for client, architecture in enumerate(found.world.problem.architectures):
-        whole = tree.floating(model_after(found, -1)) | tree.part(found.states[-1].server, f"norms/{architecture}")
-        own = tree.floating(tree.part(found.state(client), "model"))
+        whole = tree.select_floating(model_after(found, -1)) | tree.part(found.states[-1].server, f"norms/{architecture}")
+        own = tree.select_floating(tree.part(found.state(client), "model"))
         assert bits(own) == bits(slices.take(whole, method(found).kept(architecture, 2)))
 
 
@@ -234,7 +234,7 @@ def test_clients_that_change_their_size_take_part(name):
 
 
 def test_logits_of_missing_classes_are_zero_and_their_rows_get_no_gradient():
-    model, held = torch.nn.Linear(3, 4), Held(4)
+    model, held = torch.nn.Linear(3, 4), MaskAbsentClasses(4)
     held.classes.copy_(torch.tensor([True, False, True, False]))
     x, y = torch.randn(5, 3), torch.tensor([0, 2, 2, 0, 0])
     loss = masked_cross_entropy(Modules({"model": model, "held": held}), {"x": x, "y": y}, {})
@@ -287,7 +287,7 @@ def test_what_a_client_evaluates_is_what_it_trained():
     found = went("heterofl")
     group = next(group for group in found.states[-1].groups if group.architecture == "cnn2_bn@0.5625")
     x = torch.randn(2, *found.world.problem.shape)
-    predict = model_of(group, found.world.modules[group.architecture], group.clients[0])
+    predict = bind_model(group, found.world.modules[group.architecture], group.clients[0])
     plain = copy.deepcopy(method(found).structure(group.architecture)).eval()
     plain.load_state_dict(tree.part(found.state(group.clients[0]), "model"))
     assert not torch.allclose(predict(x), plain(x))

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from hpcfl.analysis.likeness import Mnd, closest, fid, mnd
+from hpcfl.analysis.likeness import Mnd, fid, find_closest, mnd
 from hpcfl.errors import DataError, NonFiniteError
 
 
@@ -97,13 +97,13 @@ def test_features_that_are_not_finite_are_refused():
 
 def test_the_closest_pairs_come_nearest_first_and_use_nothing_twice():
     points, others = torch.tensor([[0.0], [10.0], [0.5], [20.0]]), torch.tensor([[25.0], [0.4], [10.3]])
-    found = closest(points, others, 9)
+    found = find_closest(points, others, 9)
     assert found.points.tolist() == [2, 1, 3] and found.others.tolist() == [1, 2, 0]
     assert found.distances.tolist() == pytest.approx([0.1, 0.3, 5.0], rel=1e-5)
-    assert closest(points, others, 2).points.tolist() == [2, 1]
+    assert find_closest(points, others, 2).points.tolist() == [2, 1]
 
 
 def test_pairs_of_images_of_whole_numbers_do_not_wrap_around():
     points, others = torch.full((1, 1, 2, 2), 10, dtype=torch.uint8), torch.tensor([11, 5, 250], dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 1, 2, 2)
-    found = closest(points, others, 1)
+    found = find_closest(points, others, 1)
     assert found.others.tolist() == [0] and found.distances.tolist() == [2.0]

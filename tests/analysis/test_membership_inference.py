@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional as F
 
 from hpcfl.analysis import membership_inference
-from hpcfl.analysis.membership_inference import Attack, calibrated, losses, nearest, threshold_attack
-from hpcfl.analysis.reference_models import reference_models
+from hpcfl.analysis.membership_inference import Attack, calibrate, compute_losses, measure_nearest, threshold_attack
+from hpcfl.analysis.reference_models import train_references
 from hpcfl.contract import Problem
 from hpcfl.data.shards import Scale, Shard
 from hpcfl.errors import DataError, JobError, NonFiniteError
@@ -62,47 +62,47 @@ def parts() -> tuple[Shard, Shard, Shard]:
 @cache
 def target():
     """A model that had every chance to learn its members by heart."""
-    return reference_models(problem(), ARCHITECTURE, parts()[0], MEMBERS, EPOCHS, 1, "target")[0]
+    return train_references(problem(), ARCHITECTURE, parts()[0], MEMBERS, EPOCHS, 1, "target")[0]
 
 
 @cache
 def references(count: int = 3):
-    return reference_models(problem(), ARCHITECTURE, parts()[2], MEMBERS, EPOCHS, count)
+    return train_references(problem(), ARCHITECTURE, parts()[2], MEMBERS, EPOCHS, count)
 
 
 def attacked(predict) -> Attack:
     members, others, _ = parts()
-    return threshold_attack(-losses(predict, members), -losses(predict, others))
+    return threshold_attack(-compute_losses(predict, members), -compute_losses(predict, others))
 
 
 # Scores
 
 def test_losses_are_cross_entropies_in_the_shards_order_whatever_the_batch():
     weights, shard = normal(64, 10, seed=3, dtype=torch.float32), Shard(normal(30, 1, 8, 8, dtype=torch.float32), torch.arange(30) % 10, Scale())
-    found = losses(lambda x: x.flatten(1) @ weights, shard, 7)
+    found = compute_losses(lambda x: x.flatten(1) @ weights, shard, 7)
     assert found.shape == (30,) and found.dtype == torch.float64
     logits = shard.images.flatten(1) @ weights
     torch.testing.assert_close(found, F.cross_entropy(logits.double(), shard.labels, reduction="none"), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(losses(lambda x: x.flatten(1) @ weights, shard), found, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(compute_losses(lambda x: x.flatten(1) @ weights, shard), found, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("gap", [30.0, 50.0, 300.0])
 def test_losses_of_a_model_that_is_all_but_certain_keep_their_order(gap):
     def predict(x: torch.Tensor) -> torch.Tensor:
         return F.one_hot(torch.tensor([0, 1]), 3) * torch.tensor([[gap], [gap + 1]])
-    found = losses(predict, Shard(torch.zeros(2, 1, 1, 1), torch.tensor([0, 1]), Scale()))
+    found = compute_losses(predict, Shard(torch.zeros(2, 1, 1, 1), torch.tensor([0, 1]), Scale()))
     assert found.tolist() == pytest.approx([2 * math.exp(-gap), 2 * math.exp(-gap - 1)], rel=1e-9, abs=0)
 
 
 def test_losses_of_no_image_and_of_a_diverged_model_are_refused():
     with pytest.raises(DataError, match="no image"):
-        losses(lambda x: x, marked(0))
+        compute_losses(lambda x: x, marked(0))
     with pytest.raises(NonFiniteError, match="logits that are not finite"):
-        losses(lambda x: torch.full((len(x), 10), math.nan), marked(3))
+        compute_losses(lambda x: torch.full((len(x), 10), math.nan), marked(3))
 
 
 def test_calibration_takes_the_mean_of_the_references_and_the_target_away():
-    found = calibrated(torch.tensor([1.0, 2.0]), torch.tensor([[3.0, 2.0], [5.0, 0.0]]))
+    found = calibrate(torch.tensor([1.0, 2.0]), torch.tensor([[3.0, 2.0], [5.0, 0.0]]))
     assert found.tolist() == [3.0, -1.0]
 
 
@@ -110,7 +110,7 @@ def test_calibration_brings_out_members_that_difficulty_hides():
     count, hard, noise, four = 20_000, 5.0, 0.5, 4
     difficulty, seen = hard * normal(2 * count), torch.arange(2 * count) < count
     own = difficulty + noise * normal(2 * count, seed=1) - seen.double()
-    scores = calibrated(own, difficulty + noise * normal(four, 2 * count, seed=2))
+    scores = calibrate(own, difficulty + noise * normal(four, 2 * count, seed=2))
     plain, better = (threshold_attack(each[seen], each[~seen]) for each in (-own, scores))
     assert plain.auc == pytest.approx(area(1 / math.hypot(hard, noise)), abs=0.01)
     assert better.auc == pytest.approx(area(1 / (noise * math.sqrt(1 + 1 / four))), abs=0.01)
@@ -119,7 +119,7 @@ def test_calibration_brings_out_members_that_difficulty_hides():
 @pytest.mark.parametrize("references", [torch.zeros(0, 3), torch.zeros(2, 4), torch.zeros(3)])
 def test_references_of_other_images_or_none_are_refused(references):
     with pytest.raises(DataError, match=r"\(3,\) of the target.*wanted \(n,\) and \(R, n\)"):
-        calibrated(torch.zeros(3), references)
+        calibrate(torch.zeros(3), references)
 
 
 # Nearest samples
@@ -133,7 +133,7 @@ def naive(points: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
 def test_the_nearest_sample_is_that_of_the_naive_search(block, offset, monkeypatch):
     monkeypatch.setattr(membership_inference, "BLOCK", block)
     points, samples = normal(23, 5) + offset, normal(40, 5, seed=1) + offset
-    torch.testing.assert_close(nearest(points, samples), naive(points, samples), rtol=1e-12, atol=0)
+    torch.testing.assert_close(measure_nearest(points, samples), naive(points, samples), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.uint8])
@@ -141,7 +141,7 @@ def test_a_copy_is_at_distance_zero_exactly_and_a_near_copy_is_not(dtype):
     samples = (50 * normal(300, 1, 8, 8) + 128).clamp(0, 255).to(dtype)
     points = samples[[200, 7]].clone()
     points[1, 0, 3, 3] += 1
-    found = nearest(points, samples)
+    found = measure_nearest(points, samples)
     assert found.dtype == torch.float64 and float(found[0]) == 0
     assert float(found[1]) == pytest.approx(1, rel=1e-4)
 
@@ -149,17 +149,17 @@ def test_a_copy_is_at_distance_zero_exactly_and_a_near_copy_is_not(dtype):
 def test_samples_that_copy_members_give_them_away():
     members, others = normal(200, 64), normal(200, 64, seed=1)
     samples = torch.cat([members[:100] + 1e-3 * normal(100, 64, seed=2), normal(500, 64, seed=3)])
-    attack = threshold_attack(-nearest(members, samples), -nearest(others, samples))
+    attack = threshold_attack(-measure_nearest(members, samples), -measure_nearest(others, samples))
     assert attack.tpr_at_1_percent_fpr >= 0.5 and attack.auc == pytest.approx(0.75, abs=0.04)
     apart = normal(500, 64, seed=4)
-    scores = [calibrated(nearest(each, samples), nearest(each, apart).unsqueeze(0)) for each in (members, others)]
+    scores = [calibrate(measure_nearest(each, samples), measure_nearest(each, apart).unsqueeze(0)) for each in (members, others)]
     assert threshold_attack(*scores).tpr_at_1_percent_fpr >= 0.5
 
 
 @pytest.mark.parametrize("points, samples", [((0, 4), (3, 4)), ((3, 4), (0, 4)), ((3, 4), (3, 5)), ((3, 1, 2, 2), (3, 4))])
 def test_nothing_to_compare_is_refused(points, samples):
     with pytest.raises(DataError, match="nearest: got points"):
-        nearest(torch.zeros(points), torch.zeros(samples))
+        measure_nearest(torch.zeros(points), torch.zeros(samples))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -168,7 +168,7 @@ def test_samples_of_a_diverged_generator_are_refused(value, spoiled):
     sides = [normal(5, 3), normal(6, 3)]
     sides[spoiled][2, 1] = value
     with pytest.raises(NonFiniteError, match="NaN or infinity"):
-        nearest(*sides)
+        measure_nearest(*sides)
 
 
 # Attacks
@@ -261,7 +261,7 @@ def test_the_calibrated_attack_finds_it_too_and_leaves_the_others_alone():
     spared, *judges = references()
 
     def attack(predict) -> Attack:
-        return threshold_attack(*(calibrated(losses(predict, part), torch.stack([losses(judge, part) for judge in judges])) for part in (members, others)))
+        return threshold_attack(*(calibrate(compute_losses(predict, part), torch.stack([compute_losses(judge, part) for judge in judges])) for part in (members, others)))
     assert attack(target()).auc_interval[0] > 0.65
     low, high = attack(spared).auc_interval
     assert low < 0.5 < high
@@ -280,7 +280,7 @@ class Watched(Problem):
 def test_every_reference_model_has_its_own_draw_from_the_pool_each_image_once_an_epoch():
     given = problem()
     watched = Watched(**{field.name: getattr(given, field.name) for field in fields(given)})
-    reference_models(watched, ARCHITECTURE, marked(50), 33, 2, 3)
+    train_references(watched, ARCHITECTURE, marked(50), 33, 2, 3)
     drawn = []
     for batches in watched.seen.values():
         passes = [torch.cat([batch["x"][:, 0, 0, 0] for batch in half]) for half in (batches[:2], batches[2:])]
@@ -297,7 +297,7 @@ def test_every_reference_model_has_its_own_draw_from_the_pool_each_image_once_an
 def test_a_reference_model_is_trained_from_its_beginning_by_the_jobs_optimiser(rule):
     described, pool = world(job("fedavg", training={"batch": 40, "lr": 0.01, "optimizer": rule})).problem, parts()[2]
     pool = Shard(pool.images[:40], pool.labels[:40], pool.scale)
-    predict = reference_models(described, ARCHITECTURE, pool, 40, 3, 2)[1]
+    predict = train_references(described, ARCHITECTURE, pool, 40, 3, 2)[1]
     with described.stream(f"references/{ARCHITECTURE}/init", 1).seeding():
         model = described.model(ARCHITECTURE)
     optimizer = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[rule](model.parameters(), lr=0.01)
@@ -312,7 +312,7 @@ def test_a_reference_model_follows_from_its_name_and_number_alone():
     x, pool = parts()[0].pixels(), parts()[2]
 
     def made(count: int, purpose: str = "references") -> list[torch.Tensor]:
-        return [predict(x) for predict in reference_models(problem(), ARCHITECTURE, pool, 32, 1, count, purpose)]
+        return [predict(x) for predict in train_references(problem(), ARCHITECTURE, pool, 32, 1, count, purpose)]
     torch.manual_seed(1)
     one = made(1)
     torch.manual_seed(2)
@@ -324,4 +324,4 @@ def test_a_reference_model_follows_from_its_name_and_number_alone():
 @pytest.mark.parametrize("size, epochs, count", [(51, 1, 1), (1, 1, 1), (0, 1, 1), (50, 0, 1), (50, 1, 0)])
 def test_reference_models_that_cannot_be_are_refused(size, epochs, count):
     with pytest.raises(JobError, match="reference models: got"):
-        reference_models(problem(), ARCHITECTURE, marked(50), size, epochs, count)
+        train_references(problem(), ARCHITECTURE, marked(50), size, epochs, count)

@@ -10,7 +10,7 @@ from torch import nn
 from hpcfl import tree
 from hpcfl.algorithms import CONFIGS
 from hpcfl.analysis import mutual_information
-from hpcfl.analysis.mutual_information import ceiling, compare, contenders, entropy, nearness, prune, sameness
+from hpcfl.analysis.mutual_information import ceiling, compare, entropy, find_contenders, nearness, prune, sameness
 from hpcfl.data.shards import Scale, Shard
 from hpcfl.errors import CheckpointError, JobError, NonFiniteError
 from hpcfl.federation.world import World
@@ -225,27 +225,27 @@ def test_a_size_of_which_biases_alone_would_be_too_many_is_refused():
 
 def test_each_smaller_architecture_has_its_models_of_equal_size():
     whole, small = (built(name).state_dict() for name in ("cnn5", "cnn5@0.75"))
-    found = contenders(tree.join(**{"global": whole, "small/cnn5@0.75": small}), problem(0, 1, 1))
+    found = find_contenders(tree.join(**{"global": whole, "small/cnn5@0.75": small}), problem(0, 1, 1))
     assert list(found) == ["full", "convolved cnn5@0.75", "pruned to cnn5@0.75", "sliced cnn5@0.75"]
     rows = compare(found, built, images())
     assert len({row["parameters"] for row in rows[1:]}) == 1 and rows[0]["parameters"] > rows[1]["parameters"]
 
 
 def test_without_filters_the_convolved_model_is_left_out():
-    found = contenders(tree.join(**{"global": built("cnn5").state_dict()}), problem(0, 1, 2))
+    found = find_contenders(tree.join(**{"global": built("cnn5").state_dict()}), problem(0, 1, 2))
     assert list(found) == ["full", "pruned to cnn5@0.5625", "sliced cnn5@0.5625", "pruned to cnn5@0.75", "sliced cnn5@0.75"]
 
 
 def test_a_sliced_model_has_the_leading_channels():
     whole = built("cnn5").state_dict()
-    sliced = contenders(tree.join(**{"global": whole}), problem(1))["sliced cnn5@0.75"][1]
+    sliced = find_contenders(tree.join(**{"global": whole}), problem(1))["sliced cnn5@0.75"][1]
     assert torch.equal(sliced["body.conv1.weight"], whole["body.conv1.weight"][:12])
     assert torch.equal(sliced["body.conv2.weight"], whole["body.conv2.weight"][:24, :12])
 
 
 def test_a_server_without_a_global_model_is_refused():
     with pytest.raises(JobError, match="'fedavg' keeps no global model"):
-        contenders({"model/weight": torch.zeros(3)}, problem(0, 1))
+        find_contenders({"model/weight": torch.zeros(3)}, problem(0, 1))
 
 
 class Reader(nn.Module):
@@ -289,8 +289,8 @@ def test_features_may_say_something_else_than_logits():
 
 @pytest.mark.parametrize("output, times", [("logits", 1), ("features", 2)])
 def test_a_model_is_asked_once_for_each_thing_that_is_wanted_of_it(output, times, monkeypatch):
-    asked, in_batches = [], evaluate.in_batches
-    monkeypatch.setattr(evaluate, "in_batches", lambda *arguments: asked.append(1) or in_batches(*arguments))
+    asked, in_batches = [], evaluate.apply_in_batches
+    monkeypatch.setattr(evaluate, "apply_in_batches", lambda *arguments: asked.append(1) or in_batches(*arguments))
     compare({"both": ("any", {"weight": torch.tensor([1.0, 0.0])})}, lambda architecture: Reader(), marked(), output)
     assert len(asked) == times
 
@@ -333,11 +333,11 @@ def test_a_run_with_filters_is_compared_with_what_they_make_of_the_global_model(
 def test_the_models_compared_are_those_that_the_next_round_begins_with(convolving):
     world = World(load(convolving / "job.toml", CONFIGS), Communicator(Alone()), torch.device("cpu"))
     state = checkpoint.load(convolving, world)
-    opened = mutual_information.opened(world, state)
+    opened = mutual_information.open_round(world, state)
     whole, small = tree.part(opened.server, "global"), tree.part(opened.server, "small/cnn5@0.75")
     compress = world.plan[0].steps[0]
     filtered = compress.filtered("cnn5", "cnn5@0.75")
-    made = evaluate.bind(filtered, filtered.of(whole) | tree.part(opened.server, "filters/cnn5@0.75"), "weights")()
+    made = evaluate.bind(filtered, filtered.derive_state(whole) | tree.part(opened.server, "filters/cnn5@0.75"), "weights")()
     assert made.keys() == small.keys()
     assert all(torch.equal(made[path], small[path]) for path, _ in compress.problem.structure("cnn5@0.75").named_parameters())
     assert not tree.equal(whole, tree.part(state.server, "global")) and opened.rows == state.rows

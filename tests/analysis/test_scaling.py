@@ -8,7 +8,7 @@ import pytest
 
 from hpcfl import cli
 from hpcfl.analysis import scaling
-from hpcfl.analysis.scaling import ALGORITHMS, Line, Wire, round_of
+from hpcfl.analysis.scaling import ALGORITHMS, Line, Wire, measure_round
 from hpcfl.doctor.probes import SIZES
 from hpcfl.errors import JobError
 from hpcfl.federation.ledger import SECONDS
@@ -47,7 +47,7 @@ def record(folder: Path, train_s: list[float], flops: list[int] | None = None, r
 
 
 def predicted(folder: Path, ranks: int, over: Wire = FREE, clients: int | None = None) -> dict:
-    round_ = round_of(read(folder), over)
+    round_ = measure_round(read(folder), over)
     return scaling.predict(round_, over, ranks, clients or round_.clients)
 
 
@@ -193,13 +193,13 @@ def test_one_rank_is_predicted_as_it_was_measured(tmp_path):
     folder = record(tmp_path / "run", [1.0, 2.0, 3.0], wall_s=8.5, aggregate=0.25, publish=0.125, combine=0.25, evaluate=1.5, spread=0.25, checkpoint=0.5,
                     wire={"bcast": 1e6, "reduce": 1e6, "item_s": 0.1})
     found = predicted(folder, 1, wire(1e-3, 1e-6))
-    assert found["round_s"] == pytest.approx(9) == round_of(read(folder), wire(1e-3, 1e-6)).round_s and found["wire_s"] == 0
+    assert found["round_s"] == pytest.approx(9) == measure_round(read(folder), wire(1e-3, 1e-6)).round_s and found["wire_s"] == 0
     assert (found["compute_s"], found["evaluation_s"], found["checkpoint_s"]) == pytest.approx((6.25, 1.5, 0.5))
 
 
 def test_a_run_that_was_carried_out_is_predicted_as_it_was_measured(tmp_path):
     folder = carry_out(tiny("fedavg", federation={"rounds": 5, "participation": 1.0}, evaluation={"every": 1}), tmp_path / "run")
-    round_ = round_of(read(folder), FREE)
+    round_ = measure_round(read(folder), FREE)
     assert scaling.predict(round_, FREE, 1, 5)["round_s"] == pytest.approx(round_.round_s, rel=0.2)
     assert all(round_.carried[kind] > 0 for kind in ("bcast", "reduce")) and round_.carried["gatherv"] == round_.carried["send"] == 0
 
@@ -221,38 +221,38 @@ def test_a_phase_can_be_chosen_and_else_is_the_longest(tmp_path):
         file["train/seconds"][2] = 9.0
         file["rounds/wall_s"][2] = 9.0
     recording = read(record(tmp_path / "run", [1.0], change=two_phases))
-    assert (round_of(recording, FREE).phase, round_of(recording, FREE, "first").round_s) == ("then", 1.0)
+    assert (measure_round(recording, FREE).phase, measure_round(recording, FREE, "first").round_s) == ("then", 1.0)
     with pytest.raises(JobError, match="has no phase 'second', wanted one of first, then"):
-        round_of(recording, FREE, "second")
+        measure_round(recording, FREE, "second")
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 8])
 @pytest.mark.parametrize("line", [Line(2e-6, 8e-11), Line(5e-5, 1e-9), Line(1e-2, 1e-10)], ids=str)
 def test_latency_and_bandwidth_are_recovered_from_what_they_make(tmp_path, line, ranks):
-    found = scaling.wire_of(said(tmp_path, told(dict.fromkeys(ALGORITHMS, line), ranks)), None, None)
+    found = scaling.read_wire(said(tmp_path, told(dict.fromkeys(ALGORITHMS, line), ranks)), None, None)
     for name in ALGORITHMS:
         assert (found.lines[name].latency_s, found.lines[name].byte_s) == pytest.approx((line.latency_s, line.byte_s), rel=0.01), name
 
 
 def test_a_fit_is_by_relative_errors_and_never_negative():
-    near = scaling.fit(ALGORITHMS["Gatherv"](2), np.array([8.0, 4096.0, 262144.0, 4194304.0]), 1.05 ** np.array([1, -1, 1, -1]) * 1e-5
+    near = scaling.fit_line(ALGORITHMS["Gatherv"](2), np.array([8.0, 4096.0, 262144.0, 4194304.0]), 1.05 ** np.array([1, -1, 1, -1]) * 1e-5
                        * (1 + np.array([8.0, 4096.0, 262144.0, 4194304.0]) / 1e5))
     assert near.latency_s == pytest.approx(1e-5, rel=0.06) and near.byte_s == pytest.approx(1e-10, rel=0.06)      # though the largest takes 40 times the least
-    falling = scaling.fit(ALGORITHMS["Gatherv"](2), np.array([8.0, 4096.0, 4194304.0]), np.array([3e-5, 2e-5, 1e-5]))
+    falling = scaling.fit_line(ALGORITHMS["Gatherv"](2), np.array([8.0, 4096.0, 4194304.0]), np.array([3e-5, 2e-5, 1e-5]))
     assert falling.byte_s == 0 and 1e-5 < falling.latency_s < 3e-5
-    steep = scaling.fit(ALGORITHMS["Gatherv"](2), np.array([1000.0, 2000.0]), np.array([1e-6, 4e-6]))
+    steep = scaling.fit_line(ALGORITHMS["Gatherv"](2), np.array([1000.0, 2000.0]), np.array([1e-6, 4e-6]))
     assert steep.latency_s == 0 and steep.byte_s > 0
 
 
 def test_the_source_of_the_wire_is_said_and_a_data_sheet_overrides_it(tmp_path):
     lines = dict.fromkeys(ALGORITHMS, Line(1e-5, 1e-9))
-    one_host = scaling.wire_of(said(tmp_path, told(lines)), None, None).source
+    one_host = scaling.read_wire(said(tmp_path, told(lines)), None, None).source
     assert "shared memory of one host (n1), no network; timed on 2 ranks, fitted to within 0%" in one_host
-    assert "between 2 hosts" in scaling.wire_of(said(tmp_path, told(lines, 4, 2)), None, None).source
-    half = scaling.wire_of(said(tmp_path, told(lines)), 2e-6, None)
+    assert "between 2 hosts" in scaling.read_wire(said(tmp_path, told(lines, 4, 2)), None, None).source
+    half = scaling.read_wire(said(tmp_path, told(lines)), 2e-6, None)
     assert half.source.endswith("; but latency 2 us as given")
     assert [line.latency_s for line in half.lines.values()] == [2e-6] * 3 and half.lines["Reduce"].byte_s == pytest.approx(1e-9, rel=0.01)
-    sheet = scaling.wire_of(None, 2e-6, 12.5e9)
+    sheet = scaling.read_wire(None, 2e-6, 12.5e9)
     assert sheet.source == "latency 2 us and 12.5 GB/s as given" and set(sheet.lines.values()) == {Line(2e-6, 8e-11)}
 
 
@@ -260,38 +260,38 @@ def test_the_source_of_the_wire_is_said_and_a_data_sheet_overrides_it(tmp_path):
                                            ('{"accuracy": 3, "ranks": 2}', "not what `hpcfl doctor --json` prints")])
 def test_a_file_of_another_kind_is_refused(tmp_path, text, why):
     with pytest.raises(JobError, match=why):
-        scaling.wire_of(said(tmp_path, text), None, None)
+        scaling.read_wire(said(tmp_path, text), None, None)
 
 
 def test_a_doctor_on_one_rank_knows_no_wire(tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.main(["doctor", "--json", "--out", str(tmp_path / "folder")])
     with pytest.raises(JobError, match="the doctor ran on 1 rank, where nothing travels; .*mpirun -n 2 hpcfl doctor --json"):
-        scaling.wire_of(said(tmp_path, capsys.readouterr().out), None, None)
+        scaling.read_wire(said(tmp_path, capsys.readouterr().out), None, None)
 
 
 @pytest.mark.parametrize("given", [(None, None), (2e-6, None), (None, 1e9)])
 def test_without_a_doctor_latency_and_bandwidth_are_wanted(given):
     with pytest.raises(JobError, match="nothing says how fast the wire is; wanted --doctor FILE"):
-        scaling.wire_of(None, *given)
+        scaling.read_wire(None, *given)
 
 
 @pytest.mark.parametrize("given", [(-1e-6, 1e9), (2e-6, 0.0), (float("nan"), 1e9), (2e-6, float("inf"))])
 def test_wires_that_cannot_be_are_refused(given):
     with pytest.raises(JobError, match="wanted seconds from 0 and bytes per second above 0"):
-        scaling.wire_of(None, *given)
+        scaling.read_wire(None, *given)
 
 
 def test_a_run_without_rounds_is_refused(tmp_path):
     with pytest.raises(JobError, match="has no finished round to predict from"):
-        round_of(read(record(tmp_path / "run", [1.0], rounds=0)), FREE)
+        measure_round(read(record(tmp_path / "run", [1.0], rounds=0)), FREE)
 
 
 def test_a_record_that_knows_no_exchanges_is_refused(tmp_path):
     def forget(file):
         del file["wire"]
     with pytest.raises(JobError, match="written by an earlier hpcfl, so run some rounds of the job anew"):
-        round_of(read(record(tmp_path / "run", [1.0], change=forget)), FREE)
+        measure_round(read(record(tmp_path / "run", [1.0], change=forget)), FREE)
 
 
 def test_the_command_line_prints_a_table_with_its_assumptions_or_json(tmp_path, capsys):

@@ -10,7 +10,7 @@ import torch
 
 from hpcfl import tree
 from hpcfl.bench import fedconv, gefl, w1_vtc
-from hpcfl.bench.fedconv import Timed, typical
+from hpcfl.bench.fedconv import Timed, find_typical
 from hpcfl.training import compiling
 from hpcfl.training.optimizers import Optimizer
 from hpcfl.training.turns import Modules
@@ -48,7 +48,7 @@ def test_validation_counts_in_the_round_and_in_no_step(monkeypatch):
 
 def test_all_sizes_have_their_part_in_a_figure(monkeypatch):
     booked = []
-    monkeypatch.setattr(fedconv, "typical", lambda laps, work: booked.extend(laps) or typical(laps, work))
+    monkeypatch.setattr(fedconv, "find_typical", lambda laps, work: booked.extend(laps) or find_typical(laps, work))
     carried_out()
     counts = {key: len(seconds) for laps in booked[:2] for key, seconds in laps.items()}
     sizes = ("fedconv@0.75", "fedconv@0.5625")
@@ -58,7 +58,7 @@ def test_all_sizes_have_their_part_in_a_figure(monkeypatch):
 
 def test_a_figure_is_the_mean_over_sizes_of_the_median_over_repetitions_on_any_rank():
     laps = [{("dilation", "a"): [1.0, 9.0], ("dilation", "b"): [4.0], ("server", "a"): [50.0]}, {("dilation", "a"): [2.0]}]
-    assert typical(laps, "dilation") == pytest.approx((2 + 4) / 2)
+    assert find_typical(laps, "dilation") == pytest.approx((2 + 4) / 2)
 
 
 def test_two_ranks_share_the_round_and_one_of_them_reports(tmp_path):
@@ -80,8 +80,8 @@ def brief_gefl(monkeypatch):
     """The benchmark with one batch of images per client and short diffusion, and the world it made."""
     monkeypatch.setattr(gefl, "SAMPLED", BRIEF)
     monkeypatch.setattr(gefl, "DRAWN", {"cpu": 2})
-    measured, worlds = gefl.measured, []
-    monkeypatch.setattr(gefl, "measured", lambda world: worlds.append(world) or measured(world))
+    measured, worlds = gefl.measure_phases, []
+    monkeypatch.setattr(gefl, "measure_phases", lambda world: worlds.append(world) or measured(world))
 
     def carry_out(**changes):
         arguments = {"device": "cpu", "threads": 1, "clients": (2,), "epochs": 1, "steps": 1, "rounds": 1, "compile": False}
@@ -115,16 +115,16 @@ def test_the_bare_generator_learns_what_the_only_client_learns(brief_gefl, monke
     _, world = brief_gefl(clients=(1,), steps=2)
     found, made = in_memory.run(world), []
     monkeypatch.setattr(gefl, "Modules", lambda networks: made.append(Modules(networks)) or made[0])
-    assert gefl.bare_generator(world, found.states[1], found.places[0], fused=True) > 0
-    for path, leaf in tree.floating(tree.join(**{name: network.state_dict() for name, network in made[0].named_children()})).items():
+    assert gefl.time_bare_generator(world, found.states[1], found.places[0], fused=True) > 0
+    for path, leaf in tree.select_floating(tree.join(**{name: network.state_dict() for name, network in made[0].named_children()})).items():
         torch.testing.assert_close(leaf, found.states[1].server[path], rtol=1e-4, atol=1e-5, msg=lambda text, path=path: f"{path}: {text}")
 
 
 def test_what_samples_in_many_calls_is_timed_compiled_where_that_is_wanted(brief_gefl, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    compiling.compiled.cache_clear()
+    compiling.compile_forward.cache_clear()
     figures, _ = brief_gefl(compile=True)
-    compiling.compiled.cache_clear()
+    compiling.compile_forward.cache_clear()
     assert [name for name in figures if name.endswith("samples_per_s")] == ["cvae_samples_per_s", "ddpm_samples_per_s", "ddpm_compiled_samples_per_s"]
 
 

@@ -10,7 +10,7 @@ from hpcfl.federation.delivery import Delivery
 from hpcfl.federation.state import begin
 from hpcfl.training.group import Group
 from hpcfl.tree import Tree
-from hpcfl.wire.uplink import Statistics, Sums, Uploads
+from hpcfl.wire.uplink import Sums, Uplink, Uploads
 from tests.support.in_memory import bits, job, of_steps, run
 
 TWO = {"federation": {"clients": 2, "rounds": 2}, "models": {"names": ["mlp2"]}}
@@ -26,7 +26,7 @@ class Idle(Algorithm):
         return server
 
     def train(self, group: Group, message: Tree, site: ClientSite) -> Update:
-        return Update(group, Statistics({"w": Sums.weighted(group.clients, {"w": torch.ones(len(group.clients), 2)}, site.sizes(group))}))
+        return Update(group, Uplink({"w": Sums.weighted(group.clients, {"w": torch.ones(len(group.clients), 2)}, site.sizes(group))}))
 
     def aggregate(self, server: Tree, totals, site: ServerSite) -> Tree:
         return tree.transform(totals["w"].mean(), torch.Tensor.float)
@@ -48,13 +48,13 @@ def test_a_step_that_keeps_all_promises_is_carried_out(monkeypatch):
 
 def wrong_state(change):
     def train(self, group, message, site):
-        return Update(Group(group.architecture, group.clients, change(group.state)), Idle.train(self, group, message, site).statistics)
+        return Update(Group(group.architecture, group.clients, change(group.state)), Idle.train(self, group, message, site).uplink)
     return train
 
 
 CLIENTS_VERBS = {
     "a group alone": (lambda self, group, message, site: group, "gave a Group, wanted an Update"),
-    "a tuple": (lambda self, group, message, site: (group, Statistics()), "gave a tuple of Group, Statistics, wanted an Update"),
+    "a tuple": (lambda self, group, message, site: (group, Uplink()), "gave a tuple of Group, Uplink, wanted an Update"),
     "nothing": (lambda self, group, message, site: None, "gave None, wanted an Update"),
     "no group": (lambda self, group, message, site: Update(group.state), "gave a dict, wanted a Group"),
     "other clients": (lambda self, group, message, site: Update(group.select([0])), "gave a Group of mlp2, client 0, wanted mlp2, clients 0-1"),
@@ -68,7 +68,7 @@ CLIENTS_VERBS = {
     "few metrics": (lambda self, group, message, site: Update(group, metrics={"loss": torch.zeros(1)}),
                     "gave metric 'loss' as shape (1,), wanted a Tensor (2,)"),
     "a number": (lambda self, group, message, site: Update(group, metrics={"loss": 0.5}), "gave metric 'loss' as a float, wanted a Tensor (2,)"),
-    "statistics of others": (lambda self, group, message, site: Update(group, Statistics({"w": Uploads({7: {}})})),
+    "statistics of others": (lambda self, group, message, site: Update(group, Uplink({"w": Uploads({7: {}})})),
                              "sends up for client 7, wanted its own clients alone"),
     "statistics that do not fit": (lambda self, group, message, site: Sums.weighted([0, 1], {"x": torch.ones(3)}, torch.ones(2)),
                                    "'x': value is (3,), weight (2,), wanted a client axis of length 2"),
@@ -136,7 +136,7 @@ def test_what_refine_sends_up_is_refused_and_so_is_what_nobody_aggregates(monkey
 
     class Unheard(Algorithm):
         def train(self, group: Group, message: Tree, site: ClientSite) -> Update:
-            return Update(group, Statistics({"w": Uploads({client: {} for client in group.clients})}))
+            return Update(group, Uplink({"w": Uploads({client: {} for client in group.clients})}))
     assert "Unheard.train, clients 0-1: sends up 'w', but nobody takes it" in said(monkeypatch, Unheard)
 
 
@@ -147,7 +147,7 @@ def test_what_a_clients_verb_writes_in_place_counts_wherever_states_lie(monkeypa
             if in_place:
                 group.state["model/head.bias"].add_(1)
                 return Update(group)
-            return Update(group.holding("model", group.part("model") | {"head.bias": group.part("model")["head.bias"] + 1}))
+            return Update(group.with_part("model", group.part("model") | {"head.bias": group.part("model")["head.bias"] + 1}))
         return train
 
     def outcome(in_place: bool, residency: str) -> list:
@@ -173,10 +173,10 @@ def test_what_is_written_in_place_is_evaluated_again(monkeypatch):
 def test_what_a_client_keeps_of_a_message_does_not_change_with_the_servers_state(monkeypatch):
     class Keeping(Idle):
         def train(self, group: Group, message: Tree, site: ClientSite) -> Update:
-            return Update(group.holding("kept", {"w": message["w"].expand(len(group.clients), -1)}), Idle.train(self, group, message, site).statistics)
+            return Update(group.with_part("kept", {"w": message["w"].expand(len(group.clients), -1)}), Idle.train(self, group, message, site).uplink)
 
         def join(self, group: Group, site: ClientSite) -> Group:
-            return super().join(group, site).holding("kept", {"w": torch.zeros(len(group.clients), 2)})
+            return super().join(group, site).with_part("kept", {"w": torch.zeros(len(group.clients), 2)})
 
         def aggregate(self, server: Tree, totals, site: ServerSite) -> Tree:
             server["w"].add_(1)

@@ -11,7 +11,7 @@ import torch
 from hpcfl.contract import ClientSite
 from hpcfl.data import augment
 from hpcfl.data.augment import AUGMIX, AUTOAUGMENT, CHAINS, DEPTH, OF_BATCHES, OF_IMAGES, SEVERITY, Augmentation, augmix, crop_flip
-from hpcfl.data.shards import PLAIN, Scale, Shard, epochs
+from hpcfl.data.shards import PLAIN, Scale, Shard, iterate_epochs
 from hpcfl.errors import DataError, JobError
 from hpcfl.streams import Stream
 from tests.support.in_memory import bits, finite, job, run, world
@@ -31,7 +31,7 @@ def shard(count=20, scale=None):
 
 
 def batches(words, count=20, batch=8, stream=STREAM, alpha=1.0, times=1):
-    return list(epochs(shard(count), batch, times, stream, Augmentation(words, count, alpha)))
+    return list(iterate_epochs(shard(count), batch, times, stream, Augmentation(words, count, alpha)))
 
 
 def rows(word, images, seed=0):
@@ -212,7 +212,7 @@ def test_images_that_are_scaled_already_are_refused():
 
 @pytest.mark.parametrize("word", OF_IMAGES)
 def test_no_images_stay_no_images(word):
-    assert list(epochs(shard(0), 4, 1, STREAM, Augmentation((word,)))) == []
+    assert list(iterate_epochs(shard(0), 4, 1, STREAM, Augmentation((word,)))) == []
 
 
 # mixup and cutmix
@@ -287,14 +287,14 @@ def test_images_are_augmented_before_they_are_scaled():
     scale = Scale("standard", 12, (0.2, 0.5, 0.7), (0.1, 0.3, 0.25))
     own = Shard(noise(30, size=8) | 1, torch.arange(30), scale)
     black = scale(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))[0, :, 0, 0]
-    (batch,) = epochs(own, 30, 1, STREAM, Augmentation(("crop_flip",)))
+    (batch,) = iterate_epochs(own, 30, 1, STREAM, Augmentation(("crop_flip",)))
     corners = batch["x"][:, :, ::11, ::11].flatten(2)              # (B, C, 4)
     assert int((corners == black[:, None]).all(1).any(1).sum()) > 20
 
 
 def test_without_words_images_are_those_of_the_shard_to_the_bit():
     own = shard(20, Scale("standard", 12, (0.2, 0.5, 0.7), (0.1, 0.3, 0.25)))
-    for batch in epochs(own, 8, 2, STREAM, PLAIN):
+    for batch in iterate_epochs(own, 8, 2, STREAM, PLAIN):
         assert bits(batch) == bits({"x": own.pixels(batch["index"]), "y": own.labels[batch["index"]], "index": batch["index"]})
 
 

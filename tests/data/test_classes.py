@@ -49,7 +49,7 @@ def hpcfl(capsys, *arguments):
 def test_labels_with_gaps_are_numbered_anew_and_stay_as_names(tmp_path, values):
     given = np.array(values, dtype=np.uint64 if max(values) > 2**63 else np.int64)
     path = imported(tmp_path, given[np.arange(40) % 4], given[np.arange(8) % 4])
-    corpus, header = corpora.open_corpus("own"), archive.header(path)
+    corpus, header = corpora.open_corpus("own"), archive.read_header(path)
     assert corpus.classes == 4 and corpus.train_labels.tolist() == [0, 1, 2, 3] * 10 and corpus.test_labels.tolist() == [0, 1, 2, 3] * 2
     assert header.names == tuple(map(str, values)) and header.counts == {"train": (10,) * 4, "test": (2,) * 4}
     note = f"labels {', '.join(map(str, values))} became the numbers 0 to 3, in this order; the classes keep their labels as names"
@@ -71,7 +71,7 @@ def test_a_class_that_only_the_test_part_has_is_refused(tmp_path, cache, absent)
 
 def test_names_and_counts_are_in_the_file_and_in_what_lists_it(tmp_path, capsys):
     path = imported(tmp_path, np.array([1] * 5 + [2] * 3), np.array([1, 2, 2]))
-    row = next(row for row in store.listing() if row["name"] == "own")
+    row = next(row for row in store.list_data_sets() if row["name"] == "own")
     assert row["names"] == ["1", "2"] and row["counts"] == {"train": [5, 3], "test": [1, 2]}
     described = hdf5_view.describe(path)["members"]["classes"]["members"]
     assert described["names"]["first"] == ["1", "2"] and described["train"]["values"] == [5, 3] and described["test"]["values"] == [1, 2]
@@ -92,7 +92,7 @@ def test_an_import_says_what_it_holds(tmp_path, capsys):
 
 
 def test_many_classes_are_told_in_few_lines(tmp_path):
-    lines = store.described(imported(tmp_path, np.arange(300) % 100, np.arange(100))).splitlines()
+    lines = store.describe_file(imported(tmp_path, np.arange(300) % 100, np.arange(100))).splitlines()
     assert len(lines) == 23 and lines[-1] == "  and 80 more, with 3 training and 1 test images each"
 
 
@@ -110,15 +110,15 @@ def test_one_class_is_said_at_the_import_at_a_dry_run_and_when_a_run_starts(tmp_
 def test_what_was_left_out_at_the_import_is_said_when_a_run_starts(tmp_path, capsys):
     path = imported(tmp_path, np.arange(60) % 2 + 1, np.arange(10) % 2 + 1)
     folder = carry_out(tiny("standalone", data={"name": "own", "fraction": 1.0, "partition": "iid", "minimum": 1}, federation={"rounds": 1}), tmp_path / "run")
-    assert f"own: {archive.header(path).notes[0]}" in (folder / "log" / "rank-0000.log").read_text(encoding="utf-8")
+    assert f"own: {archive.read_header(path).notes[0]}" in (folder / "log" / "rank-0000.log").read_text(encoding="utf-8")
 
 
 def test_a_file_of_an_earlier_hpcfl_is_read_with_numbers_for_names(tmp_path):
     before = corpora.open_corpus("own") if imported(tmp_path, np.arange(40) % 4, np.arange(8) % 4) else None
-    path = as_an_earlier_hpcfl_wrote_it(store.path("own"))
+    path = as_an_earlier_hpcfl_wrote_it(store.find_path("own"))
     corpus = corpora.open_corpus("own")
     assert corpus.sha256 == before.sha256 and np.array_equal(corpus.train_images(), before.train_images()) and corpus.remarks == ()
-    assert archive.header(path).names == ("0", "1", "2", "3") and store.import_npz("own", tmp_path / "own.npz") == path
+    assert archive.read_header(path).names == ("0", "1", "2", "3") and store.import_npz("own", tmp_path / "own.npz") == path
 
 
 def test_gaps_that_an_earlier_hpcfl_took_for_classes_are_said_with_the_way_out(tmp_path, monkeypatch):
@@ -126,7 +126,7 @@ def test_gaps_that_an_earlier_hpcfl_took_for_classes_are_said_with_the_way_out(t
     monkeypatch.setattr(archive, "verify", lambda path: None)      # its sum was of these labels
     (said,) = corpora.open_corpus("own").remarks
     assert said.startswith("class 0 has no training images") and "delete the data set's file in the cache and import it again" in said
-    assert archive.header(path).classes == 5
+    assert archive.read_header(path).classes == 5
 
 
 def test_a_class_without_test_images_is_said(tmp_path):
@@ -145,7 +145,7 @@ def test_names_that_do_not_fit_the_classes_are_refused(tmp_path, names):
 
 
 def test_long_lists_are_cut_in_the_middle():
-    assert classes.listed([1, 2]) == "1, 2" and classes.listed(range(100)) == "0, 1, 2, 3, 4, 5, 6, 7, 8, 9 ... 99 (100 in all)"
+    assert classes.list_text([1, 2]) == "1, 2" and classes.list_text(range(100)) == "0, 1, 2, 3, 4, 5, 6, 7, 8, 9 ... 99 (100 in all)"
 
 
 def test_a_class_whose_name_would_steer_the_terminal_is_shown_escaped(tmp_path, capsys):
@@ -161,10 +161,10 @@ def test_a_class_whose_name_would_steer_the_terminal_is_shown_escaped(tmp_path, 
 def test_a_report_says_which_data_the_name_stood_for(tmp_path):
     path = imported(tmp_path, np.arange(60) % 2, np.arange(10) % 2)
     folder = carry_out(tiny("standalone", data={"name": "own", "fraction": 1.0, "partition": "iid", "minimum": 1}, federation={"rounds": 1}), tmp_path / "run")
-    found, header = summary.summary(folder), archive.header(path)
+    found, header = summary.summarise(folder), archive.read_header(path)
     assert (found["data"], found["data_source"], found["data_sha256"]) == ("own", str(tmp_path / "own.npz"), header.sha256)
     recording = read(folder)
     assert f"standalone on own ({tmp_path / 'own.npz'}, SHA-256 {header.sha256[:12]}), 5 clients" in page._headline(page.Run(1, "standalone", recording, found), False)
     with h5py.File(folder / "metrics.h5", "r+") as file:           # as an earlier hpcfl wrote it
         del file.attrs["data_source"]
-    assert "standalone on own, 5 clients" in page._headline(page.Run(1, "standalone", recording, summary.summary(folder)), False)
+    assert "standalone on own, 5 clients" in page._headline(page.Run(1, "standalone", recording, summary.summarise(folder)), False)

@@ -229,7 +229,7 @@ def test_a_cache_for_reading_only_works_and_stays_as_it_is(monkeypatch):
                 (cache / "probe").touch()
             except PermissionError:
                 answers.put(corpora.open_corpus("own").train_images(np.array([7])).tobytes())
-            answers.put(store.listing()[2]["status"])
+            answers.put(store.list_data_sets()[2]["status"])
         process = context.Process(target=run)
         process.start()
         process.join(30)
@@ -246,7 +246,7 @@ def test_poisoned_test_labels_do_not_change_the_split(tmp_path, monkeypatch):
     for name, labels in (("clean", np.arange(50) % 5), ("poisoned", 4 - np.arange(50) % 5)):
         np.savez(tmp_path / f"{name}.npz", **content() | {"y_test": labels})
         store.import_npz(name, tmp_path / f"{name}.npz")
-        splits.append(partition.split(corpora.open_corpus(name).train_labels, 4, Data(partition="dirichlet", alpha=0.5, public_fraction=0.1), 0))
+        splits.append(partition.partition_samples(corpora.open_corpus(name).train_labels, 4, Data(partition="dirichlet", alpha=0.5, public_fraction=0.1), 0))
     for part in ("train", "validation", "test"):
         assert all(np.array_equal(a, b) for a, b in zip(getattr(splits[0], part), getattr(splits[1], part), strict=True))
     assert np.array_equal(splits[0].public, splits[1].public)

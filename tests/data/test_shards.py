@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hpcfl.data import corpora, shards
-from hpcfl.data.shards import Scale, Shard, epochs
+from hpcfl.data.shards import Scale, Shard, iterate_epochs
 from hpcfl.errors import DataError
 from hpcfl.streams import Stream
 
@@ -28,19 +28,19 @@ def test_black_and_white_are_exactly_the_ends_of_the_range(values, ends):
 
 def test_standard_values_have_mean_zero_and_deviation_one_per_channel():
     images = noise(3000)[:, :, ::2] // torch.tensor([1, 2, 5], dtype=torch.uint8).view(3, 1, 1)
-    x = Scale.fit(images.numpy(), "standard")(images).double()
+    x = Scale.from_images(images.numpy(), "standard")(images).double()
     assert torch.allclose(x.mean((0, 2, 3)), torch.zeros(3, dtype=torch.float64), atol=1e-6)
     assert torch.allclose(x.std((0, 2, 3), correction=0), torch.ones(3, dtype=torch.float64), atol=1e-6)
 
 
 def test_a_constant_channel_does_not_divide_by_zero():
-    scale = Scale.fit(np.full((4, 1, 2, 2), 51, dtype=np.uint8), "standard")
+    scale = Scale.from_images(np.full((4, 1, 2, 2), 51, dtype=np.uint8), "standard")
     assert scale.std == (1.0,) and scale(torch.full((1, 1, 2, 2), 51, dtype=torch.uint8)).abs().max() < 1e-6
 
 
 def test_fit_does_not_depend_on_the_order_of_the_images():
     images = noise(2500).numpy()
-    assert Scale.fit(images, "standard") == Scale.fit(images[::-1], "standard")
+    assert Scale.from_images(images, "standard") == Scale.from_images(images[::-1], "standard")
 
 
 @pytest.mark.parametrize("values", sorted(SCALES))
@@ -100,7 +100,7 @@ def test_a_range_that_does_not_exist_is_refused():
     with pytest.raises(DataError, match="Scale.fit"):
         Scale("standard")
     with pytest.raises(DataError, match="at least one image"):
-        Scale.fit(np.empty((0, 1, 2, 2), dtype=np.uint8), "standard")
+        Scale.from_images(np.empty((0, 1, 2, 2), dtype=np.uint8), "standard")
 
 
 def test_images_and_labels_that_do_not_fit_are_refused():
@@ -130,7 +130,7 @@ def test_load_gives_each_part_its_own_images_by_one_read():
 
 def test_an_epoch_brings_every_image_once_with_its_label():
     own = shard(23)
-    batches = list(epochs(own, 5, 3, Stream(0, "batches")))
+    batches = list(iterate_epochs(own, 5, 3, Stream(0, "batches")))
     assert [len(batch["y"]) for batch in batches] == [5, 5, 5, 5, 3] * 3
     for epoch in range(3):
         y = torch.cat([batch["y"] for batch in batches[5 * epoch:5 * epoch + 5]])
@@ -141,7 +141,7 @@ def test_an_epoch_brings_every_image_once_with_its_label():
 
 def test_batches_follow_from_the_stream_alone():
     def order(stream):
-        return torch.cat([batch["y"] for batch in epochs(shard(), 4, 2, stream)]).tolist()
+        return torch.cat([batch["y"] for batch in iterate_epochs(shard(), 4, 2, stream)]).tolist()
     torch.manual_seed(1)
     first = order(Stream(0, "batches", client=1, round=2))
     torch.manual_seed(2)
@@ -153,7 +153,7 @@ def test_batches_follow_from_the_stream_alone():
 @pytest.mark.parametrize(("count", "batch", "sizes"), [
     (11, 5, [5, 6]), (10, 5, [5, 5]), (9, 5, [5, 4]), (6, 5, [6]), (1, 5, [1]), (3, 1, [1, 1, 1]), (3, 2, [3]), (4, 9, [4]), (0, 4, [])])
 def test_a_last_batch_of_one_joins_the_batch_before(count, batch, sizes):
-    assert [len(found["y"]) for found in epochs(shard(count), batch, 1, Stream(0, "batches"))] == sizes
+    assert [len(found["y"]) for found in iterate_epochs(shard(count), batch, 1, Stream(0, "batches"))] == sizes
 
 
 @pytest.mark.parametrize("device, may_overlap", [("cpu", False), ("cuda", True)])
@@ -167,7 +167,7 @@ def test_only_copies_to_a_gpu_may_overlap(device, may_overlap, monkeypatch):
 
 @pytest.mark.gpu
 def test_batches_are_the_same_on_a_gpu():
-    on_cpu, on_gpu = (list(epochs(shard().to(device), 7, 1, Stream(0, "batches"))) for device in ("cpu", "cuda"))
+    on_cpu, on_gpu = (list(iterate_epochs(shard().to(device), 7, 1, Stream(0, "batches"))) for device in ("cpu", "cuda"))
     for one, other in zip(on_cpu, on_gpu, strict=True):
         assert other["x"].is_cuda and torch.equal(one["y"], other["y"].cpu())
         assert torch.allclose(one["x"], other["x"].cpu())

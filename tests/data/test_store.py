@@ -100,21 +100,21 @@ def test_floats_between_zero_and_one_become_bytes_and_that_is_noted(tmp_path):
     path = store.import_npz("own", npz(tmp_path, x_train=given["x_train"] / np.float32(255)))
     images = corpora.open_corpus("own").train_images()
     assert images.dtype == np.uint8 and np.array_equal(images, given["x_train"])
-    assert archive.header(path).notes == ("x_train was float32 in [0, 1] and became uint8, 255 times as large",)
+    assert archive.read_header(path).notes == ("x_train was float32 in [0, 1] and became uint8, 255 times as large",)
 
 
 def test_floats_between_the_levels_are_noted_with_what_rounding_took(tmp_path):
     images = np.full((6, 3, 6, 5), 0.5 / 255)
     images[0] = 1.0
     path = store.import_npz("own", npz(tmp_path, x_test=images))
-    assert archive.header(path).notes == (
+    assert archive.read_header(path).notes == (
         "x_test was float64 in [0, 1] and became uint8, 255 times as large, numbers between these levels rounded, by 0.002 at most",)
 
 
 def test_images_that_are_nearly_black_are_noted(tmp_path):
     given = arrays()
     path = store.import_npz("own", npz(tmp_path, x_train=given["x_train"] // 128, x_test=given["x_test"] // 128))
-    assert archive.header(path).notes == ("no value is above 1 of 255: the images are nearly black; save them as 0 to 255, or as floats in [0, 1]",)
+    assert archive.read_header(path).notes == ("no value is above 1 of 255: the images are nearly black; save them as 0 to 255, or as floats in [0, 1]",)
 
 
 def with_nan():
@@ -177,13 +177,13 @@ def test_no_pickle_is_run_whatever_it_is_called(tmp_path, cache):
 @pytest.mark.parametrize("damage", ["truncate", "flip"])
 def test_a_damaged_npz_is_refused_or_harmless(tmp_path, damage):
     file, generator = npz(tmp_path), np.random.default_rng(0)
-    whole, wanted, refused = file.read_bytes(), archive.digest(read_npz(file)), 0
+    whole, wanted, refused = file.read_bytes(), archive.compute_digest(read_npz(file)), 0
     for _ in range(60):
         at, content = int(generator.integers(len(whole))), bytearray(whole)
         content[at] ^= 0xFF
         file.write_bytes(whole[:at] if damage == "truncate" else content)
         try:
-            assert archive.digest(read_npz(file)) == wanted
+            assert archive.compute_digest(read_npz(file)) == wanted
         except DataError as error:
             assert str(file) in str(error)
             refused += 1
@@ -212,7 +212,7 @@ def test_a_name_that_no_file_can_have_is_refused_and_not_looked_for():
 
 def impostor(folder, name, source="/somewhere/noise.npz"):
     """A file under the name of a published data set that `get` did not make."""
-    data = sources.checked("noise", *arrays().values())
+    data = sources.build_labelled("noise", *arrays().values())
     folder.mkdir(exist_ok=True)
     with replacing(folder / f"{name}.h5") as draft:
         archive.write(draft, name, data, source, "as the source says")
@@ -227,7 +227,7 @@ def test_other_data_under_the_name_of_a_published_set_are_not_taken_for_it(small
     for use in (lambda: corpora.open_corpus("mnist"), lambda: store.get("mnist"), lambda: store.get("mnist", small_mnist)):
         with pytest.raises(DataError, match=way_out):
             use()
-    row = next(row for row in store.listing() if row["name"] == "mnist")
+    row = next(row for row in store.list_data_sets() if row["name"] == "mnist")
     assert row["status"] == "damaged" and "hpcfl data get mnist" in row["problem"] and file.read_bytes() == before
     file.unlink()
     store.get("mnist", small_mnist)
@@ -364,7 +364,7 @@ def test_hidden_names_are_no_data_at_any_depth(tmp_path, packed):
                 file.writestr(name, content)
         source = tmp_path / "hidden.zip"
     found, wanted = sources.read_folder(source), sources.read_folder(plain)
-    assert archive.digest(found) == archive.digest(wanted) and found.names == ("cat", "dog") and found.notes == ()
+    assert archive.compute_digest(found) == archive.compute_digest(wanted) and found.names == ("cat", "dog") and found.notes == ()
 
 
 def test_what_is_left_out_of_a_folder_is_noted(tmp_path):
@@ -437,7 +437,7 @@ def test_tiny_imagenet_reads_its_val_part_as_test_set_from_zip_or_folder(tmp_pat
     assert corpus.shape == (3, 64, 64) and corpus.train_labels.tolist() == [0, 0, 0, 1, 1, 1] and corpus.test_labels.tolist() == [1, 0]
     zipfile.ZipFile(packed).extractall(tmp_path / "unpacked")
     for place in (tmp_path, tmp_path / "unpacked", tmp_path / "unpacked" / "tiny-imagenet-200"):
-        assert archive.digest(sources.read_tiny_imagenet(place)) == corpus.sha256
+        assert archive.compute_digest(sources.read_tiny_imagenet(place)) == corpus.sha256
 
 
 def idx(values):
@@ -476,8 +476,8 @@ def test_unpacked_mnist_files_are_checked_by_their_length(small_mnist):
     for packed in (small_mnist / "MNIST" / "raw").glob("*.gz"):
         packed.with_suffix("").write_bytes(gzip.decompress(packed.read_bytes()))
         packed.unlink()
-    wanted = archive.digest(sources.PUBLISHED["mnist"].read(small_mnist))
-    assert wanted == archive.digest(sources.PUBLISHED["mnist"].read(small_mnist / "MNIST"))
+    wanted = archive.compute_digest(sources.PUBLISHED["mnist"].read(small_mnist))
+    assert wanted == archive.compute_digest(sources.PUBLISHED["mnist"].read(small_mnist / "MNIST"))
     file = small_mnist / "MNIST" / "raw" / "t10k-images-idx3-ubyte"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(DataError, match="t10k-images-idx3-ubyte: cannot be read as an IDX file"):
@@ -543,14 +543,14 @@ def test_the_listing_tells_embedded_cached_damaged_and_absent_apart(tmp_path):
     store.import_npz("own", npz(tmp_path))
     broken = store.import_npz("broken", npz(tmp_path))
     broken.write_bytes(broken.read_bytes()[:900])
-    rows = {row["name"]: row for row in store.listing()}
+    rows = {row["name"]: row for row in store.list_data_sets()}
     assert {name: row["status"] for name, row in rows.items() if name in ("digits", "random", "own", "broken", "mnist")} == {
         "digits": "embedded", "random": "embedded", "own": "cached", "broken": "damaged", "mnist": "absent"}
     assert rows["own"]["shape"] == [3, 6, 5] and rows["own"]["train"] == 30 and "broken.h5" in rows["broken"]["problem"]
 
 
 def test_a_listing_of_no_cache_makes_none(cache):
-    assert {row["status"] for row in store.listing()} == {"embedded", "absent"} and not cache.exists()
+    assert {row["status"] for row in store.list_data_sets()} == {"embedded", "absent"} and not cache.exists()
 
 
 @pytest.mark.parametrize(("name", "place", "shape", "sizes"), [

@@ -14,8 +14,8 @@ from hpcfl.errors import CheckpointError, EnvironmentFault
 from hpcfl.federation.world import World
 from hpcfl.runs import host_limits
 from hpcfl.wire.communicator import Alone, Communicator, connect
-from hpcfl.wire.launchers import Launch, launched
-from hpcfl.wording import duration, shares, size, spoken
+from hpcfl.wire.launchers import Launch, read_launch
+from hpcfl.wording import byte_text, duration_text, numbers_text, shared_text
 from tests.support.tiny_runs import tiny
 from tests.support.verdict import mpi_assert
 
@@ -98,7 +98,7 @@ def test_limits_of_control_groups_of_version_2_hold_from_the_own_group_up_to_the
     groups("0::/job/step\n", **{"cpu.max": "max 100000", "job/cpu.max": "150000 100000", "job/step/cpu.max": "max 100000", "job/memory.max": "3000",
                                 "job/memory.current": "2500", "job/memory.stat": "anon 2000\ninactive_file 400\n", "job/step/memory.max": "max",
                                 "job/step/memory.current": "2500"})
-    assert host_limits.quota_cores() == 1.5 and host_limits.memory_left_bytes() == 900
+    assert host_limits.read_quota_cores() == 1.5 and host_limits.read_memory_left_bytes() == 900
 
 
 def test_limits_of_control_groups_of_version_1(groups):
@@ -106,26 +106,26 @@ def test_limits_of_control_groups_of_version_1(groups):
         "cpu/slurm/cpu.cfs_quota_us": "400000", "cpu/slurm/cpu.cfs_period_us": "100000", "cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000",
         "memory/slurm/job/memory.limit_in_bytes": "5000", "memory/slurm/job/memory.usage_in_bytes": "4000", "memory/memory.limit_in_bytes": str(2 ** 63 - 4096),
         "memory/memory.usage_in_bytes": "4000"})
-    assert host_limits.quota_cores() == 4.0 and host_limits.memory_left_bytes() == 1000
+    assert host_limits.read_quota_cores() == 4.0 and host_limits.read_memory_left_bytes() == 1000
 
 
 def test_without_control_groups_the_host_is_the_limit(groups):
     groups("0::/elsewhere\n")
-    assert host_limits.quota_cores() == float("inf") and host_limits.memory_left_bytes() > 10 ** 6
+    assert host_limits.read_quota_cores() == float("inf") and host_limits.read_memory_left_bytes() > 10 ** 6
 
 
 def test_the_launcher_has_the_cores_of_the_parent_or_what_slurm_grants():
     parents = len(psutil.Process().parent().cpu_affinity())
-    assert host_limits.launcher_cores({}) == parents and host_limits.launcher_cores({"SLURM_CPUS_ON_NODE": "1"}) == 1
+    assert host_limits.read_launcher_cores({}) == parents and host_limits.read_launcher_cores({"SLURM_CPUS_ON_NODE": "1"}) == 1
     for told in ("9999", "", "8(x2)"):
-        assert host_limits.launcher_cores({"SLURM_CPUS_ON_NODE": told}) == parents
+        assert host_limits.read_launcher_cores({"SLURM_CPUS_ON_NODE": told}) == parents
 
 
 @pytest.mark.parametrize(("environment", "launch"), [
     ({}, None), ({"SLURM_NTASKS": "4"}, None), ({"SLURM_NTASKS": "4", "SLURM_STEP_ID": "0", "SLURM_PROCID": "3"}, Launch("srun", "SLURM_NTASKS", 4, 3)),
     ({"PMI_SIZE": "2", "PMI_RANK": "1", "SLURM_STEP_NUM_TASKS": "1"}, Launch("mpirun of MPICH or Intel MPI", "PMI_SIZE", 2, 1))])
 def test_what_a_launcher_says(environment, launch):
-    assert launched(environment) == launch
+    assert read_launch(environment) == launch
 
 
 @pytest.mark.mpi(min_size=2)
@@ -209,13 +209,13 @@ def test_what_does_not_appear_is_not_waited_for_long(tmp_path, monkeypatch):
 
 
 def test_a_collective_takes_what_lies_between_or_beyond_those_that_were_timed():
-    assert [estimate.seconds(WIRE, "Bcast", count) for count in (0, 4, 8, 58, 108, 554, 1000, 3000)] == [0, 1, 1, 1.5, 2, 3, 4, 12]
-    assert estimate.seconds(WIRE, "Reduce", 100) == estimate.seconds([], "Bcast", 100) == 0
+    assert [estimate.interpolate_seconds(WIRE, "Bcast", count) for count in (0, 4, 8, 58, 108, 554, 1000, 3000)] == [0, 1, 1, 1.5, 2, 3, 4, 12]
+    assert estimate.interpolate_seconds(WIRE, "Reduce", 100) == estimate.interpolate_seconds([], "Bcast", 100) == 0
 
 
 def test_the_load_of_a_rank_is_its_clients_their_batches_and_the_time_of_each():
     here = world(federation={"clients": 5, "rounds": 3}, training={"batch": 8, "epochs": 2})
-    load, parts = estimate.load_of(here), [here.split.train[client] for client in range(5)]
+    load, parts = estimate.measure_load(here), [here.split.train[client] for client in range(5)]
     assert load.clients == {"mlp2": 3, "cnn1": 2}
     for architecture, clients in (("mlp2", (0, 2, 4)), ("cnn1", (1, 3))):
         group = next(group for group in here.join() if group.clients == clients)
@@ -228,9 +228,9 @@ def test_the_load_of_a_rank_is_its_clients_their_batches_and_the_time_of_each():
 def test_a_load_says_how_long_its_batches_took_for_want_of_a_core(monkeypatch):
     told = iter([(2.0, 1.0), (3.0, 20.0)])
     monkeypatch.setattr(estimate, "core_seconds", lambda: next(told))
-    assert estimate.load_of(world()).crowding == 20                # 1 s of work, and 19 of waiting
+    assert estimate.measure_load(world()).crowding == 20                # 1 s of work, and 19 of waiting
     monkeypatch.setattr(estimate, "core_seconds", lambda: (0.0, 0.0))
-    assert estimate.load_of(world()).crowding == 1                 # a system that does not tell
+    assert estimate.measure_load(world()).crowding == 1                 # a system that does not tell
 
 
 def test_a_process_knows_how_long_it_had_a_core_and_how_long_it_waited(tmp_path, monkeypatch):
@@ -239,9 +239,9 @@ def test_a_process_knows_how_long_it_had_a_core_and_how_long_it_waited(tmp_path,
         (tmp_path / task / "schedstat").write_text(text)
     (tmp_path / "10").mkdir()                                      # a thread that is gone by now
     monkeypatch.setattr(host_limits, "TASKS", tmp_path)
-    assert host_limits.core_seconds() == (2.0, 2.5)
+    assert host_limits.read_core_seconds() == (2.0, 2.5)
     monkeypatch.setattr(host_limits, "TASKS", tmp_path / "none")
-    assert host_limits.core_seconds() == (0.0, 0.0)
+    assert host_limits.read_core_seconds() == (0.0, 0.0)
 
 
 def test_clients_that_train_beside_each_other_share_the_time_of_a_batch(monkeypatch):
@@ -252,28 +252,28 @@ def test_clients_that_train_beside_each_other_share_the_time_of_a_batch(monkeypa
 
 def test_a_round_costs_most_where_a_rank_has_most_to_do_and_nothing_where_nothing_travels():
     loads = tuple(estimate.Load({"cnn1": count}, {"cnn1": 10 * count}, {"cnn1": 0.1}, 0) for count in (1, 3))
-    found = estimate.a_round(world(federation={"participation": 0.5}), loads, WIRE)
+    found = estimate.estimate_round(world(federation={"participation": 0.5}), loads, WIRE)
     assert found.train_s == pytest.approx(0.5 * 3) and found.up_by == "Reduce" and found.small_s == estimate.SMALL_CALLS and 0 < found.wire_share < 1
-    alone = estimate.a_round(World(tiny("standalone"), Communicator(Alone()), torch.device("cpu")), loads, WIRE)
+    alone = estimate.estimate_round(World(tiny("standalone"), Communicator(Alone()), torch.device("cpu")), loads, WIRE)
     assert (alone.down_bytes, alone.up_bytes, alone.down_s, alone.up_s) == (0, 0, 0, 0)
-    gathering = estimate.a_round(world(run={"deterministic": True}, federation={"participation": 1.0}), loads, WIRE)
-    assert gathering.up_by == "Gatherv" and gathering.up_bytes == 3 * estimate.model_bytes(world(), "cnn1")
+    gathering = estimate.estimate_round(world(run={"deterministic": True}, federation={"participation": 1.0}), loads, WIRE)
+    assert gathering.up_by == "Gatherv" and gathering.up_bytes == 3 * estimate.count_model_bytes(world(), "cnn1")
 
 
 @pytest.mark.parametrize(("count", "text"), [
     (0, "0 B"), (8, "8 B"), (999, "999 B"), (1000, "1 kB"), (4194304, "4.19 MB"), (7.5e10, "75 GB"), (5e15, "5000 TB")])
 def test_bytes_in_words(count, text):
-    assert size(count) == text
+    assert byte_text(count) == text
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(4.2e-6, "4.2 us"), (0.0123, "12.3 ms"), (1.5, "1.5 s"), (0.0, "0 us"), (3600.0, "3600 s")])
 def test_seconds_in_words(seconds, text):
-    assert duration(seconds) == text
+    assert duration_text(seconds) == text
 
 
 def test_ranks_in_words():
-    assert spoken([3]) == "rank 3" and spoken([0, 1, 2, 5, 7, 8]) == "ranks 0-2, 5, 7-8"
-    assert shares({"a": [0, 1]}) == "a" and shares({"a": [0, 2], "b": [1]}) == "ranks 0, 2: a; rank 1: b"
+    assert numbers_text([3]) == "rank 3" and numbers_text([0, 1, 2, 5, 7, 8]) == "ranks 0-2, 5, 7-8"
+    assert shared_text({"a": [0, 1]}) == "a" and shared_text({"a": [0, 2], "b": [1]}) == "ranks 0, 2: a; rank 1: b"
 
 
 def test_whatever_is_raised_becomes_words():

@@ -8,7 +8,7 @@ import torch
 
 from hpcfl.contract import Phase
 from hpcfl.errors import JobError
-from hpcfl.federation.answers import Answers, simulate
+from hpcfl.federation.answers import Answers, simulate_answers
 from hpcfl.federation.state import schedule
 from hpcfl.federation.world import World
 from hpcfl.report import page, summary
@@ -22,12 +22,12 @@ UNRELIABLE = {"clients": 5, "rounds": 6, "dropout": 0.3, "delay": "lognormal", "
 
 
 def answers(row: int, cohort=range(1000), seed: int = 0, **settings) -> Answers:
-    return simulate(replace(Federation(), clients=1000, **settings), lambda purpose: Stream(seed, purpose, round=row), tuple(cohort))
+    return simulate_answers(replace(Federation(), clients=1000, **settings), lambda purpose: Stream(seed, purpose, round=row), tuple(cohort))
 
 
 def lost_at(*rows: int):
     """World.answers of a job in which nobody answers in some rounds."""
-    asked = World.answers
+    asked = World.ask
 
     def patched(self, phase, row):
         found = asked(self, phase, row)
@@ -93,7 +93,7 @@ def test_what_a_lost_client_had_it_keeps_and_it_pays_for_the_download():
     found = run(world(job("fedavg", federation=UNRELIABLE)))
     lost_behind = False
     for position, place in enumerate(found.places):
-        happened = found.world.answers(place.phase, place.row)
+        happened = found.world.ask(place.phase, place.row)
         account = found.accounts[position]
         for client in range(5):
             before, after = (bits(found.state(client, position + step)) for step in (0, 1))
@@ -113,7 +113,7 @@ def test_a_lost_client_downloads_the_message_it_was_asked_with_and_no_later_one(
     described = tiny("fedvtc, sums", federation={"clients": 3, "rounds": 2, "participation": 1.0})
     some = world(described)
     (lost, *others) = range(3)
-    some.answers = lambda phase, row: Answers((0, 1, 2), tuple(others), simulated=True) if phase.asks else World.answers(some, phase, row)
+    some.ask = lambda phase, row: Answers((0, 1, 2), tuple(others), simulated=True) if phase.asks else World.ask(some, phase, row)
     some = run(some)
     first = some.places[1].phase.asks
     wanted = sum(leaf.nbytes for leaf in first.receive(first.publish(some.states[1].server), "mlp2").values())
@@ -125,7 +125,7 @@ def test_the_server_learns_from_those_who_answer_as_if_nobody_else_had_been_aske
     described = job("fedavg", federation=UNRELIABLE)
     found = run(world(described))
     reliable = world(job("fedavg", federation={"clients": 5, "rounds": 6}))
-    reliable.cohort = lambda phase, row: found.world.answers(phase, row).answered
+    reliable.cohort = lambda phase, row: found.world.ask(phase, row).answered
     asked = run(reliable)
     for one, other in zip(found.states, asked.states, strict=True):
         assert bits(one.server) == bits(other.server)
@@ -154,7 +154,7 @@ def test_no_method_minds_a_round_without_answers(case):
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_in_which_nobody_ever_answers_comes_to_its_end(case, tmp_path):
     folder = carry_out(tiny(case, federation={"dropout": 1.0}), tmp_path / "run")
-    assert (folder / "STATUS").read_text() == "done\n" and np.isfinite(summary.summary(folder)["accuracy"]["generalization"]["mean"])
+    assert (folder / "STATUS").read_text() == "done\n" and np.isfinite(summary.summarise(folder)["accuracy"]["generalization"]["mean"])
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +183,7 @@ def test_a_resumed_run_loses_the_same_clients(unreliable, tmp_path):
 
 def test_the_report_counts_answers(unreliable, tmp_path, capsys):
     described, folder = unreliable
-    answered, found = outcome(folder).metrics["conditions/answered"], summary.summary(folder)["conditions"]
+    answered, found = outcome(folder).metrics["conditions/answered"], summary.summarise(folder)["conditions"]
     assert found["asked"] == (answered >= 0).sum() == 18 and found["answered"] == (answered == 1).sum() < 18
     assert found["dropped"] + found["late"] == found["asked"] - found["answered"]
     assert found["simulated_s"] == outcome(folder).metrics["conditions/duration_s"].sum()
@@ -191,7 +191,7 @@ def test_the_report_counts_answers(unreliable, tmp_path, capsys):
     assert f"{found['dropped']} dropped out, {found['late']} late" in text and ">Answers</th>" in text
     carry_out(described, tmp_path / "again")
     assert f"answers {(answered[0] == 1).sum()}/3" in capsys.readouterr().out
-    assert summary.summary(carry_out(tiny("standalone"), tmp_path / "usual"))["conditions"] is None
+    assert summary.summarise(carry_out(tiny("standalone"), tmp_path / "usual"))["conditions"] is None
 
 
 @pytest.mark.parametrize("setting", [{"dropout": 1.1}, {"dropout": -0.1}, {"delay": "uniform"}, {"delay_mean": 0}, {"deadline": -1}])

@@ -107,7 +107,7 @@ class Sending(FedAvg):
     def train(self, group, message, site):
         update = super().train(group, message, site)
         uploads = {client: {"n": torch.tensor(math.inf if client == 2 else 1.0)} for client in group.clients}
-        return Update(group, replace(update.statistics, parts={**update.statistics.parts, "extra": Uploads(uploads)}), update.metrics)
+        return Update(group, replace(update.uplink, pieces={**update.uplink.pieces, "extra": Uploads(uploads)}), update.metrics)
 
     def aggregate(self, server, totals, site):
         return super().aggregate(server, {name: total for name, total in totals.items() if name != "extra"}, site) | {

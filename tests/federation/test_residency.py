@@ -11,9 +11,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hpcfl.doctor.estimate import load_of, model_bytes
+from hpcfl.doctor.estimate import count_model_bytes, measure_load
 from hpcfl.errors import EnvironmentFault
-from hpcfl.federation.loop import regrouped
+from hpcfl.federation.loop import regroup
 from hpcfl.federation.residency import RESIDENCIES, Disk, Host
 from hpcfl.federation.state import begin
 from hpcfl.files.scratch import Scratch
@@ -102,7 +102,7 @@ def test_a_group_has_at_most_a_chunk_of_clients_of_one_architecture_in_every_rou
     world = in_memory.world(in_memory.job("fedrolex", federation={"clients": 7}, models={"size_schedule": "rotate"}, residency={"chunk": 2, "location": "disk"}))
     state = begin(world)
     for row in range(3):
-        state = regrouped(world, state, row)
+        state = regroup(world, state, row)
         assert sorted(client for group in state.groups for client in group.clients) == list(range(7))
         assert {client: group.architecture for group in state.groups for client in group.clients} == {k: world.problem.architecture(k, row) for k in range(7)}
         assert all(len(group.clients) <= 2 and group.clients == group.fetch().clients for group in state.groups)
@@ -128,14 +128,14 @@ def watched(monkeypatch) -> Iterator[list[int]]:
             return function(*arguments)
         return looked
 
-    def clients(state, written=checkpoint._clients):
+    def clients(state, written=checkpoint._iterate_clients):
         for each in written(state):
             seen.append(bytes_of_tensors())
             yield each
     with monkeypatch.context() as patch:
-        patch.setattr(Group, "updated", before(Group.updated))
+        patch.setattr(Group, "updated", before(Group.with_rows))
         patch.setattr(examination, "bind", before(examination.bind))
-        patch.setattr(checkpoint, "_clients", clients)
+        patch.setattr(checkpoint, "_iterate_clients", clients)
         yield seen
 
 
@@ -199,7 +199,7 @@ def test_what_is_summed_is_kept_once_unless_its_order_matters(exact, monkeypatch
     monkeypatch.setattr(Communicator, "combine", lambda self, statistics: brought.append(statistics) or combine(self, statistics))
     followed = in_memory.run(world)
     for statistics, account in zip(brought, followed.accounts, strict=True):
-        sums = statistics.parts["mlp2"]
+        sums = statistics.pieces["mlp2"]
         assert (len(sums.contributions), len(sums.partial)) == ((6, 0) if exact else (0, 1))
         assert account["up"] == sums.simulated_bytes() and len(set(account["up"].values())) == 1
     model = sum(leaf.nbytes for path, leaf in followed.state(0).items() if leaf.is_floating_point())
@@ -208,8 +208,8 @@ def test_what_is_summed_is_kept_once_unless_its_order_matters(exact, monkeypatch
 
 def test_what_a_rank_needs_follows_from_where_the_states_lie():
     def needed(**residency) -> int:
-        return load_of(in_memory.world(in_memory.job("fedavg", federation={"clients": 12}, models={"names": ["mlp2"]}, residency=residency))).needed_bytes
-    one = model_bytes(in_memory.world(in_memory.job("fedavg")), "mlp2")
+        return measure_load(in_memory.world(in_memory.job("fedavg", federation={"clients": 12}, models={"names": ["mlp2"]}, residency=residency))).needed_bytes
+    one = count_model_bytes(in_memory.world(in_memory.job("fedavg")), "mlp2")
     assert needed() - needed(location="disk", chunk=1) == (2 * 12 - 3) * one
     assert needed() == needed(location="host", chunk=1), "on a CPU the host's memory is the device's"
 
@@ -249,7 +249,7 @@ def test_groups_on_the_device_are_what_they_are():
 
 def test_models_that_did_not_change_are_not_evaluated_again(tmp_path, monkeypatch):
     """GeFL's clients train a generator first; their own models, put away meanwhile, are those of the evaluation before."""
-    evaluated, asked = [], Examination._asked
+    evaluated, asked = [], Examination._ask
     monkeypatch.setattr(Examination, "_asked", lambda self, group, known: evaluated.extend(group.clients) or asked(self, group, known))
     job = tiny("gefl", algorithm={"generator_rounds": 3, "generator_epochs": 1, "latent": 4}, evaluation={"every": 1},
                federation={"participation": 1.0, "rounds": 1})

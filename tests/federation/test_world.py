@@ -10,11 +10,11 @@ import torch
 
 from hpcfl.algorithms import CONFIGS
 from hpcfl.contract import ClientSite, Holdings, Phase, Problem, ServerSite
-from hpcfl.data.shards import epochs
+from hpcfl.data.shards import iterate_epochs
 from hpcfl.errors import DataError, JobError, NonFiniteError
 from hpcfl.federation.ledger import Ledger
 from hpcfl.federation.world import World
-from hpcfl.latents.announced import Known
+from hpcfl.latents.announced import AnnouncedGaussians
 from hpcfl.settings.job import resolve
 from hpcfl.training.losses import cross_entropy
 from hpcfl.training.optimizers import Optimizer
@@ -142,12 +142,12 @@ def test_the_server_trains_on_public_images_by_the_same_loop_as_a_client():
     group, turn = observed.join()[0].select([1]), Turn(("model",), cross_entropy, Optimizer("sgd", 0.1))
     server, modules = observed.server_site(phase, 0, Ledger(observed.problem.device)), observed.modules[group.architecture]
     client = replace(observed.client_site(group, phase, 0), holdings={1: Holdings(public, public)})
-    trained, metrics = server.fit(group, modules, [turn], lambda model: epochs(server.public, 16, 1, server.stream("batches")))
-    same, _ = client.fit(group, [turn], lambda model: epochs(public, 16, 1, server.stream("batches")))
+    trained, metrics = server.fit(group, modules, [turn], lambda model: iterate_epochs(server.public, 16, 1, server.stream("batches")))
+    same, _ = client.fit(group, [turn], lambda model: iterate_epochs(public, 16, 1, server.stream("batches")))
     assert bits(trained.state) == bits(same.state) != bits(group.state) and metrics["loss"].shape == (1,)
     poison = Turn(("model",), lambda modules, batch, context: cross_entropy(modules, batch, context) * float("nan"), Optimizer("sgd", 0.1))
     with pytest.raises(NonFiniteError, match="server, phase rounds, round 0"):
-        server.fit(group, modules, [poison], lambda model: epochs(server.public, 16, 1, server.stream("batches")))
+        server.fit(group, modules, [poison], lambda model: iterate_epochs(server.public, 16, 1, server.stream("batches")))
 
 
 def test_a_client_starts_from_the_same_model_on_any_rank():
@@ -240,7 +240,7 @@ def test_the_networks_of_a_group_are_its_own():
 
 def test_a_message_is_read_once_for_all_groups_and_chunks(monkeypatch):
     """Four clients, each in a chunk of its own: two rounds of learning, and one of fine-tuning."""
-    read, of = [], Known.of.__func__
-    monkeypatch.setattr(Known, "of", classmethod(lambda cls, message, *rest: read.append(message) or of(cls, message, *rest)))
+    read, of = [], AnnouncedGaussians.from_message.__func__
+    monkeypatch.setattr(AnnouncedGaussians, "of", classmethod(lambda cls, message, *rest: read.append(message) or of(cls, message, *rest)))
     found = run(world(job("fedvtc", {"finetune_epochs": 1, "per_class": 2, "vtc_steps": 1}, residency={"chunk": 1}, federation={"clients": 4, "rounds": 2})))
     assert len(found.places) == 3 and len(read) == 3

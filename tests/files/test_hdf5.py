@@ -135,7 +135,7 @@ def test_what_the_states_raise_is_not_taken_for_the_disk(tmp_path, error):
 
 def test_what_a_reader_of_trees_raises_is_not_damage(tmp_path, monkeypatch):
     trees.write_trees(tmp_path / "file.h5", TREES)
-    monkeypatch.setattr(trees, "_leaf", lambda file, dataset: {}["own mistake"])
+    monkeypatch.setattr(trees, "_get", lambda file, dataset: {}["own mistake"])
     with pytest.raises(KeyError, match="own mistake"):
         trees.read_trees(tmp_path / "file.h5")
 

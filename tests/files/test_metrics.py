@@ -75,13 +75,13 @@ def test_rows_are_added_in_a_file_of_their_own_and_the_others_are_not_touched(ap
     for rounds in (3, 2, 4):
         carry_on(record, rounds)
         record.append(path)
-        files = {each: (each.read_bytes(), each.stat().st_mtime_ns) for each in (path, *metrics.beside(path))}
+        files = {each: (each.read_bytes(), each.stat().st_mtime_ns) for each in (path, *metrics.find_beside(path))}
         assert len(files) == len(seen) + 1 and seen.items() <= files.items()
         seen = files
     record.append(path)
-    assert [each.name for each in metrics.beside(path)] == ["rows-000003.h5", "rows-000005.h5"], "nothing new is no file"
+    assert [each.name for each in metrics.find_beside(path)] == ["rows-000003.h5", "rows-000005.h5"], "nothing new is no file"
     record.write(path)
-    assert contents(path) == whole(tmp_path / "other", 9) and metrics.beside(path) == []
+    assert contents(path) == whole(tmp_path / "other", 9) and metrics.find_beside(path) == []
 
 
 def test_a_record_in_pieces_reads_as_the_one_file(apart, tmp_path):
@@ -92,7 +92,7 @@ def test_a_record_in_pieces_reads_as_the_one_file(apart, tmp_path):
     shutil.copy(tmp_path / "read" / "read.h5", tmp_path / "one" / "metrics.h5")
     whole(tmp_path / "one", 11)
     (tmp_path / "one" / "whole.h5").replace(tmp_path / "one" / "metrics.h5")
-    pieces, one = summary.summary(path.parent), summary.summary(tmp_path / "one")
+    pieces, one = summary.summarise(path.parent), summary.summarise(tmp_path / "one")
     assert {**pieces, "run": ""} == {**one, "run": ""}
     read, other = (summary.read(folder).arrays for folder in (path.parent, tmp_path / "one"))
     assert read.keys() == other.keys() and read["evaluation/global_correct"].tolist() == other["evaluation/global_correct"].tolist()
@@ -100,15 +100,15 @@ def test_a_record_in_pieces_reads_as_the_one_file(apart, tmp_path):
 
 def test_a_small_record_is_one_file_at_any_time_and_a_large_one_nearly(tmp_path, monkeypatch):
     path = written(tmp_path / "small", {number: 1 for number in range(4)})
-    assert metrics.beside(path) == [] and len(table(path, "rounds/round")) == 4
+    assert metrics.find_beside(path) == [] and len(table(path, "rounds/round")) == 4
     monkeypatch.setattr(metrics, "SMALL_BYTES", 0)
     record, path, most = fresh(), tmp_path / "large.h5", 0
     carry_on(record, 300)
     for _ in range(12):
         carry_on(record, 1)
         record.append(path)
-        tail = sum(each.stat().st_size for each in metrics.beside(path))
-        most = max(most, len(metrics.beside(path)))
+        tail = sum(each.stat().st_size for each in metrics.find_beside(path))
+        most = max(most, len(metrics.find_beside(path)))
         assert tail <= path.stat().st_size / metrics.SHARE + 60_000
     assert most >= 1
 
@@ -123,7 +123,7 @@ def test_a_file_that_was_made_and_the_others_not_removed_counts_alone(apart, tmp
     with monkeypatch.context() as patch:
         patch.setattr(Path, "unlink", lambda self, missing_ok=False: None)
         record.write(path)
-    assert len(metrics.beside(path)) == 2 and as_read(path, 9, tmp_path / "read") == whole(tmp_path / "whole", 9)
+    assert len(metrics.find_beside(path)) == 2 and as_read(path, 9, tmp_path / "read") == whole(tmp_path / "whole", 9)
     other = fresh()
     carry_on(other, 3)
     (path.parent / "metrics.h5").unlink()
@@ -147,7 +147,7 @@ def test_a_checkpoint_that_fails_anywhere_leaves_all_rows_of_the_one_before(step
     with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="rows-000005.h5: could not be written: No space left on device"):
         patch.setattr(*{"write": (draft.os, "pwrite"), "replace": (atomic.os, "replace"), "sync": (atomic, "sync")}[step], fail)
         record.append(path)
-    assert as_read(path, 5, tmp_path / "read") == whole(tmp_path / "whole", 5) and [each.name for each in metrics.beside(path)] == ["rows-000003.h5"]
+    assert as_read(path, 5, tmp_path / "read") == whole(tmp_path / "whole", 5) and [each.name for each in metrics.find_beside(path)] == ["rows-000003.h5"]
     record.append(path)
     assert as_read(path, 9, tmp_path / "read") == whole(tmp_path / "whole", 9)
 
@@ -156,13 +156,13 @@ def test_a_checkpoint_that_fails_anywhere_leaves_all_rows_of_the_one_before(step
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_what_the_other_files_hold_is_kept_when_one_is_damaged(which, damage, apart, tmp_path):
     path = written(tmp_path / "run", {1: 3, 2: 2, 3: 4})
-    file, rows = (path, *metrics.beside(path))[which], (range(3), range(3, 5), range(5, 9))[which]
+    file, rows = (path, *metrics.find_beside(path))[which], (range(3), range(3, 5), range(5, 9))[which]
     content = file.read_bytes()
     file.unlink()
     if damage == "of other clients":
         Record(JOB, {"clients/rank": np.zeros(2, int)}, 2, 1).write(tmp_path / "other.h5")
         (tmp_path / "other.h5").replace(file)
-        with h5py.File(file, "r+") as opened, h5py.File(metrics.beside(path)[0] if which == 0 else path) as rest:
+        with h5py.File(file, "r+") as opened, h5py.File(metrics.find_beside(path)[0] if which == 0 else path) as rest:
             opened.attrs.update(series=rest.attrs["series"], first_row=rows[0])
     elif damage == "no record":
         with h5py.File(file, "w") as opened:
@@ -188,13 +188,13 @@ def test_a_damaged_file_gets_a_name_that_no_other_has(tmp_path):
 def test_no_flipped_bit_changes_a_figure_in_silence(tmp_path):
     """Where HDF5 keeps nothing, a bit may be turned and nothing is read otherwise."""
     draw, path = random.Random(0), written(tmp_path / "run", {1: 6})
-    clean, content, found = summary.summary(path.parent), path.read_bytes(), 0
+    clean, content, found = summary.summarise(path.parent), path.read_bytes(), 0
     for _ in range(250):
         changed = bytearray(content)
         changed[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
         path.write_bytes(changed)
         try:
-            assert summary.summary(path.parent) == clean
+            assert summary.summarise(path.parent) == clean
         except CheckpointError:
             found += 1
     assert found > 100
@@ -237,11 +237,11 @@ def test_a_record_in_the_first_layout_is_read_and_goes_on(apart, tmp_path):
     carry_on(record, 5)
     in_the_first_layout(record, path)
     assert as_read(path, 4, tmp_path / "read") == whole(tmp_path / "whole", 4)
-    assert summary.summary(path.parent)["rounds"] == 5
+    assert summary.summarise(path.parent)["rounds"] == 5
     resumed = fresh()
     resumed.read(path, 4)
     carry_on(resumed, 2)
     resumed.append(path)
     carry_on(resumed, 1)
     resumed.append(path)
-    assert len(metrics.beside(path)) == 1 and len(metrics.read(path)[1]["rounds/phase"]) == 7
+    assert len(metrics.find_beside(path)) == 1 and len(metrics.read(path)[1]["rounds/phase"]) == 7

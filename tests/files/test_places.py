@@ -68,9 +68,9 @@ def test_a_terminal_that_lacks_a_character_is_shown_its_number(tmp_path, monkeyp
 def test_home_is_meant_by_a_tilde_wherever_a_path_is_written(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    assert places.place("~/data/x") == tmp_path / "data" / "x" and places.place("a/~/b") == Path("a/~/b")
+    assert places.expand_home("~/data/x") == tmp_path / "data" / "x" and places.expand_home("a/~/b") == Path("a/~/b")
     monkeypatch.setenv("HPCFL_DATA", "~/cache")
-    assert store.path("own") == tmp_path / "cache" / "own.h5"
+    assert store.find_path("own") == tmp_path / "cache" / "own.h5"
     (tmp_path / "states").mkdir()
     job = tiny("standalone", residency={"location": "disk", "folder": "~/states"}, federation={"rounds": 1})
     folder = carry_out(job, tmp_path / "run")
@@ -101,7 +101,7 @@ def test_a_home_that_nobody_has_is_told(capsys):
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_json_that_another_shell_wrote_is_read(tmp_path, encoding):
     (tmp_path / "doctor.json").write_bytes('{"ranks": 2, "wire": [], "by_rank": [{"host": "größe"}]}'.encode(encoding))
-    assert scaling.told_by(tmp_path / "doctor.json")["by_rank"] == [{"host": "größe"}]
+    assert scaling.read_doctor(tmp_path / "doctor.json")["by_rank"] == [{"host": "größe"}]
 
 
 def test_text_is_written_as_utf_8(tmp_path):

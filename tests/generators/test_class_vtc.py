@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hpcfl import tree
-from hpcfl.data.embedded import digits
-from hpcfl.data.shards import Scale, Shard, epochs
+from hpcfl.data.embedded import load_digits
+from hpcfl.data.shards import Scale, Shard, iterate_epochs
 from hpcfl.errors import LayoutError
 from hpcfl.generators.class_vtc import LEAST_DEVIATION, UNIT, Vtc
 from hpcfl.models import fixed_maps
@@ -140,11 +140,11 @@ def test_training_uses_fedvtcs_adam():
 
 
 def test_samples_of_digits_are_nearest_to_the_mean_image_of_their_class():
-    model, data, noise = Vtc((1, 8, 8)), digits(), Stream(0, "noise").torch()
+    model, data, noise = Vtc((1, 8, 8)), load_digits(), Stream(0, "noise").torch()
     shard = Shard(torch.from_numpy(data.train_images), torch.from_numpy(data.train_labels), Scale("symmetric"))
     modules = networks(model, dtype=torch.float32)
-    group = Group.of("none", {0: tree.join(generator=modules["generator"].state_dict())})
-    group, _ = fit(group, modules, trained_by(model), lambda client: (model.noise(drawn, noise) for drawn in epochs(shard, 64, 12, Stream(0, "order"))))
+    group = Group.from_states("none", {0: tree.join(generator=modules["generator"].state_dict())})
+    group, _ = fit(group, modules, trained_by(model), lambda client: (model.noise(drawn, noise) for drawn in iterate_epochs(shard, 64, 12, Stream(0, "order"))))
     y, images = torch.arange(10).repeat_interleave(20), shard.pixels()
     samples = model.sample(bind(modules["generator"], tree.row(group.part("generator"), 0)), y, Stream(0, "sample").torch())
     means = torch.stack([images[shard.labels == label].mean(0) for label in range(10)])

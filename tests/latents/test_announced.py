@@ -2,15 +2,15 @@
 import pytest
 import torch
 
-from hpcfl.latents.announced import HEADER, Known, announce, nothing
-from hpcfl.latents.gaussians import factors
-from hpcfl.latents.moments import MODES, GlobalMoments, aggregate, measure, needs_full, to_message
+from hpcfl.latents.announced import HEADER, AnnouncedGaussians, announce_gaussians, make_empty
+from hpcfl.latents.gaussians import compute_factors
+from hpcfl.latents.moments import MODES, ClassGaussians, aggregate, measure, needs_full, to_message
 
 CLASSES, SIZE, ABSENT = 4, 5, 2
 CPU = torch.device("cpu")
 
 
-def moments(mode: str) -> GlobalMoments:
+def moments(mode: str) -> ClassGaussians:
     """Statistics of 30 samples a class around 10 y, of all classes but one."""
     generator = torch.Generator().manual_seed(0)
     y = torch.tensor([0, 1, 3]).repeat(30)
@@ -18,13 +18,13 @@ def moments(mode: str) -> GlobalMoments:
     return aggregate([to_message(measure(z, y, CLASSES, needs_full(mode)), mode)], mode)
 
 
-def known(mode: str, floor: float = 1e-4, target: str = "iso") -> Known:
-    return Known.of(announce(moments(mode), mode, target, floor), mode, CPU)
+def known(mode: str, floor: float = 1e-4, target: str = "iso") -> AnnouncedGaussians:
+    return AnnouncedGaussians.from_message(announce_gaussians(moments(mode), mode, target, floor), mode, CPU)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_message_has_the_parts_and_bytes_of_the_specification(mode):
-    message, triangle = announce(moments(mode), mode, "iso", 1e-4), SIZE * (SIZE + 1) // 2
+    message, triangle = announce_gaussians(moments(mode), mode, "iso", 1e-4), SIZE * (SIZE + 1) // 2
     assert {name: (leaf.dtype, leaf.numel()) for name, leaf in message.items()} == {
         "header": (torch.int32, HEADER), "has": (torch.uint8, CLASSES), "mean": (torch.float32, CLASSES * SIZE),
         "spread": (torch.float32, {"shared_diag": SIZE, "class_diag": CLASSES * SIZE, "class_iso": CLASSES, "shared_full": triangle,
@@ -34,7 +34,7 @@ def test_a_message_has_the_parts_and_bytes_of_the_specification(mode):
 @pytest.mark.parametrize("target", ["iso", "diag"])
 @pytest.mark.parametrize("mode", MODES)
 def test_a_client_draws_with_the_factors_that_the_server_would_use(mode, target):
-    got, want = known(mode, target=target).factor, factors(moments(mode), mode, target)
+    got, want = known(mode, target=target).factor, compute_factors(moments(mode), mode, target)
     assert got.dtype == torch.float32 and got.shape == want.shape
     torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-6)
 
@@ -58,9 +58,9 @@ def test_weights_are_inverse_variances_with_mean_one_over_the_known_classes(mode
 
 @pytest.mark.parametrize("mode", MODES)
 def test_before_anybody_said_anything_nothing_is_known_and_all_is_finite(mode):
-    empty = nothing(CLASSES, SIZE, mode)
+    empty = make_empty(CLASSES, SIZE, mode)
     assert not empty.has.any() and not empty.mean.any() and not empty.count.any()
-    read = Known.of(announce(empty, mode, "iso", 1e-4), mode, CPU)
+    read = AnnouncedGaussians.from_message(announce_gaussians(empty, mode, "iso", 1e-4), mode, CPU)
     assert not read.has.any()
     for name, leaf in vars(read).items():
         assert bool(torch.isfinite(leaf).all()), name

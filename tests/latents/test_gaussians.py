@@ -4,8 +4,8 @@ import torch
 from torch.distributions import MultivariateNormal, kl_divergence
 
 from hpcfl.errors import NonFiniteError
-from hpcfl.latents.gaussians import cholesky, distance, draw, factors, floor, kl, oas, precision, shrink
-from hpcfl.latents.moments import MODES, GlobalMoments, aggregate, measure, needs_full, to_message
+from hpcfl.latents.gaussians import cholesky, compute_factors, distance, draw, floor, kl, oas, precision, shrink
+from hpcfl.latents.moments import MODES, ClassGaussians, aggregate, measure, needs_full, to_message
 
 SIZE = 8
 
@@ -19,11 +19,11 @@ def covariance(size: int = SIZE, seed: int = 0) -> torch.Tensor:
     return root @ root.T + torch.eye(size)
 
 
-def moments_of(z: torch.Tensor, y: torch.Tensor, classes: int, mode: str) -> GlobalMoments:
+def moments_of(z: torch.Tensor, y: torch.Tensor, classes: int, mode: str) -> ClassGaussians:
     return aggregate([to_message(measure(z, y, classes, needs_full(mode)), mode, dtype=torch.float64)], mode)
 
 
-def spread_matrix(moments: GlobalMoments, mode: str, label: int) -> torch.Tensor:
+def spread_matrix(moments: ClassGaussians, mode: str, label: int) -> torch.Tensor:
     """The covariance (p, p) of one class that draws must reproduce: shrunk and floored where full."""
     kind = MODES[mode]
     spread = moments.spread if kind.shared else moments.spread[label]
@@ -37,7 +37,7 @@ def test_draws_reproduce_mean_and_covariance(mode):
     y = torch.arange(3).repeat(60)
     z = normal(180, SIZE) @ covariance(seed=1) * (1 + y[:, None]) + 5 * y[:, None]
     moments = moments_of(z, y, 3, mode)
-    factor = factors(moments, mode)
+    factor = compute_factors(moments, mode)
     for label in range(3):
         labels = torch.full((200_000,), label)
         v = draw(moments.mean, factor, labels, normal(200_000, SIZE, seed=7, dtype=torch.float32))
@@ -62,7 +62,7 @@ def test_each_label_is_drawn_from_its_own_class():
 @pytest.mark.parametrize("target", ["iso", "diag"])
 def test_too_few_samples_give_finite_factors_and_draws(mode, samples, target):
     moments = moments_of(normal(samples, SIZE), torch.zeros(samples, dtype=torch.int64), 2, mode)
-    factor = factors(moments, mode, target)
+    factor = compute_factors(moments, mode, target)
     assert bool(torch.isfinite(factor).all())
     assert bool(torch.isfinite(draw(moments.mean, factor, torch.tensor([0, 0]), normal(2, SIZE))).all())
 
@@ -97,7 +97,7 @@ def test_the_floor_is_absolute_or_relative_whichever_is_higher():
 @pytest.mark.parametrize("mode", [mode for mode in MODES if not needs_full(mode)])
 def test_no_variance_is_below_the_floor(mode):
     moments = moments_of(torch.zeros(5, SIZE), torch.zeros(5, dtype=torch.int64), 2, mode)
-    factor = factors(moments, mode, minimum=0.04)
+    factor = compute_factors(moments, mode, minimum=0.04)
     assert factor.shape == {"shared_diag": (1, SIZE), "class_diag": (2, SIZE), "class_iso": (2, 1)}[mode]
     torch.testing.assert_close(factor, torch.full_like(factor, 0.2))
 

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from hpcfl.latents.matching import BANDWIDTHS, MATCHINGS, class_mean, cycle, mmd_rbf, per_sample, second_moment
+from hpcfl.latents.matching import BANDWIDTHS, MATCHINGS, match_class_mean, match_cycle, match_mmd_rbf, match_per_sample, match_second_moment
 
 CLASSES, SAMPLES, SIZE = 3, 6, 4
 
@@ -35,12 +35,12 @@ def naive_mmd(f: np.ndarray, fresh: np.ndarray) -> float:
 def test_mmd_is_the_mean_over_classes_of_the_pairwise_statistic():
     f, v, fresh, mean, deviation, weight = example()
     want = np.mean([naive_mmd(*(each[y].numpy() for each in (f, fresh))) for y in range(CLASSES)])
-    assert float(mmd_rbf(f, v, fresh, mean, deviation, weight)) == pytest.approx(want, rel=1e-12)
+    assert float(match_mmd_rbf(f, v, fresh, mean, deviation, weight)) == pytest.approx(want, rel=1e-12)
 
 
 def mmd(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     unused = torch.zeros(len(one), SIZE, dtype=one.dtype)
-    return torch.stack([mmd_rbf(one[i:i + 1], one[i:i + 1], other[i:i + 1], unused[:1], unused[:1], unused[:1]) for i in range(len(one))])
+    return torch.stack([match_mmd_rbf(one[i:i + 1], one[i:i + 1], other[i:i + 1], unused[:1], unused[:1], unused[:1]) for i in range(len(one))])
 
 
 def test_mmd_is_zero_on_average_for_equal_distributions_and_not_for_others():
@@ -55,37 +55,37 @@ def test_mmd_is_zero_on_average_for_equal_distributions_and_not_for_others():
 def test_the_mean_reading_is_a_weighted_squared_distance_of_means():
     f, v, fresh, mean, deviation, weight = (leaf.numpy() for leaf in example())
     want = np.mean([(weight[y] * (f[y].mean(0) - mean[y]) ** 2).sum() for y in range(CLASSES)])
-    assert float(class_mean(*example())) == pytest.approx(want, rel=1e-12)
+    assert float(match_class_mean(*example())) == pytest.approx(want, rel=1e-12)
 
 
 def test_moment2_adds_the_squared_distance_of_standard_deviations():
     f, v, fresh, mean, deviation, weight = (leaf.numpy() for leaf in example())
     want = np.mean([((f[y].std(0, ddof=1) - deviation[y]) ** 2).sum() for y in range(CLASSES)])
-    assert float(second_moment(*example()) - class_mean(*example())) == pytest.approx(want, rel=1e-9)
+    assert float(match_second_moment(*example()) - match_class_mean(*example())) == pytest.approx(want, rel=1e-9)
 
 
 def test_moment2_has_a_finite_slope_where_all_features_are_equal():
     f = torch.ones(1, 5, SIZE, requires_grad=True)
     one = torch.ones(1, SIZE)
-    (slope,) = torch.autograd.grad(second_moment(f, f, f, one, one, one), f)
+    (slope,) = torch.autograd.grad(match_second_moment(f, f, f, one, one, one), f)
     assert bool(torch.isfinite(slope).all())
 
 
 def test_per_sample_and_cycle_are_means_over_samples():
     f, v, fresh, mean, deviation, weight = (leaf.numpy() for leaf in example())
     pairs = [(y, m) for y in range(CLASSES) for m in range(SAMPLES)]
-    assert float(per_sample(*example())) == pytest.approx(np.mean([(weight[y] * (f[y, m] - mean[y]) ** 2).sum() for y, m in pairs]), rel=1e-12)
-    assert float(cycle(*example())) == pytest.approx(np.mean([((f[y, m] - v[y, m]) ** 2).sum() for y, m in pairs]), rel=1e-12)
+    assert float(match_per_sample(*example())) == pytest.approx(np.mean([(weight[y] * (f[y, m] - mean[y]) ** 2).sum() for y, m in pairs]), rel=1e-12)
+    assert float(match_cycle(*example())) == pytest.approx(np.mean([((f[y, m] - v[y, m]) ** 2).sum() for y, m in pairs]), rel=1e-12)
 
 
 def test_each_reading_is_zero_where_it_sees_a_match():
     f, v, fresh, mean, deviation, weight = example()
     centred = f - f.mean(1, keepdim=True) + mean.unsqueeze(1)
-    assert float(class_mean(centred, v, fresh, mean, deviation, weight)) < 1e-24
+    assert float(match_class_mean(centred, v, fresh, mean, deviation, weight)) < 1e-24
     scaled = (centred - mean.unsqueeze(1)) / centred.std(1, keepdim=True) * deviation.unsqueeze(1) + mean.unsqueeze(1)
-    assert float(second_moment(scaled, v, fresh, mean, deviation, weight)) < 1e-20
-    assert float(per_sample(mean.unsqueeze(1).expand_as(f), v, fresh, mean, deviation, weight)) == 0
-    assert float(cycle(f, f, fresh, mean, deviation, weight)) == 0
+    assert float(match_second_moment(scaled, v, fresh, mean, deviation, weight)) < 1e-20
+    assert float(match_per_sample(mean.unsqueeze(1).expand_as(f), v, fresh, mean, deviation, weight)) == 0
+    assert float(match_cycle(f, f, fresh, mean, deviation, weight)) == 0
 
 
 @pytest.mark.parametrize("name", MATCHINGS)

@@ -8,23 +8,23 @@ import torch
 from hpcfl.errors import DataError, LayoutError, NonFiniteError
 from hpcfl.latents.moments import (
     MODES,
-    GlobalMoments,
+    ClassGaussians,
     aggregate,
-    centred_scatter,
-    first_sums,
+    find_covariances,
     from_message,
     from_sums,
     keep_previous,
     measure,
+    measure_scatter,
     merge,
     needs_full,
     pack_triangle,
-    spread_of,
+    sum_features,
     to_message,
     unpack_triangle,
 )
 from hpcfl.wire.communicator import Communicator, connect
-from hpcfl.wire.uplink import Statistics, Sums
+from hpcfl.wire.uplink import Sums, Uplink
 from tests.support.verdict import mpi_assert
 
 CLASSES, SIZE, OFFSET = 6, 5, 1e3
@@ -79,10 +79,10 @@ def test_aggregated_messages_are_the_moments_of_the_pooled_samples(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_two_phase_form_gives_the_same(mode):
-    first = [first_sums(*samples, CLASSES) for samples in CLIENTS]
+    first = [sum_features(*samples, CLASSES) for samples in CLIENTS]
     counts, sums = (reduce(torch.add, [each[name] for each in first]) for name in ("counts", "sums"))
     centre = sums / counts.clamp(min=1)[:, None]
-    scatter = reduce(torch.add, [centred_scatter(*samples, centre, mode) for samples in CLIENTS])
+    scatter = reduce(torch.add, [measure_scatter(*samples, centre, mode) for samples in CLIENTS])
     two_phase = from_sums(counts, sums, scatter, mode)
     one_phase = aggregate([exact(*samples, mode) for samples in CLIENTS], mode)
     assert_close(two_phase.mean, one_phase.mean)
@@ -94,7 +94,7 @@ def test_the_two_phase_form_gives_the_same(mode):
 def combined(comm: Communicator, trees: dict[int, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor] | None:
     """The plain sums of the Trees of all clients of all ranks, at rank 0; the server learns nothing else."""
     sums = [Sums.weighted([index], {path: leaf[None] for path, leaf in tree.items()}, torch.ones(1)) for index, tree in trees.items()]
-    totals = comm.combine(sum((Statistics({"phase": each}) for each in sums), Statistics()))
+    totals = comm.combine(sum((Uplink({"phase": each}) for each in sums), Uplink()))
     return totals["phase"].values if comm.is_server else None
 
 
@@ -103,9 +103,9 @@ def combined(comm: Communicator, trees: dict[int, dict[str, torch.Tensor]]) -> d
 def test_the_two_phases_work_across_ranks_and_with_a_rank_without_data(mode):
     comm = connect()
     mine = {index: samples for index, samples in enumerate(CLIENTS) if index % comm.size == comm.rank}   # on 3 or 4 ranks the third has no sample
-    first = combined(comm, {index: first_sums(*samples, CLASSES) for index, samples in mine.items()})
+    first = combined(comm, {index: sum_features(*samples, CLASSES) for index, samples in mine.items()})
     centre = comm.distribute({tuple(range(comm.size)): {"means": first["sums"] / first["counts"].clamp(min=1)[:, None]}} if comm.is_server else {})["means"]
-    second = combined(comm, {index: {"scatter": centred_scatter(*samples, centre, mode)} for index, samples in mine.items()})
+    second = combined(comm, {index: {"scatter": measure_scatter(*samples, centre, mode)} for index, samples in mine.items()})
     if not comm.is_server:
         return mpi_assert(comm, first is second is None)
     got, want = from_sums(first["counts"], first["sums"], second["scatter"], mode), reference(*POOLED, mode)
@@ -170,7 +170,7 @@ def test_messages_have_the_shapes_and_bytes_of_the_mode(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_full_scatter_serves_diagonal_modes_as_well(mode):
-    assert_close(spread_of(measure(*CLIENTS[0], CLASSES, True), mode), exact(*CLIENTS[0], mode)["spread"], 1e-12)
+    assert_close(find_covariances(measure(*CLIENTS[0], CLASSES, True), mode), exact(*CLIENTS[0], mode)["spread"], 1e-12)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -225,7 +225,7 @@ def test_classes_without_samples_keep_what_was_known(mode):
 def test_global_moments_are_a_tree_and_back():
     moments = aggregate([exact(*CLIENTS[0], "shared_diag")], "shared_diag")
     assert all(isinstance(leaf, torch.Tensor) for leaf in vars(moments).values())
-    assert vars(GlobalMoments(**dict(vars(moments)))) == vars(moments)
+    assert vars(ClassGaussians(**dict(vars(moments)))) == vars(moments)
 
 
 def test_triangles_are_packed_without_loss():
@@ -246,7 +246,7 @@ def test_what_cannot_be_measured_or_aggregated_is_refused():
     with pytest.raises(DataError, match="wanted 0 to 1"):
         measure(z, y, 2, False)
     with pytest.raises(LayoutError, match="needs scatter matrices"):
-        spread_of(measure(z, y, CLASSES, False), "shared_full")
+        find_covariances(measure(z, y, CLASSES, False), "shared_full")
     with pytest.raises(LayoutError, match=r"message 1: 'means' is \(6, 4\), message 0 has \(6, 5\)"):
         aggregate([exact(z, y, "class_iso"), exact(z[:, :4], y, "class_iso")], "class_iso")
     with pytest.raises(DataError, match="no client"):

@@ -106,7 +106,7 @@ def test_rotation_of_roots_is_orthonormal(bank):
 
 def test_windows_average():
     for pixels, windows in ((28, 6), (8, 6), (6, 6), (1, 1)):
-        torch.testing.assert_close(fixed_maps.windowed(pixels, windows).sum(1), torch.ones(windows).double())
+        torch.testing.assert_close(fixed_maps.build_windows(pixels, windows).sum(1), torch.ones(windows).double())
 
 
 def accuracy_of_class_gaussians(train, labels, test, wanted, shrink=0.1):

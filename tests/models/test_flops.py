@@ -37,7 +37,7 @@ class Net(nn.Module):
 
 def fitted(module: nn.Module, engine: str, images: list[list[int]], scope=None) -> int:
     """The operations of training clients with batches of so many images."""
-    group = Group("net", tuple(range(len(images))), {}).holding("model", tree.repeat(module.state_dict(), len(images)))
+    group = Group("net", tuple(range(len(images))), {}).with_part("model", tree.repeat(module.state_dict(), len(images)))
     turn = Turn(("model",), lambda modules, batch, _: F.cross_entropy(modules.model(batch["x"]), batch["y"]), Optimizer("sgd", 0.1, clip=1.0), scope)
     with Counter() as counter:
         fit(group, {"model": module}, [turn], lambda client: [{"x": torch.ones(n, 2, 6, 6), "y": torch.arange(n) % 5} for n in images[client]], engine=engine)
@@ -131,8 +131,8 @@ def test_clients_outside_the_first_cohort_have_no_count():
 def test_costs_of_all_steps_of_a_round_add_up_and_measurements_do_not():
     ledger = Ledger(torch.device("cpu"))
     for value in (1.0, 10.0):
-        ledger.spent("refine", (0, 2), {"seconds": torch.tensor([value, 2 * value])})
-        ledger.measured("refine", (0, 2), {"loss": torch.tensor([value, 2 * value])})
+        ledger.book_costs("refine", (0, 2), {"seconds": torch.tensor([value, 2 * value])})
+        ledger.book_metrics("refine", (0, 2), {"loss": torch.tensor([value, 2 * value])})
     assert ledger.close()["metrics"] == {"refine_seconds": {0: 11.0, 2: 22.0}, "refine_loss": {0: 10.0, 2: 20.0}}
 
 
@@ -146,9 +146,9 @@ def test_a_step_with_little_to_do_does_not_hide_what_the_one_before_it_took():
 
 
 def test_compiled_code_runs_uncompiled_where_it_is_counted():
-    compiling.compiled.cache_clear()
+    compiling.compile_forward.cache_clear()
     graphs = counters["stats"]["unique_graphs"]
     runs = [in_memory.run(in_memory.world(in_memory.job("fedavg", federation={"rounds": 1}, run={"compile": choice}, **COUNTED))) for choice in ("off", "on")]
-    compiling.compiled.cache_clear()
+    compiling.compile_forward.cache_clear()
     assert runs[0].metric("flops", 0) == runs[1].metric("flops", 0)
     assert counters["stats"]["unique_graphs"] == graphs

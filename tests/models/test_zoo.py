@@ -7,7 +7,7 @@ from torch.func import functional_call, stack_module_state, vmap
 
 from hpcfl.errors import JobError, LayoutError
 from hpcfl.models import zoo
-from hpcfl.models.classifier import scaled
+from hpcfl.models.classifier import scale_width
 from hpcfl.models.norms import group_norm
 from hpcfl.streams import Stream
 
@@ -208,14 +208,14 @@ def test_a_width_that_leaves_no_channel_is_refused_with_the_smallest_that_does(n
 @pytest.mark.parametrize("channels", [1, 3, 7, 16, 49, 196, 768, 3072, 20_000])
 def test_the_width_that_the_refusal_names_leaves_a_channel(channels):
     with pytest.raises(JobError) as refusal:
-        scaled(channels, 0.9 / channels)
-    assert scaled(channels, float(re.search(r"at least ([\d.e-]+):", str(refusal.value)).group(1))) >= 1
+        scale_width(channels, 0.9 / channels)
+    assert scale_width(channels, float(re.search(r"at least ([\d.e-]+):", str(refusal.value)).group(1))) >= 1
 
 
 @pytest.mark.parametrize("architecture, wanted", [("cnn5", ("cnn5", 1.0)), ("fedconv@0.5625", ("fedconv", 0.5625)), ("vit@1", ("vit", 1.0))])
 def test_a_name_is_split_into_the_full_size_model_and_its_width(architecture, wanted):
     assert zoo.split_name(architecture) == wanted
-    assert zoo.entry(architecture) == (zoo.ENTRIES[wanted[0]], wanted[1])
+    assert zoo.find_entry(architecture) == (zoo.ENTRIES[wanted[0]], wanted[1])
 
 
 @pytest.mark.parametrize("name", ["cnn5", "resnet8", "mlp3"])
@@ -225,28 +225,28 @@ def test_a_name_may_carry_its_width(name):
     assert layout(f"{name}@0.75", GREY, 10) == layout(name, GREY, 10, width=0.75) != layout(name, GREY, 10)
     assert layout(f"{name}@0.5", GREY, 10, width=0.5) == layout(name, GREY, 10, width=0.25)
     assert layout(f"{name}@1", GREY, 10) == layout(name, GREY, 10)
-    assert zoo.cost(f"{name}@0.75", GREY, 10) == zoo.cost(name, GREY, 10, width=0.75) < zoo.cost(name, GREY, 10)
+    assert zoo.count_flops(f"{name}@0.75", GREY, 10) == zoo.count_flops(name, GREY, 10, width=0.75) < zoo.count_flops(name, GREY, 10)
 
 
 @pytest.mark.parametrize("width", ["0", "1.5", "-0.5", "", "half", "nan", "inf", "0.5@0.5"])
 def test_a_width_in_a_name_that_is_no_share_is_refused_with_an_example(width):
     with pytest.raises(JobError, match=rf"'cnn5@{width}' has width '{width}', wanted a number above 0 and at most 1, for example cnn5@0\.75"):
-        zoo.entry(f"cnn5@{width}")
+        zoo.find_entry(f"cnn5@{width}")
     with pytest.raises(JobError, match="for example nothing@0.75"):
         zoo.split_name(f"nothing@{width}")
 
 
 def test_cost_is_two_operations_per_multiply_add_of_the_published_table():
     extractor, header = 27 * 32 * 32, 27 * 16 * 16 * 16 + 10_240          # 27.6 k and 121 k multiply-adds
-    assert zoo.cost("cnn1", GREY, 10, 0) == 2 * (extractor + header)
+    assert zoo.count_flops("cnn1", GREY, 10, 0) == 2 * (extractor + header)
 
 
 def test_memory_of_two_linear_layers_is_that_counted_by_hand():
     weights = (4 + 1) + (3 + 3)                                            # 4 pixels -> 1 -> 3 classes
     images, hidden, scores, labels, mean = 4 * 5 * 4, 4 * 5 * 1, 4 * 5 * 3, 8 * 5, 4       # bytes of a batch of 5; the mean divides by a kept number
     forward = images + hidden + scores + labels + mean                     # the ReLU's output is the head's input: one storage
-    assert zoo.memory("mlp2", (1, 2, 2), 3, 0, "batch", True, 5, 2) == 4 * weights * (2 + 2) + forward
-    assert zoo.memory("mlp2", (1, 2, 2), 3, 0, "batch", True, 5, 0) == 4 * weights * 2 + forward
+    assert zoo.count_training_bytes("mlp2", (1, 2, 2), 3, 0, "batch", True, 5, 2) == 4 * weights * (2 + 2) + forward
+    assert zoo.count_training_bytes("mlp2", (1, 2, 2), 3, 0, "batch", True, 5, 0) == 4 * weights * 2 + forward
 
 
 def test_memory_of_a_conv_with_a_norm_is_that_counted_by_hand():
@@ -254,7 +254,7 @@ def test_memory_of_a_conv_with_a_norm_is_that_counted_by_hand():
     buffers = 2 * 3 * 4 + 8                                                # running mean and variance, batches seen
     image = 4 * (4 + 12 + 12 + 3 + 16 + 3) + 8 * 3 + 8                     # pixels, conv, ReLU, pool, body, scores; places of the maxima, label
     batch = 4 * (3 + 3) + 4                                                # mean and deviation of the norm, the number of labels
-    assert zoo.memory("cnn1", (1, 2, 2), 3, 0, "batch", True, 7, 1) == 4 * weights * 3 + buffers + 7 * image + batch
+    assert zoo.count_training_bytes("cnn1", (1, 2, 2), 3, 0, "batch", True, 7, 1) == 4 * weights * 3 + buffers + 7 * image + batch
 
 
 @pytest.mark.parametrize("norm", ["batch", "group"])
@@ -262,13 +262,13 @@ def test_memory_of_a_conv_with_a_norm_is_that_counted_by_hand():
 def test_what_is_kept_of_a_whole_batch_lies_on_the_line_through_two_and_three_images(name, norm):
     model = zoo.build(name, (1, 16, 16), 10, 24, norm)
     own = 2 * sum(leaf.nbytes for leaf in model.parameters()) + sum(leaf.nbytes for leaf in model.buffers())
-    assert zoo.memory(name, (1, 16, 16), 10, 24, norm, True, 9, 0) == own + zoo.kept(model, 9)
+    assert zoo.count_training_bytes(name, (1, 16, 16), 10, 24, norm, True, 9, 0) == own + zoo.count_kept_bytes(model, 9)
 
 
 @pytest.mark.parametrize("name", ["fedconv", "resnet8", "vit"])
 def test_memory_grows_with_the_batch_and_shrinks_with_the_width(name):
     def bytes_of(name, batch):
-        return zoo.memory(name, GREY, 10, 64, "batch", True, batch, 2)
+        return zoo.count_training_bytes(name, GREY, 10, 64, "batch", True, batch, 2)
     assert bytes_of(name, 1) < bytes_of(name, 2) < bytes_of(name, 32)
     by_width = [bytes_of(f"{name}@{width}", 32) for width in (1, *WIDTHS)]
     assert by_width == sorted(set(by_width), reverse=True)
@@ -277,9 +277,9 @@ def test_memory_grows_with_the_batch_and_shrinks_with_the_width(name):
 def test_measuring_memory_draws_nothing_and_needs_no_gradient_mode():
     before = torch.get_rng_state()
     with torch.no_grad():
-        without = zoo.memory.__wrapped__("cnn2", GREY, 10, 64, "batch", True, 4, 0)
+        without = zoo.count_training_bytes.__wrapped__("cnn2", GREY, 10, 64, "batch", True, 4, 0)
         assert not torch.is_grad_enabled()
-    assert without == zoo.memory.__wrapped__("cnn2", GREY, 10, 64, "batch", True, 4, 0)
+    assert without == zoo.count_training_bytes.__wrapped__("cnn2", GREY, 10, 64, "batch", True, 4, 0)
     assert torch.equal(before, torch.get_rng_state())
 
 

@@ -54,7 +54,7 @@ def test_description_goes_into_strict_json(path):
 
 
 def test_no_dataset_is_read_when_statistics_are_not_wanted(path):
-    assert "statistics" not in hdf5_view.describe(path, statistics=False)["members"]["images"]
+    assert "statistics" not in hdf5_view.describe(path, summarise=False)["members"]["images"]
 
 
 def test_empty_scalar_and_odd_datasets_are_described(tmp_path):

@@ -113,8 +113,8 @@ def planned(**refines: str | None):
 
 def told(folders: list[Path], how: str = "text") -> str:
     """What the terminal shows of runs."""
-    groups = labels.labelled([recording.read(folder) for folder in folders])
-    return tables.FORMATS[how]({label: [summary.summary(each) for each in group] for label, group in groups.items()})
+    groups = labels.label_groups([recording.read(folder) for folder in folders])
+    return tables.FORMATS[how]({label: [summary.summarise(each) for each in group] for label, group in groups.items()})
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def compared(tmp_path_factory) -> Path:
 
 
 def test_accuracy_is_the_last_evaluation_in_percent(tmp_path):
-    accuracy = summary.summary(record(tmp_path / "run"))["accuracy"]
+    accuracy = summary.summarise(record(tmp_path / "run"))["accuracy"]
     generalization = accuracy["generalization"]
     assert generalization["per_client"] == [50.0, 50.0] and generalization["mean"] == 50.0 and generalization["sd"] == 0.0
     assert accuracy["before_finetune"]["per_client"] == [30.0, 30.0]
@@ -140,21 +140,21 @@ def test_models_of_the_federation_have_an_accuracy_beside_the_clients(tmp_path):
         file.create_dataset("evaluation/global_names", data=np.array(["cnn1", "mlp2", "old"], object), dtype=TEXT)
         file["evaluation/global_correct"] = [[[-1] * 3] * 3, [[1, 1, 2]] * 3, [[-1] * 3] * 3, [[10, 10, 0], [10, 0, 20], [-1] * 3]]
     folder = altered(tmp_path / "run", add)
-    assert summary.summary(folder)["accuracy"]["global"] == {"mean": 62.5, "min": 50.0, "max": 75.0, "per_model": {"cnn1": 50.0, "mlp2": 75.0}}
-    assert "global" not in summary.summary(record(tmp_path / "without"))["accuracy"]
+    assert summary.summarise(folder)["accuracy"]["global"] == {"mean": 62.5, "min": 50.0, "max": 75.0, "per_model": {"cnn1": 50.0, "mlp2": 75.0}}
+    assert "global" not in summary.summarise(record(tmp_path / "without"))["accuracy"]
     heading, line = told([folder]).splitlines()[:2]
     assert heading.index("global model") < heading.index("clients") and line.index("62.5 (50.0 to 75.0)") < line.index("50.0 (50.0 to 50.0)")
     text = page.write([folder], tmp_path / "out").read_text()
     assert "<dt>Global model</dt><dd>62.5 %" in text and "<b>62.5</b><small>50.0 – 75.0</small>" in text and "<td>50.0<small>50.0 – 50.0</small>" in text
-    assert summary.summary(folder)["accuracy"]["report"]["measure"] == "global"
-    assert summary.summary(record(tmp_path / "clients"))["accuracy"]["report"]["measure"] == "generalization"
+    assert summary.summarise(folder)["accuracy"]["report"]["measure"] == "global"
+    assert summary.summarise(record(tmp_path / "clients"))["accuracy"]["report"]["measure"] == "generalization"
 
 
 def test_bytes_until_an_accuracy_are_those_of_the_federations_models_where_there_are_any(tmp_path):
     def add(file):
         file.create_dataset("evaluation/global_names", data=np.array(["cnn1"], object), dtype=TEXT)
         file["evaluation/global_correct"] = [[[-1] * 3], [[10, 10, 10]], [[-1] * 3], [[10, 10, 20]]]
-    found = summary.summary(altered(tmp_path / "run", add), targets=[50, 75])["bytes"]
+    found = summary.summarise(altered(tmp_path / "run", add), targets=[50, 75])["bytes"]
     assert found["until_accuracy_of"] == "global"
     assert [found["until_accuracy"][target]["rounds"] for target in ("50", "75")] == [1, 1]
     assert found["until_client_accuracy"]["50"]["rounds"] == 2 and found["until_client_accuracy"]["75"] is None
@@ -165,7 +165,7 @@ def test_bytes_until_an_accuracy_are_those_of_the_federations_models_where_there
                                                    ("refine", "before_refine", "refining on what the server made")])
 def test_models_before_the_last_work_are_called_after_what_that_work_is(tmp_path, word, key, said):
     folder = altered(tmp_path / "run", planned(train=word))
-    accuracy = summary.summary(folder)["accuracy"]
+    accuracy = summary.summarise(folder)["accuracy"]
     assert accuracy["refine"] == word and accuracy[key]["per_client"] == [30.0, 30.0] and f"recall_{key}" in accuracy and key in accuracy["absent_classes"]
     assert sorted(name for name in accuracy if name.startswith("before_")) == [key]
     assert accuracy["described"][key] == f"clients' models as they trained them, before {said}, on the whole test set"
@@ -180,20 +180,20 @@ def test_a_run_that_is_not_finished_has_no_result_yet(tmp_path):
     def longer(file):
         file.attrs["plan"] = json.dumps([{"phase": "train", "rounds": 20, "refines": None, "averages": {}}])
     folder = altered(tmp_path / "run", longer)
-    assert "only 2 of 20 rounds are finished" in summary.summary(folder)["accuracy"]["report"]["why"]
+    assert "only 2 of 20 rounds are finished" in summary.summarise(folder)["accuracy"]["report"]["why"]
     assert " 2/20 " in told([folder]).splitlines()[1] and "only 2 of 20 rounds are finished" in told([folder])
 
 
 @pytest.mark.parametrize("plan", ["{", '{"phase": 1}', '[{"phase": "train"}]', "[3]"])
 def test_a_damaged_plan_is_refused(tmp_path, plan):
     with pytest.raises(CheckpointError, match="attribute missing or damaged"):
-        summary.summary(altered(tmp_path / "run", lambda file: file.attrs.update(plan=plan)))
+        summary.summarise(altered(tmp_path / "run", lambda file: file.attrs.update(plan=plan)))
 
 
 def test_an_evaluation_before_refining_goes_with_the_end_of_the_same_round_only(tmp_path):
     def later(file):
         file["evaluation/stage"][2] = "end"                        # the last round's phase refines nothing
-    accuracy = summary.summary(altered(tmp_path / "run", later))["accuracy"]
+    accuracy = summary.summarise(altered(tmp_path / "run", later))["accuracy"]
     assert accuracy["refine"] is None and not any(key.startswith("before_") for key in accuracy)
     assert "local training" in accuracy["described"]["generalization"]
 
@@ -201,17 +201,17 @@ def test_an_evaluation_before_refining_goes_with_the_end_of_the_same_round_only(
 def test_a_record_without_a_plan_calls_only_fedvtcs_last_work_fine_tuning(tmp_path):
     def other(file):
         file.attrs["algorithm"] = "fedavg"
-    assert summary.summary(record(tmp_path / "old"))["accuracy"]["refine"] == "finetune"
-    assert summary.summary(altered(tmp_path / "other", other))["accuracy"]["refine"] == "refine"
+    assert summary.summarise(record(tmp_path / "old"))["accuracy"]["refine"] == "finetune"
+    assert summary.summarise(altered(tmp_path / "other", other))["accuracy"]["refine"] == "refine"
 
 
 def test_client_without_test_samples_is_left_out_of_personal_accuracy(tmp_path):
-    personal = summary.summary(record(tmp_path / "run"))["accuracy"]["personal"]
+    personal = summary.summarise(record(tmp_path / "run"))["accuracy"]["personal"]
     assert personal == {"mean": 50.0, "min": 50.0, "max": 50.0, "sd": 0.0, "per_client": [50.0, None]}
 
 
 def test_absent_classes_are_those_without_training_samples(tmp_path):
-    absent = summary.summary(record(tmp_path / "run"))["accuracy"]["absent_classes"]
+    absent = summary.summarise(record(tmp_path / "run"))["accuracy"]["absent_classes"]
     assert absent["per_client"] == [20.0, 10.0] and absent["mean"] == 15.0
     assert absent["before_finetune"]["per_client"] == [0.0, 0.0]
 
@@ -219,11 +219,11 @@ def test_absent_classes_are_those_without_training_samples(tmp_path):
 def test_client_that_has_every_class_has_no_absent_accuracy(tmp_path):
     def fill(file):
         file["partition/train"][0] = [1, 1, 1]
-    assert summary.summary(altered(tmp_path / "run", fill))["accuracy"]["absent_classes"]["per_client"] == [None, 10.0]
+    assert summary.summarise(altered(tmp_path / "run", fill))["accuracy"]["absent_classes"]["per_client"] == [None, 10.0]
 
 
 def test_bytes_are_summed_over_clients_ranks_and_rounds(tmp_path):
-    found = summary.summary(record(tmp_path / "run"), targets=[25, 50, 50.1])["bytes"]
+    found = summary.summarise(record(tmp_path / "run"), targets=[25, 50, 50.1])["bytes"]
     assert (found["simulated_up_bytes"], found["simulated_down_bytes"], found["transported_bytes"]) == (250, 40, 20)
     assert found["per_round"]["simulated_up_bytes"] == [100, 150] and found["per_client"]["simulated_up_bytes"] == [200, 50]
     assert found["until_accuracy"] == {"25": {"rounds": 1, "simulated_bytes": 120, "transported_bytes": 10},
@@ -231,7 +231,7 @@ def test_bytes_are_summed_over_clients_ranks_and_rounds(tmp_path):
 
 
 def test_seconds_of_a_phase_are_those_of_its_slowest_rank(tmp_path):
-    found = summary.summary(record(tmp_path / "run"))
+    found = summary.summarise(record(tmp_path / "run"))
     assert found["seconds"] == {"train": 5.0, "combine": 4.0} and found["wall_s"] == 10.0
     assert found["seconds_by_rank"] == {"train": [3.0, 4.0], "combine": [3.0, 2.0], "idle": [2.0, 1.0]}
     assert found["idle_share"] == pytest.approx(3.0 / 20.0)
@@ -239,14 +239,14 @@ def test_seconds_of_a_phase_are_those_of_its_slowest_rank(tmp_path):
 
 def test_load_balance_and_waiting_are_on_the_page(tmp_path):
     run = record(tmp_path / "run")
-    found = summary.summary(run)
+    found = summary.summarise(run)
     assert found["load_balance"] == (3.0 + 2.0) / (2.0 + 1.5) and found["idle_share"] == 3.0 / 20.0
     text = page.write([run], tmp_path).read_text()
     assert "waiting 15.0 %, busiest rank 1.43 of the mean" in text and "<summary>Ranks</summary>" in text and "Waiting (%)" in text
 
 
 def test_architectures_are_means_over_their_clients_and_rounds(tmp_path):
-    mlp, cnn = summary.summary(altered(tmp_path / "run", compressing(3)))["by_architecture"]
+    mlp, cnn = summary.summarise(altered(tmp_path / "run", compressing(3)))["by_architecture"]
     assert cnn == {"architecture": "cnn1", "clients": 1, "parameters": 1000, "memory_bytes": 4_000_000, "forward_flops": None,
                    "train_s": 3.0, "refine_s": None, "simulated_up_bytes": 100.0, "simulated_down_bytes": 10.0, "generalization": 50.0, "personal": 50.0}
     assert (mlp["architecture"], mlp["train_s"], mlp["simulated_up_bytes"], mlp["personal"]) == ("mlp<b>", 1.0, 25.0, None)
@@ -256,36 +256,36 @@ def test_clients_of_one_architecture_are_one_row(tmp_path):
     def same(file):
         del file["clients/architecture"]
         file.create_dataset("clients/architecture", data=np.array(["cnn1", "cnn1"], object), dtype=TEXT)
-    row, = summary.summary(altered(tmp_path / "run", same))["by_architecture"]
+    row, = summary.summarise(altered(tmp_path / "run", same))["by_architecture"]
     assert (row["clients"], row["simulated_up_bytes"], row["memory_bytes"], row["train_s"]) == (2, 62.5, None, None)
 
 
 def test_architectures_that_move_between_clients_are_not_summed_by_client(tmp_path):
     def move(file):
         file.attrs["job"] += '[models]\nsize_schedule = "rotate"\n'
-    assert summary.summary(altered(tmp_path / "run", move))["by_architecture"] == []
+    assert summary.summarise(altered(tmp_path / "run", move))["by_architecture"] == []
 
 
 def test_an_architecture_counts_once_however_many_clients_have_it(tmp_path):
-    over = summary.summary(three_ways(tmp_path / "run"))["accuracy"]["over_architectures"]
+    over = summary.summarise(three_ways(tmp_path / "run"))["accuracy"]["over_architectures"]
     assert over["final"] == (20 + 30) / 2 and over["per_architecture"]["a"]["final"] == 20
 
 
 def test_validation_selects_for_clients_together_and_the_earliest_of_equals(tmp_path):
-    over = summary.summary(three_ways(tmp_path / "run"))["accuracy"]["over_architectures"]
+    over = summary.summarise(three_ways(tmp_path / "run"))["accuracy"]["over_architectures"]
     a, b = (over["per_architecture"][name] for name in "ab")
     assert (a["selected"], a["selected_rounds"]) == (40, 2), "round 3 validates as well and is better on the test set, at which nothing may look"
     assert (b["selected"], b["selected_rounds"]) == (50, 3) and over["selected"] == 45
 
 
 def test_best_on_test_is_the_maximum_of_each_architecture_at_the_end_of_a_round(tmp_path):
-    over = summary.summary(three_ways(tmp_path / "run"))["accuracy"]["over_architectures"]
+    over = summary.summarise(three_ways(tmp_path / "run"))["accuracy"]["over_architectures"]
     assert [over["per_architecture"][name]["best_on_test"] for name in "ab"] == [45, 60] and over["best_on_test"] == 52.5
 
 
 @pytest.mark.parametrize("validation, known", [((0, 0, 0), [None, None]), ((10, 30, 0), [40, None])])
 def test_without_validation_parts_nothing_is_selected(tmp_path, validation, known):
-    over = summary.summary(three_ways(tmp_path / "run", validation))["accuracy"]["over_architectures"]
+    over = summary.summarise(three_ways(tmp_path / "run", validation))["accuracy"]["over_architectures"]
     assert [over["per_architecture"][name]["selected"] for name in "ab"] == known
     assert (over["final"], over["selected"], over["best_on_test"]) == (25, None, 52.5)
 
@@ -294,7 +294,7 @@ def test_architectures_that_move_between_clients_have_no_accuracy_or_operations_
     def move(file):
         file.attrs["job"] += '[models]\nsize_schedule = "random"\n'
         file["train/flops"] = [[1.0] * 3] * 4
-    found = summary.summary(three_ways(tmp_path / "run", change=move))
+    found = summary.summarise(three_ways(tmp_path / "run", change=move))
     assert found["accuracy"]["over_architectures"] is None and found["flops"] == {}
 
 
@@ -302,7 +302,7 @@ def test_run_that_was_never_evaluated_has_no_accuracy_over_architectures(tmp_pat
     def forget(file):
         del file["evaluation"]
     folder = three_ways(tmp_path / "run", change=forget)
-    assert summary.summary(folder)["accuracy"]["over_architectures"] is None
+    assert summary.summarise(folder)["accuracy"]["over_architectures"] is None
     assert "three ways" not in page.write([folder], tmp_path / "out").read_text()
 
 
@@ -328,7 +328,7 @@ def test_operations_are_means_over_the_clients_of_an_architecture_in_each_phase(
         nothing = [np.nan] * 3
         file["train/flops"], file["train/refine_flops"] = [[1e6, 3e6, np.nan], nothing, nothing, nothing], [nothing, nothing, nothing, [5.0, np.nan, 7.0]]
     folder = three_ways(tmp_path / "run", change=count)
-    found = summary.summary(folder)
+    found = summary.summarise(folder)
     assert found["flops"] == {"warm-up": {"a": {"training_flops_per_round": 2e6, "refining_flops_per_round": None},
                                           "b": {"training_flops_per_round": None, "refining_flops_per_round": None}},
                               "train": {"a": {"training_flops_per_round": None, "refining_flops_per_round": 5.0},
@@ -337,13 +337,13 @@ def test_operations_are_means_over_the_clients_of_an_architecture_in_each_phase(
     text = page.write([folder], tmp_path / "out").read_text()
     assert "<td class=word>a</td><td>2.00 MFLOP</td><td>–</td>" in text and "<td>1.50 kFLOP</td>" in text
     assert "Training per round" not in text, "the operations of one round are no curve"
-    assert summary.summary(three_ways(tmp_path / "uncounted"))["flops"] == {}
+    assert summary.summarise(three_ways(tmp_path / "uncounted"))["flops"] == {}
 
 
 def test_server_has_its_last_values_without_negative_shares(tmp_path):
-    found = summary.summary(altered(tmp_path / "run", compressing(3)))["server"]
+    found = summary.summarise(altered(tmp_path / "run", compressing(3)))["server"]
     assert found == {"aggregation_accuracy": 60.0, "compression_accuracy cnn1@0.5": 20.0}
-    assert summary.summary(record(tmp_path / "without"))["server"] == {}
+    assert summary.summarise(record(tmp_path / "without"))["server"] == {}
 
 
 def test_negative_shares_are_sorted_by_layer_and_from_wide_to_narrow(tmp_path):
@@ -362,7 +362,7 @@ def test_page_shows_what_the_server_measured(tmp_path, layers, title):
 
 
 def test_summary_goes_into_strict_json(tmp_path):
-    found = summary.summary(record(tmp_path / "run"))
+    found = summary.summarise(record(tmp_path / "run"))
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert (found["algorithm"], found["name"], found["seed"], found["rounds"], found["ranks"], found["clients"], found["status"]) == \
         ("fedvtc", "toy", 0, 2, 2, 2, "done")
@@ -375,7 +375,7 @@ def test_run_without_rounds_or_evaluations_has_a_summary(tmp_path):
             del file[name]
             file.create_dataset(name, data=kept, dtype=TEXT if name == "rounds/phase" else None)
         del file["evaluation"]
-    found = summary.summary(altered(tmp_path / "run", empty))
+    found = summary.summarise(altered(tmp_path / "run", empty))
     assert found["rounds"] == 0 and found["accuracy"]["generalization"]["mean"] is None
     assert found["accuracy"]["generalization"]["per_client"] == [None, None]
     assert "before_finetune" not in found["accuracy"]
@@ -386,27 +386,27 @@ def test_rows_past_the_last_complete_round_are_ignored(tmp_path):
         kept = file["bytes/transported"][:1]
         del file["bytes/transported"]
         file["bytes/transported"] = kept
-    found = summary.summary(altered(tmp_path / "run", cut))
+    found = summary.summarise(altered(tmp_path / "run", cut))
     assert found["rounds"] == 1 and found["accuracy"]["rounds"] == 1 and found["accuracy"]["generalization"]["per_client"] == [25.0, 25.0]
     assert found["bytes"]["simulated_up_bytes"] == 100
 
 
 def test_folder_that_is_no_run_is_named_with_a_way_out(tmp_path):
     with pytest.raises(JobError, match="no such folder"):
-        summary.summary(tmp_path / "nowhere")
+        summary.summarise(tmp_path / "nowhere")
     record(tmp_path / "name" / "2025-run")
     with pytest.raises(JobError, match="2025-run"):
-        summary.summary(tmp_path / "name")
+        summary.summarise(tmp_path / "name")
     (tmp_path / "STATUS").write_text("failed: no such data set")
     with pytest.raises(JobError, match="no such data set"):
-        summary.summary(tmp_path)
+        summary.summarise(tmp_path)
 
 
 def test_truncated_record_is_refused_by_name(tmp_path):
     path = record(tmp_path / "run") / "metrics.h5"
     path.write_bytes(path.read_bytes()[:-4000])
     with pytest.raises(CheckpointError, match="metrics.h5.*truncated"):
-        summary.summary(tmp_path / "run")
+        summary.summarise(tmp_path / "run")
 
 
 def test_record_that_leads_into_another_file_is_refused(tmp_path):
@@ -416,7 +416,7 @@ def test_record_that_leads_into_another_file_is_refused(tmp_path):
         del file["train/loss"]
         file["train/loss"] = h5py.ExternalLink(str(tmp_path / "other" / "metrics.h5"), "/train/loss")
     with pytest.raises(CheckpointError, match="train/loss.*external link"):
-        summary.summary(altered(tmp_path / "run", lead))
+        summary.summarise(altered(tmp_path / "run", lead))
 
 
 def test_record_of_other_shape_or_schema_is_refused(tmp_path):
@@ -424,9 +424,9 @@ def test_record_of_other_shape_or_schema_is_refused(tmp_path):
         del file["partition/train"]
         file["partition/train"] = np.ones((2, 4), int)
     with pytest.raises(CheckpointError, match=r"partition/train.*\(2, 4\), wanted \(2, 3\)"):
-        summary.summary(altered(tmp_path / "wide", widen))
+        summary.summarise(altered(tmp_path / "wide", widen))
     with pytest.raises(CheckpointError, match="schema = 2, wanted 1"):
-        summary.summary(altered(tmp_path / "new", lambda file: file.attrs.update(schema=2)))
+        summary.summarise(altered(tmp_path / "new", lambda file: file.attrs.update(schema=2)))
 
 
 def test_damaged_run_stops_the_report_before_anything_is_written(tmp_path):
@@ -471,7 +471,7 @@ def test_names_out_of_files_cannot_become_markup(compared):
 
 def test_same_seed_twice_is_not_averaged(tmp_path):
     runs = [summary.read(record(tmp_path / name)) for name in ("a", "b")]
-    assert [len(group) for group in labels.same_but_seed(runs)] == [1, 1]
+    assert [len(group) for group in labels.group_by_seed(runs)] == [1, 1]
 
 
 def test_a_label_is_the_method_and_what_differs_within_it_in_whole_words(tmp_path):
@@ -484,15 +484,15 @@ def test_a_label_is_the_method_and_what_differs_within_it_in_whole_words(tmp_pat
     long = ["a_rather_long_name_of_a_model", "another_rather_long_name_of_a_model"]
     runs = [altered(tmp_path / str(number), method(*each[:1], **each[1])) for number, each in enumerate(
         (("fedvtc", {"alpha": 0.1}), ("fedvtc", {"alpha": 1.0}), ("fedavg", {"alpha": 1.0}), ("fedavg", {"alpha": 1.0, "names": long})))]
-    found = list(labels.labelled([recording.read(run) for run in runs]))
+    found = list(labels.label_groups([recording.read(run) for run in runs]))
     assert found == ["fedvtc, alpha 0.1", "fedvtc, alpha 1.0", "fedavg, alpha 1.0", f"fedavg, alpha 1.0, names [{' '.join(long)}]"]
-    assert list(labels.labelled([recording.read(runs[0])])) == ["fedvtc"]
+    assert list(labels.label_groups([recording.read(runs[0])])) == ["fedvtc"]
 
 
 def test_only_runs_that_would_be_confused_get_longer_labels(tmp_path):
     runs = [summary.read(record(tmp_path / name, name=title, lr=lr)) for name, title, lr in
             (("a", "one", 0.1), ("b", "one", 0.2), ("c", "two", 0.1), ("d", "three", 0.3), ("e", "three", 0.3))]
-    assert list(labels.labelled(runs)) == ["fedvtc, lr 0.1, one", "fedvtc, lr 0.2", "fedvtc, lr 0.1, two", "fedvtc, lr 0.3, d", "fedvtc, lr 0.3, e"]
+    assert list(labels.label_groups(runs)) == ["fedvtc, lr 0.1, one", "fedvtc, lr 0.2", "fedvtc, lr 0.1, two", "fedvtc, lr 0.3, d", "fedvtc, lr 0.3, e"]
 
 
 def test_table_has_a_line_per_run_in_columns(tmp_path):
@@ -532,13 +532,13 @@ def test_folders_of_runs_are_taken_apart_and_what_is_none_is_skipped_with_a_reas
     (tmp_path / "runs" / "sweep" / "died").mkdir()
     (tmp_path / "runs" / "sweep" / "died" / "STATUS").write_text("failed: no such data set")
     (tmp_path / "notes.txt").write_text("mine")
-    found, skipped = recording.runs_in([tmp_path / "runs" / "sweep", tmp_path / "runs", tmp_path / "notes.txt", runs[0], tmp_path / "nowhere"])
+    found, skipped = recording.find_runs([tmp_path / "runs" / "sweep", tmp_path / "runs", tmp_path / "notes.txt", runs[0], tmp_path / "nowhere"])
     assert found == runs, "each once, in the order in which they were named"
     others = [tmp_path / "runs" / "sweep" / "died", tmp_path / "notes.txt", tmp_path / "nowhere"]
     assert [line.partition(": ")[0] for line in skipped] == list(map(str, others))
     assert "no such data set" in skipped[0] and "is a file" in skipped[-2] and "no such folder" in skipped[-1]
     with pytest.raises(JobError, match="has no metrics.h5"):
-        recording.runs_in([tmp_path / "runs" / "sweep" / "report"])
+        recording.find_runs([tmp_path / "runs" / "sweep" / "report"])
 
 
 def test_the_command_reports_a_folder_of_runs_and_says_what_it_skipped(tmp_path, capsys):
@@ -563,21 +563,21 @@ def test_a_run_in_which_nothing_is_averaged_says_so(tmp_path):
     def lonely(file):
         file.attrs["plan"] = json.dumps([{"phase": "train", "rounds": 2, "refines": "adopt", "averages": {"cnn1": 1, "mlp<b>": 1}}])
     folder = altered(tmp_path / "run", lonely)
-    warning, = summary.summary(folder)["warnings"]
+    warning, = summary.summarise(folder)["warnings"]
     assert warning.startswith("fedvtc averages nothing here") and warning in told([folder])
     assert "<p class=warning>fedvtc averages nothing here" in page.write([folder], tmp_path / "out").read_text()
-    assert summary.summary(record(tmp_path / "other"))["warnings"] == []
+    assert summary.summarise(record(tmp_path / "other"))["warnings"] == []
 
 
 @pytest.mark.parametrize("held", [True, False])
 def test_a_run_is_alive_only_while_its_process_holds_the_lock(tmp_path, held):
     folder = record(tmp_path / "run", status="running\n")
     with (folder / "LOCK").open("w") as handle:
-        handle.write(json.dumps(lock.holder()))
+        handle.write(json.dumps(lock.describe_holder()))
         handle.flush()
         if held:
             fcntl.flock(handle, fcntl.LOCK_EX)
-        status = summary.summary(folder)["status"]
+        status = summary.summarise(folder)["status"]
         assert status == "running" if held else status.startswith(f"died: process {os.getpid()} on {platform.node()} ended without a word")
     if not held:
         assert " died " in told([folder]).splitlines()[1] and "ended without a word" in told([folder])
@@ -588,13 +588,13 @@ def test_a_run_of_another_host_is_said_to_be_beyond_checking(tmp_path):
     (folder / "LOCK").write_text('{"host": "far-away", "pid": 7, "started": "2026-01-01T00:00:00+00:00"}\n')
     os.utime(folder / "metrics.h5", (0, time.time() - 7200))
     os.utime(folder / "STATUS", (0, 0))
-    assert summary.summary(folder)["status"] == "running?: on far-away, which cannot be checked from here; last sign of it 2 h ago"
+    assert summary.summarise(folder)["status"] == "running?: on far-away, which cannot be checked from here; last sign of it 2 h ago"
     (folder / "LOCK").unlink()
-    assert "nobody says where" in summary.summary(folder)["status"]
+    assert "nobody says where" in summary.summarise(folder)["status"]
 
 
 def test_names_of_phases_do_not_overlap():
-    figure = figures.accuracy(figures.LIGHT, {"clients": (0, np.arange(1, 41), np.full((40, 2), 50.0))}, 10.0,
+    figure = figures.draw_accuracy(figures.LIGHT, {"clients": (0, np.arange(1, 41), np.full((40, 2), 50.0))}, 10.0,
                               [(0, "statistics"), (1, "warm-up"), (2, "generator"), (3, "rounds"), (38, "finetune"), (39, "calibrate")])
     figure.canvas.draw()
     names = [text for text in figure.axes[0].texts if text.get_text()]
@@ -606,7 +606,7 @@ def test_names_of_phases_do_not_overlap():
 def test_what_is_reached_in_one_exchange_or_for_nothing_is_in_sight_among_costly_runs():
     runs = {"costly": [(np.array([1e6, 6e7]), np.array([20.0, 60.0]))], "one exchange": [(np.array([1e5]), np.array([99.0]))],
             "local": [(np.array([0.0, 0.0]), np.array([10.0, 30.0]))]}
-    figure = figures.overlay(figures.LIGHT, runs, "bytes")
+    figure = figures.draw_overlay(figures.LIGHT, runs, "bytes")
     figure.canvas.draw()
     axes = figure.axes[0]
     ends = {line.get_color(): line for line in axes.lines if line.get_markersize() == 8}

@@ -78,7 +78,7 @@ def test_a_round_begins_with_no_intervals_of_the_round_before():
 def test_spread_work_leaves_the_seconds_of_one_item_of_each_piece():
     ledger = Ledger(torch.device("cpu"))
     for items, seconds in ((4, 2.0), (0, 0.25), (2, 1.0)):
-        ledger.helped(items, seconds)
+        ledger.book_help(items, seconds)
     assert [ledger.close()["item_s"], ledger.close()["item_s"]] == [1.25, 0.0]
 
 
@@ -148,7 +148,7 @@ def test_a_record_that_knows_no_intervals_is_refused(late, tmp_path):
         del file["trace"]
     with pytest.raises(JobError, match="for how long each rank worked, but not when"):
         timeline.write([tmp_path / "old"], tmp_path / "trace.json")
-    assert summary.summary(tmp_path / "old")["rounds"] == 2
+    assert summary.summarise(tmp_path / "old")["rounds"] == 2
 
 
 def test_intervals_of_unfinished_rounds_are_left_out_and_odd_ones_refused(late, tmp_path):
@@ -166,7 +166,7 @@ def test_intervals_of_unfinished_rounds_are_left_out_and_odd_ones_refused(late, 
 
 
 def test_load_balance_is_the_busiest_rank_over_the_mean_one(late):
-    found = summary.summary(late)
+    found = summary.summarise(late)
     assert 1.2 < found["load_balance"] <= 2.0 and 0.05 < found["idle_share"] < 1
     alone = {"seconds": {"train": np.array([[1.0, 3.0], [4.0, 0.0]]), "idle": np.array([[9.0, 9.0], [0.0, 0.0]])}}
     assert summary._load_balance(alone["seconds"]) == (3 + 4) / (2 + 2)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from hpcfl.models import zoo
 from hpcfl.resize.averaged import GRANULARITIES, Averaged
-from hpcfl.tree import Tree, floating
+from hpcfl.tree import Tree, select_floating
 
 SHAPE, SAMPLES = (1, 8, 8), [30.0, 10.0, 60.0]
 
@@ -18,7 +18,7 @@ def models(count: int = 3, name: str = "cnn5_bn") -> list[Tree]:
 
 def averaged(given: list[Tree], samples: list[float], granularity: str = "element", normalised: bool = True, logits: torch.Tensor | None = None) -> Averaged:
     module = Averaged(zoo.build("cnn5_bn", SHAPE, 10, 0), len(given), granularity, normalised)
-    state = dict(module.state_dict()) | module.of(given, samples)
+    state = dict(module.state_dict()) | module.derive_state(given, samples)
     module.load_state_dict(state | ({} if logits is None else {"logits": logits}))
     return module
 
@@ -28,7 +28,7 @@ def test_equal_logits_give_the_mean_weighted_by_samples(granularity):
     given = models()
     weights = averaged(given, SAMPLES, granularity).weights()
     assert weights.keys() == given[0].keys()
-    for path in floating(given[0]):
+    for path in select_floating(given[0]):
         want = sum(count / 100 * model[path].double() for count, model in zip(SAMPLES, given))
         torch.testing.assert_close(weights[path].double(), want, rtol=1e-5, atol=1e-6)
     plain = averaged(given, [1.0] * 3, granularity).weights()

@@ -6,7 +6,7 @@ from torch import nn
 
 from hpcfl.errors import LayoutError
 from hpcfl.models import zoo
-from hpcfl.resize.filtered import INITS, Filtered, WeightFilter, mlr
+from hpcfl.resize.filtered import INITS, Filtered, WeightFilter, apply_mlr
 from hpcfl.training.fit import fit
 from hpcfl.training.group import Group
 from hpcfl.training.losses import cross_entropy
@@ -68,9 +68,9 @@ def test_the_kernel_is_as_large_as_the_difference_of_the_sizes_and_one():
 
 def test_mlr_has_the_slopes_of_the_paper_and_twice_those_of_the_code():
     v = torch.tensor([-2.0, 0.0, 2.0])
-    torch.testing.assert_close(mlr(v, 1), torch.tensor([-0.002, 0.0, 1.7]))
-    torch.testing.assert_close(mlr(v, 2), torch.tensor([-2e-6, 0.0, 1.445]))
-    assert mlr(v, 0) is v
+    torch.testing.assert_close(apply_mlr(v, 1), torch.tensor([-0.002, 0.0, 1.7]))
+    torch.testing.assert_close(apply_mlr(v, 2), torch.tensor([-2e-6, 0.0, 1.445]))
+    assert apply_mlr(v, 0) is v
 
 
 def test_slice_begins_close_to_the_leading_channels_and_dilation_close_to_these_among_zeros():
@@ -89,7 +89,7 @@ def test_sizes_that_no_filter_can_join_are_refused(wrong):
 
 
 def state_of(module: Filtered, source: Tree) -> Tree:
-    return dict(module.state_dict()) | module.of(source)
+    return dict(module.state_dict()) | module.derive_state(source)
 
 
 def random(model: nn.Module) -> Tree:
@@ -128,7 +128,7 @@ def test_running_statistics_keep_their_leading_part_and_begin_anew_where_they_gr
     large, small = zoo.build("resnet8", COLOUR, 10, 0), zoo.build("resnet8@0.5", COLOUR, 10, 0)
     large.body.norm.running_mean.copy_(torch.arange(64.0))
     small.body.norm.running_var.fill_(7.0)
-    compressed, dilated = Filtered(large, small).of(large.state_dict()), Filtered(small, large).of(small.state_dict())
+    compressed, dilated = Filtered(large, small).derive_state(large.state_dict()), Filtered(small, large).derive_state(small.state_dict())
     assert compressed["buffer:body:norm:running_mean"].tolist() == list(range(32))
     assert not dilated["buffer:body:norm:running_mean"].any() and bool((dilated["buffer:body:norm:running_var"] == 1).all())
     assert int(dilated["buffer:body:norm:num_batches_tracked"]) == 0
@@ -166,7 +166,7 @@ def trained(clients: tuple[int, ...], engine: str, name: str = "cnn5_bn@0.5") ->
     def batches(client):
         generator = torch.Generator().manual_seed(client)
         return [{"x": torch.randn(6, *shape, generator=generator), "y": torch.randint(10, (6,), generator=generator)} for _ in range(2)]
-    return fit(Group.of("dilated", states), {"model": module}, [Turn(("model",), cross_entropy, Optimizer("sgd", 0.05))], batches, engine=engine, channels_last=False)[0]
+    return fit(Group.from_states("dilated", states), {"model": module}, [Turn(("model",), cross_entropy, Optimizer("sgd", 0.05))], batches, engine=engine, channels_last=False)[0]
 
 
 def test_dilation_of_several_clients_together_equals_one_by_one():
@@ -191,4 +191,4 @@ def test_tuning_changes_the_filters_and_the_running_statistics_and_not_the_sourc
 def test_the_filters_are_all_that_learns():
     module = Filtered(nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4, 10)), nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(2, 10)))
     assert {path.split(".")[0] for path, parameter in module.named_parameters() if parameter.requires_grad} == {"filters"}
-    assert stack([module.of({path: leaf.detach() for path, leaf in zip(module.paths, (torch.ones(4, 1, 3, 3), torch.ones(4), torch.ones(10, 4), torch.ones(10)))})])
+    assert stack([module.derive_state({path: leaf.detach() for path, leaf in zip(module.paths, (torch.ones(4, 1, 3, 3), torch.ones(4), torch.ones(10, 4), torch.ones(10)))})])

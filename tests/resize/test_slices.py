@@ -55,7 +55,7 @@ def zeroed(state, kept):
     ("resnet8", 0), ("resnet18", 12), ("mobilenet_v2", 12), ("googlenet", 0)])
 def test_a_slice_computes_what_the_network_does_without_its_other_channels(name, features, width, shift):
     full, small = widths(name, width, features=features)
-    kept = slices.axes(full, small, shift)
+    kept = slices.find_axes(full, small, shift)
     state = full.state_dict()
     taken = slices.take(state, kept)
     assert {path: leaf.shape for path, leaf in taken.items()} == {path: leaf.shape for path, leaf in small.state_dict().items()}
@@ -67,7 +67,7 @@ def test_a_slice_computes_what_the_network_does_without_its_other_channels(name,
 @pytest.mark.parametrize("shift", [0, 5])
 def test_a_slice_of_a_transformer_keeps_part_of_every_head(shift):
     full, small = widths("vit", 0.42)                              # heads of 6 out of 16 values
-    kept = slices.axes(full, small, shift)
+    kept = slices.find_axes(full, small, shift)
     window = sorted((shift + i) % 16 for i in range(6))
     for layer in ("q", "k", "v"):
         assert kept[f"body.block1.attention.{layer}.weight"][0].tolist() == [16 * head + value for head in range(4) for value in window]
@@ -95,20 +95,20 @@ def test_a_slice_of_a_transformer_keeps_part_of_every_head(shift):
 def test_every_model_of_the_zoo_can_be_sliced(name):
     norm = "group" if name in ("resnet10", "googlenet") else "batch"
     full, small = widths(name, 0.5625, norm=norm)
-    small.load_state_dict(slices.take(full.state_dict(), slices.axes(full, small, 7)))
+    small.load_state_dict(slices.take(full.state_dict(), slices.find_axes(full, small, 7)))
 
 
 def test_windows_are_counted_by_hand():
-    assert slices.window(6, 4).tolist() == [True, True, True, True, False, False]
-    assert slices.window(6, 4, shift=3).tolist() == [True, False, False, True, True, True]
-    assert slices.window(6, 4, shift=9).tolist() == slices.window(6, 4, shift=3).tolist()
-    assert slices.window(6, 2, shift=2, blocks=2).tolist() == [False, False, True, False, False, True]
-    assert slices.window(5, 5, shift=3).all()
+    assert slices.mark_window(6, 4).tolist() == [True, True, True, True, False, False]
+    assert slices.mark_window(6, 4, shift=3).tolist() == [True, False, False, True, True, True]
+    assert slices.mark_window(6, 4, shift=9).tolist() == slices.mark_window(6, 4, shift=3).tolist()
+    assert slices.mark_window(6, 2, shift=2, blocks=2).tolist() == [False, False, True, False, False, True]
+    assert slices.mark_window(5, 5, shift=3).all()
 
 
 def test_image_channels_and_classes_stay_whole_and_the_first_channels_are_kept():
     full, small = widths("fedconv", 0.75)
-    kept = slices.axes(full, small)
+    kept = slices.find_axes(full, small)
     assert [axis.tolist() for axis in kept["body.conv1.weight"][:2]] == [list(range(12)), [0, 1, 2]]
     assert [axis.tolist() for axis in kept["body.conv2.weight"][:2]] == [list(range(24)), list(range(12))]
     assert kept["head.weight"][0].tolist() == list(range(CLASSES))
@@ -117,21 +117,21 @@ def test_image_channels_and_classes_stay_whole_and_the_first_channels_are_kept()
 
 def test_a_joined_map_keeps_a_window_of_every_branch():
     full, small = widths("googlenet", 0.5)
-    kept = slices.axes(full, small, shift=1)["body.stage1_block2.branch1.conv.weight"]
+    kept = slices.find_axes(full, small, shift=1)["body.stage1_block2.branch1.conv.weight"]
     starts, sizes = (0, 64, 192, 224), (64, 128, 32, 32)           # the branches of the block before
     assert kept[1].tolist() == [start + 1 + i for start, size in zip(starts, sizes, strict=True) for i in range(size // 2)]
 
 
 def test_all_channels_of_the_full_size_are_kept_wherever_the_window_starts():
     full = built("resnet8")
-    kept = slices.axes(full, built("resnet8"), shift=5)
+    kept = slices.find_axes(full, built("resnet8"), shift=5)
     state = full.state_dict()
     assert all(leaf is state[path] for path, leaf in slices.take(state, kept).items()), "what is kept whole needs no copy"
 
 
 def test_what_is_added_or_put_lands_where_it_was_taken():
     full, small = widths("cnn2_bn", 0.5)
-    kept, state = slices.axes(full, small, 3), tree.floating(full.state_dict())
+    kept, state = slices.find_axes(full, small, 3), tree.select_floating(full.state_dict())
     out = tree.transform(state, lambda leaf: torch.zeros_like(leaf, dtype=torch.float64))
     ones = tree.transform(slices.take(state, kept), torch.ones_like)
     slices.add_to(out, ones, kept)
@@ -146,7 +146,7 @@ def test_what_is_added_or_put_lands_where_it_was_taken():
 def test_slicing_draws_nothing_and_leaves_the_networks_alone():
     full, small = widths("vit", 0.5)
     before, drawn = tree.clone(full.state_dict()), torch.get_rng_state()
-    slices.axes(full, small, 2)
+    slices.find_axes(full, small, 2)
     assert tree.equal(before, full.state_dict()) and torch.equal(drawn, torch.get_rng_state())
     assert full.training and not any(module._forward_hooks for module in full.modules())
 
@@ -154,7 +154,7 @@ def test_slicing_draws_nothing_and_leaves_the_networks_alone():
 @pytest.mark.parametrize("features", [256, 128])
 def test_a_projection_that_only_one_width_has_is_refused(features):
     with pytest.raises(JobError, match=f"'projection.bias'.*models.feature_size = {features} is the size"):
-        slices.axes(*widths("resnet8", 0.5, features=features))
+        slices.find_axes(*widths("resnet8", 0.5, features=features))
 
 
 def test_channels_of_different_windows_cannot_be_added():
@@ -167,4 +167,4 @@ def test_channels_of_different_windows_cannot_be_added():
         def forward(self, x):
             return self.grow(self.one(x) + self.two(x)[:, :self.one.weight.shape[0]])
     with pytest.raises(LayoutError, match=r"'grow.weight': channels that arrive are \(8, 5, 1, 1\) of \(8, 6, 1, 1\)"):
-        slices.axes(Sum(6, 6), Sum(4, 4 + 1))
+        slices.find_axes(Sum(6, 6), Sum(4, 4 + 1))

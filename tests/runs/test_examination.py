@@ -12,7 +12,7 @@ from hpcfl.federation.ledger import Ledger
 from hpcfl.federation.world import World
 from hpcfl.runs import examination
 from hpcfl.runs.examination import Examination
-from hpcfl.training.evaluate import correct
+from hpcfl.training.evaluate import count_correct
 from hpcfl.training.group import Group
 from hpcfl.wire.communicator import Alone, Communicator, connect
 from tests.support.tiny_runs import carry_out, outcome, tiny
@@ -28,7 +28,7 @@ def passes(monkeypatch) -> Iterator[Counter]:
 
     def counted(predict: Callable, shard, classes, batch, first=0, every=1):
         asked[len(shard)] += 1
-        return correct(predict, shard, classes, batch, first, every)
+        return count_correct(predict, shard, classes, batch, first, every)
     monkeypatch.setattr(examination, "correct", counted)
     return asked
 
@@ -57,11 +57,11 @@ def test_a_round_of_fedavg_asks_each_local_model_and_the_average_once(passes, tm
 def test_equal_rows_are_asked_once_and_each_client_gets_the_answers_of_its_own_model(passes):
     exam, world = examined()
     seeds = [1, 2, 1, 3, 2, 1]
-    found = exam.of_clients([stacked(world, seeds)])
+    found = exam.count_of_clients([stacked(world, seeds)])
     assert passes[len(world.test)] == 3
     for seed, client in zip(seeds, range(6), strict=True):
         alone, _ = examined()
-        wanted = alone.of_clients([stacked(world, seeds).select([client])])[client]
+        wanted = alone.count_of_clients([stacked(world, seeds).select([client])])[client]
         assert all((found[client][name] == wanted[name]).all() for name in wanted) and found[client].keys() == wanted.keys()
     assert len({found[client]["generalization_correct"].tobytes() for client in (0, 1, 3)}) == 3, "three models that answer alike show nothing"
 
@@ -69,21 +69,21 @@ def test_equal_rows_are_asked_once_and_each_client_gets_the_answers_of_its_own_m
 def test_models_are_known_across_groups_and_stages(passes):
     exam, world = examined()
     whole = stacked(world, [1, 1, 2, 2, 1, 2])
-    first = exam.of_clients([whole.select([0, 1]), whole.select([2, 3]), whole.select([4, 5])])
+    first = exam.count_of_clients([whole.select([0, 1]), whole.select([2, 3]), whole.select([4, 5])])
     assert passes[len(world.test)] == 2
     swapped = stacked(world, [2, 1, 1, 2, 2, 1])
-    then = exam.of_clients([swapped])
+    then = exam.count_of_clients([swapped])
     assert passes[len(world.test)] == 2, "models that somebody held a stage ago were asked again"
     assert (then[0]["generalization_correct"] == first[2]["generalization_correct"]).all()
-    fresh = examined()[0].of_clients([swapped])
+    fresh = examined()[0].count_of_clients([swapped])
     assert all((then[client][name] == fresh[client][name]).all() for client in range(6) for name in fresh[client]), "parts of its own are each client's"
 
 
 def test_a_client_that_keeps_its_model_is_not_asked_about_its_own_parts_again(passes):
     exam, world = examined()
-    exam.of_clients([stacked(world, [1, 2, 3, 4, 5, 6])])
+    exam.count_of_clients([stacked(world, [1, 2, 3, 4, 5, 6])])
     before = passes.total()
-    exam.of_clients([stacked(world, [1, 2, 3, 4, 5, 7])])
+    exam.count_of_clients([stacked(world, [1, 2, 3, 4, 5, 7])])
     assert passes.total() - before == 3, "the test set, the validation part and the personal part of client 5"
 
 
@@ -93,7 +93,7 @@ def test_a_model_that_is_equal_to_rounding_is_another(passes):
     path, leaf = next((path, leaf) for path, leaf in group.state.items() if leaf.is_floating_point())
     nudged = leaf.clone()
     nudged[1].view(-1)[0] = torch.nextafter(nudged[1].view(-1)[0], torch.tensor(torch.inf))
-    exam.of_clients([replace(group, state=group.state | {path: nudged})])
+    exam.count_of_clients([replace(group, state=group.state | {path: nudged})])
     assert passes[len(world.test)] == 2
 
 
@@ -123,12 +123,12 @@ def test_ranks_share_the_asking_of_a_model_of_the_federation_and_their_clients_n
     world = World(tiny("fedavg", models=ONE, federation=ALL, evaluation={"batch": 20}), comm, torch.device("cpu"))
     exam, alone = Examination(world, Ledger(torch.device("cpu"))), examined(evaluation={"batch": 20})[0]
     model = tree.row(stacked(world, [1]).part("model"), 0)
-    wanted = alone.of_federation({"mlp2": ("mlp2", model, 0, 1)})["mlp2"]
+    wanted = alone.count_of_federation({"mlp2": ("mlp2", model, 0, 1)})["mlp2"]
     if comm.rank == 0:
-        lone = exam.of_federation({"mlp2": ("mlp2", model, comm.rank, comm.size), "lone": ("mlp2", model, 0, 1)})
+        lone = exam.count_of_federation({"mlp2": ("mlp2", model, comm.rank, comm.size), "lone": ("mlp2", model, 0, 1)})
     else:
-        lone = exam.of_federation({"mlp2": ("mlp2", model, comm.rank, comm.size)})
+        lone = exam.count_of_federation({"mlp2": ("mlp2", model, comm.rank, comm.size)})
     assert (lone["mlp2"] == wanted).all() and (lone["lone"] == wanted).all() and wanted.sum() > 0
     before = passes[len(world.test)]
-    own = exam.of_clients([Group("mlp2", world.mine, tree.join(model=tree.repeat(model, len(world.mine))))])
+    own = exam.count_of_clients([Group("mlp2", world.mine, tree.join(model=tree.repeat(model, len(world.mine))))])
     assert passes[len(world.test)] == before and all((answers["generalization_correct"] == wanted).all() for answers in own.values())

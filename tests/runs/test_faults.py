@@ -20,7 +20,7 @@ import torch
 from hpcfl import __version__, cli
 from hpcfl.contract import ClientSite
 from hpcfl.data import store
-from hpcfl.data.embedded import digits
+from hpcfl.data.embedded import load_digits
 from hpcfl.files import lock
 from hpcfl.runs import checkpoint, launch
 from hpcfl.training.group import Group
@@ -267,7 +267,7 @@ def test_data_that_are_not_there_say_how_to_get_them(hpcfl, tmp_path, monkeypatc
 @pytest.mark.parametrize("damage", ["truncated", "one byte changed"])
 def test_a_damaged_data_file_is_named_and_nothing_is_trained(damage, hpcfl, tmp_path, monkeypatch):
     monkeypatch.setenv("HPCFL_DATA", str(tmp_path / "data"))
-    data = digits()
+    data = load_digits()
     np.savez(tmp_path / "own.npz", x_train=data.train_images, y_train=data.train_labels, x_test=data.test_images, y_test=data.test_labels)
     file = store.import_npz("own", tmp_path / "own.npz")
     content = bytearray(file.read_bytes())
@@ -279,7 +279,7 @@ def test_a_damaged_data_file_is_named_and_nothing_is_trained(damage, hpcfl, tmp_
 
 def test_nan_in_own_data_is_refused_at_the_door(hpcfl, tmp_path, monkeypatch):
     monkeypatch.setenv("HPCFL_DATA", str(tmp_path / "data"))
-    data = digits()
+    data = load_digits()
     images = data.train_images / 255
     images[7, 0, 3, 3] = np.nan
     np.savez(tmp_path / "own.npz", x_train=images, y_train=data.train_labels, x_test=data.test_images / 255, y_test=data.test_labels)
@@ -384,7 +384,7 @@ def test_the_lock_of_a_process_that_was_killed_holds_nobody_up(whole, hpcfl, tmp
     ('{"host": "n1", "pid": 7, "started": "2026-01-02T03:04:05+00:00"}\n', "process 7 on n1, since 2026-01-02T03:04:05+00:00"),
     ("process 7 on n1\n", "process 7 on n1"), ('{"host": "n1"}', '{"host": "n1"}'), ("7", "7"), ("", "")])
 def test_who_holds_a_folder_is_said_whoever_wrote_it(text, words):
-    assert lock.held_by(text) == words
+    assert lock.holder_text(text) == words
 
 
 def of_another(folder: Path, **written: object) -> None:
@@ -403,7 +403,7 @@ def test_a_checkpoint_of_another_format_is_refused_with_both_versions(ranks, who
     with started(tmp_path, "run", whole[1], "--out", folder, ranks=ranks) as job:
         assert job.ends() == 5, job.text()
     assert job.text().count(f"{checkpoint_of(folder, 4)}: written by hpcfl 7.8.9 in checkpoint format 99, this is hpcfl {__version__} with format "
-                            f"{checkpoint.FORMAT}; nothing was changed. Resume with the version that wrote it\n") == 1, job.text()
+                            f"{checkpoint.CHECKPOINT_FORMAT}; nothing was changed. Resume with the version that wrote it\n") == 1, job.text()
     assert "--may-differ" not in job.text() and before.items() <= files(folder).items() and not left_half_written(folder)
 
 
@@ -412,7 +412,7 @@ def test_a_checkpoint_of_another_version_is_refused_unless_that_may_be(whole, hp
     shutil.copytree(whole[2], folder)
     of_another(folder, hpcfl="7.8.9")
     code, text = hpcfl("run", whole[1], "--out", folder)
-    assert code == 5 and f"written by hpcfl 7.8.9 in checkpoint format {checkpoint.FORMAT}, this is hpcfl {__version__} with" in text
+    assert code == 5 and f"written by hpcfl 7.8.9 in checkpoint format {checkpoint.CHECKPOINT_FORMAT}, this is hpcfl {__version__} with" in text
     assert "allow it with --may-differ hpcfl\n" in text
     assert launch.revisit(folder)[1].rows == 4, "to look at it is allowed"
     code, text = hpcfl("run", whole[1], "--out", folder, "--may-differ", "hpcfl")
@@ -529,7 +529,7 @@ def test_a_full_disk_is_one_line_of_each_command_that_writes(command, whole, hpc
 
 
 def test_a_full_disk_under_the_cache_is_one_line_and_its_way_out_works(hpcfl, small_disk, tmp_path, monkeypatch):
-    data = digits()
+    data = load_digits()
     np.savez(tmp_path / "own.npz", x_train=data.train_images, y_train=data.train_labels, x_test=data.test_images, y_test=data.test_labels)
     disk = small_disk(60_000)
     monkeypatch.setenv("HPCFL_DATA", str(disk))

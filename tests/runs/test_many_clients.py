@@ -8,7 +8,7 @@ from torch import nn
 from hpcfl import cli
 from hpcfl.federation.answers import Answers
 from hpcfl.models.sizes import Sizes
-from hpcfl.training.evaluate import model_of
+from hpcfl.training.evaluate import bind_model
 from hpcfl.training.group import Group
 from hpcfl.wire.communicator import Alone, Communicator
 from tests.support import in_memory
@@ -34,9 +34,9 @@ def group(clients: list[Client]) -> Group:
 
 WORK: dict[str, Callable[[list[Client]], object]] = {
     "who was lost": lambda clients: Answers(tuple(clients), tuple(clients[::2])).lost,
-    "half a group comes back": lambda clients: group(clients).updated(group(clients[::2])),
+    "half a group comes back": lambda clients: group(clients).with_rows(group(clients[::2])),
     "half a group is at work": lambda clients: group(clients).select(clients[::2]),
-    "each client's model": lambda clients: [model_of(whole, {"model": nn.Linear(2, 2)}, client) for whole in [group(clients)] for client in clients]}
+    "each client's model": lambda clients: [bind_model(whole, {"model": nn.Linear(2, 2)}, client) for whole in [group(clients)] for client in clients]}
 
 
 @pytest.mark.parametrize("work", WORK)

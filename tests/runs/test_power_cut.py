@@ -13,7 +13,7 @@ import h5py
 
 from hpcfl.files import atomic, trees
 from hpcfl.runs import checkpoint
-from hpcfl.runs.checkpoint import latest
+from hpcfl.runs.checkpoint import find_latest
 from tests.support.fork_server import Forked
 from tests.support.tiny_runs import apart, carry_out, checkpoint_of, deterministic, left_half_written, outcome, started, tiny, write_job
 
@@ -81,7 +81,7 @@ def newest_rows(folder: Path) -> int:
         for name, entry in json.loads((each / "manifest.json").read_text())["files"].items():
             assert hashlib.sha256((each / name).read_bytes()).hexdigest() == entry["sha256"], f"{each / name} counts, and is not whole"
             assert trees.read_trees(each / name) or not entry["clients"]
-    newest = latest(folder)
+    newest = find_latest(folder)
     assert newest in (None, *sealed), f"LATEST names {newest}, which does not count"
     rows = int(newest.name[-6:]) if newest else 0
     if (folder / "metrics.h5").exists():
@@ -223,7 +223,7 @@ def test_a_job_of_two_ranks_killed_whole_three_times_goes_on_to_the_same_end(tmp
     for number in range(3):
         with started(tmp_path / str(number), "run", path, "--out", folder, ranks=2) as running:
             until = time.monotonic() + 60
-            while not (newest := latest(folder)) or int(newest.name[-6:]) == rows:
+            while not (newest := find_latest(folder)) or int(newest.name[-6:]) == rows:
                 assert running.process.poll() is None and time.monotonic() < until, running.text()
                 time.sleep(0.01)
             time.sleep(draw.uniform(0, 0.3))

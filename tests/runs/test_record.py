@@ -6,7 +6,7 @@ import pytest
 from hpcfl.errors import CheckpointError
 from hpcfl.federation.ledger import SECONDS
 from hpcfl.runs import record as record_module
-from hpcfl.runs.record import SCHEMA, Record
+from hpcfl.runs.record import RECORD_VERSION, Record
 from hpcfl.wire.communicator import EXCHANGES
 
 CLIENTS = 3
@@ -60,7 +60,7 @@ def test_a_row_holds_what_all_ranks_booked(tmp_path):
         assert table(tmp_path / "metrics.h5", f"wire/{kind}").tolist() == [20 * number + 1] * 3
     assert table(tmp_path / "metrics.h5", "wire/item_s").tolist() == [1.5] * 3             # of the rank with the slowest
     with h5py.File(tmp_path / "metrics.h5") as file:
-        assert file.attrs["schema"] == SCHEMA and file.attrs["algorithm"] == b"none" and file["clients/rank"][()].tolist() == [0, 1, 0]
+        assert file.attrs["schema"] == RECORD_VERSION and file.attrs["algorithm"] == b"none" and file["clients/rank"][()].tolist() == [0, 1, 0]
 
 
 def test_what_a_client_did_not_measure_is_nan(tmp_path):

@@ -303,23 +303,23 @@ def test_a_whole_checkpoint_goes_on_whatever_became_of_the_record(damage, stoppe
     assert not apart(replace(resumed, metrics={}), replace(undisturbed_run, metrics={}))
     assert resumed.metrics["rounds/round"].tolist() == [0, 1, 2] and resumed.metrics["evaluation/at"].tolist() == [2]
     assert resumed.metrics["train/loss"][2].tobytes() == undisturbed_run.metrics["train/loss"][2].tobytes()
-    found = summary.summary(folder)
+    found = summary.summarise(folder)
     assert found["status"] == "done: without the figures of rounds 1, 2, which were lost" and found["rounds"] == 3
-    assert found["accuracy"]["generalization"] == summary.summary(whole("standalone"))["accuracy"]["generalization"]
+    assert found["accuracy"]["generalization"] == summary.summarise(whole("standalone"))["accuracy"]["generalization"]
 
 
 def test_what_the_report_says_of_a_damaged_record_works(stopped):
     folder, job = stopped
     (folder / "metrics.h5").write_bytes((folder / "metrics.h5").read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="otherwise resume it: it sets that file aside and goes on from its last checkpoint, without these figures"):
-        summary.summary(folder)
+        summary.summarise(folder)
     carry_out(job, folder)
-    assert summary.summary(folder)["rounds"] == 3
+    assert summary.summarise(folder)["rounds"] == 3
     (folder / "metrics.h5").write_bytes(b"")
     with pytest.raises(CheckpointError, match="the run is done and its checkpoints hold its models, but the figures are lost: repeat it with another --out"):
-        summary.summary(folder)
+        summary.summarise(folder)
     assert launch.revisit(folder)[1].rows == 3
-    assert summary.summary(carry_out(job, folder.parent / "repeated"))["rounds"] == 3
+    assert summary.summarise(carry_out(job, folder.parent / "repeated"))["rounds"] == 3
 
 
 def test_the_damaged_record_of_another_folder_is_left_where_it_is(stopped, tmp_path):
@@ -363,7 +363,7 @@ def test_evaluation_personal_may_differ(first, tmp_path):
     carry_out(job, tmp_path / "run", may_differ=["evaluation.personal"])
     counts = outcome(tmp_path / "run").metrics["evaluation/personal_correct"]
     assert (counts >= 0).all((1, 2)).tolist() == [first, first, not first] and (counts < 0).all((1, 2)).tolist() == [not first, not first, first]
-    assert (summary.summary(tmp_path / "run")["accuracy"]["personal"]["mean"] is None) == first
+    assert (summary.summarise(tmp_path / "run")["accuracy"]["personal"]["mean"] is None) == first
     carry_out(job, cut_off(tmp_path / "run", 3, tmp_path / "again"))
     assert not apart(outcome(tmp_path / "again"), outcome(tmp_path / "run")), "and it can be resumed from there"
 
@@ -392,7 +392,7 @@ def test_whatever_may_differ_works_or_is_refused_with_the_reason(setting, stoppe
         assert complaint in str(refused.value) and contents(folder) == before
     else:
         carry_out(job, folder, may_differ=[setting])
-        found = summary.summary(folder)
+        found = summary.summarise(folder)
         validated = [value for value in found["accuracy"]["validation"]["per_client"] if value is not None]
         assert found["rounds"] == job.federation.rounds and all(0 <= value <= 100 for value in validated)
 
@@ -412,7 +412,7 @@ def in_the_first_layout(folder: Path) -> None:
 def test_a_run_folder_of_an_earlier_version_goes_on(stopped, whole):
     folder, job = stopped
     in_the_first_layout(folder)
-    assert summary.summary(folder)["rounds"] == 3
+    assert summary.summarise(folder)["rounds"] == 3
     carry_out(job, folder)
     assert not apart(outcome(folder), outcome(whole("standalone")))
 
@@ -426,10 +426,10 @@ def test_a_run_whose_record_grows_by_files_ends_with_one(small, tmp_path, monkey
     with monkeypatch.context() as patch, pytest.raises(InterruptedError):
         patch.setattr(Simulation, "_book_last_checkpoint", lambda self: (_ for _ in ()).throw(InterruptedError))
         carry_out(job, tmp_path / "run")
-    assert len(metrics.beside(tmp_path / "run" / "metrics.h5")) == (0 if small else 2)
-    assert summary.summary(tmp_path / "run")["rounds"] == 3
+    assert len(metrics.find_beside(tmp_path / "run" / "metrics.h5")) == (0 if small else 2)
+    assert summary.summarise(tmp_path / "run")["rounds"] == 3
     carry_out(job, tmp_path / "run")
-    assert not apart(outcome(tmp_path / "run"), outcome(whole("standalone"))) and not metrics.beside(tmp_path / "run" / "metrics.h5")
+    assert not apart(outcome(tmp_path / "run"), outcome(whole("standalone"))) and not metrics.find_beside(tmp_path / "run" / "metrics.h5")
 
 
 def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path):

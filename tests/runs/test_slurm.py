@@ -107,7 +107,7 @@ class StandIn:
 
 
 def script(**how) -> str:
-    return slurm.script(Path("a job.toml"), "it", Request(), **how)
+    return slurm.write_script(Path("a job.toml"), "it", Request(), **how)
 
 
 def test_a_request_fills_the_lines_for_sbatch():
@@ -169,17 +169,17 @@ def test_a_request_that_cannot_be_met_is_refused_with_what_to_ask_for(asked, sai
 
 @pytest.mark.parametrize(("time_", "seconds"), [("90", 5400), ("90:30", 5430), ("01:02:03", 3723), ("2-03", 183_600), ("2-03:30", 185_400), ("1-00:00:01", 86_401)])
 def test_time_limits_are_read_as_sbatch_reads_them(time_, seconds):
-    assert slurm.seconds(time_) == seconds
+    assert slurm.parse_seconds(time_) == seconds
 
 
 @pytest.mark.parametrize(("text", "seeds", "at_once"), [
     ("0-2,7, 5", (0, 1, 2, 7, 5), 0), ("0-8:2", (0, 2, 4, 6, 8), 0), ("0-9:3", (0, 3, 6, 9), 0), ("0-3%2", (0, 1, 2, 3), 2), ("1,10-20:5,3%10", (1, 10, 15, 20, 3), 10)])
 def test_seeds_are_what_arrays_of_sbatch_are(text, seeds, at_once):
-    assert slurm.seeds(text) == (seeds, at_once)
+    assert slurm.parse_seeds(text) == (seeds, at_once)
 
 
 def test_a_sweep_of_which_two_run_at_once_has_a_task_for_each_seed_and_variant():
-    seeds, at_once = slurm.seeds("0-8:2%2")
+    seeds, at_once = slurm.parse_seeds("0-8:2%2")
     text = script(sweep=Sweep(seeds, (("training.lr=0.1",), ("training.lr=0.2",)), at_once))
     assert "#SBATCH --array=0-9%2\n" in text and "seeds=(0 2 4 6 8)\n" in text
 
@@ -187,24 +187,24 @@ def test_a_sweep_of_which_two_run_at_once_has_a_task_for_each_seed_and_variant()
 @pytest.mark.parametrize("text", ["0-9%", "0-9%0", "0-9%two", "0-9%2%3", "0-9%-1"])
 def test_a_limit_of_runs_at_once_that_is_none_is_refused(text):
     with pytest.raises(JobError, match="how many runs may be at work at once"):
-        slurm.seeds(text)
+        slurm.parse_seeds(text)
 
 
 @pytest.mark.parametrize(("text", "gpus"), [("4", (8, "")), ("a100:2", (4, "a100")), ("nvidia_h100.80:1", (2, "nvidia_h100.80"))])
 def test_gpus_of_each_node_are_counted_over_all_nodes(text, gpus):
-    assert slurm.gpus_of(text, 2) == gpus
+    assert slurm.parse_gpus(text, 2) == gpus
 
 
 @pytest.mark.parametrize("text", ["four", "a100", "a100:", "4:a100", "-1", "a b:4"])
 def test_gpus_of_each_node_that_are_no_number_are_refused(text):
     with pytest.raises(JobError, match="--gpus-per-node .*: wanted a number or type:number"):
-        slurm.gpus_of(text, 2)
+        slurm.parse_gpus(text, 2)
 
 
 @pytest.mark.parametrize("text", ["", "a", "3-1", "1,", "0-8:0", "5:2", "0-8:", "-1"])
 def test_what_is_no_list_of_seeds_is_refused(text):
     with pytest.raises(JobError, match="is no seed and no range of seeds"):
-        slurm.seeds(text)
+        slurm.parse_seeds(text)
 
 
 @pytest.mark.parametrize("sweep", [{"seeds": (1, 2, 1)}, {"seeds": (0,), "variants": (("a.b=x/y",), ("a.b=x y",))}])
@@ -231,7 +231,7 @@ def test_submitting_without_sbatch_says_where_to_submit(tmp_path, monkeypatch, c
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_the_scripts_of_the_repository_are_what_the_command_prints(name, monkeypatch, capsys):
-    monkeypatch.setattr(slurm, "environment", lambda: ".venv")
+    monkeypatch.setattr(slurm, "find_environment", lambda: ".venv")
     monkeypatch.chdir(REPOSITORY)
     code, text, _ = printed("jobs/fedvtc-digits.toml", *EXAMPLES[name], capsys=capsys)
     assert code == 0 and (REPOSITORY / "slurm" / name).read_text() == text
@@ -244,14 +244,14 @@ def test_a_script_activates_the_environment_that_printed_it(capsys):
 
 
 def test_settings_and_paths_reach_hpcfl_letter_by_letter(tmp_path):
-    run = StandIn(tmp_path, slurm.script(Path("my 'job'.toml"), "it", Request(lead_s=77), AWKWARD, Path("$out put/\"a\"")))
+    run = StandIn(tmp_path, slurm.write_script(Path("my 'job'.toml"), "it", Request(lead_s=77), AWKWARD, Path("$out put/\"a\"")))
     assert run.ends(0)[0] == 0
     assert run.arguments() == ["run", "my 'job'.toml", *(word for setting in AWKWARD for word in ("--set", setting)), "--out", "$out put/\"a\""]
     assert run.read("lead") == "77" and run.read("arguments").split("\0")[:2] == ["-n", "4"] and not run.read("requeued")
 
 
 def test_runs_of_a_job_have_a_folder_that_stays_when_it_is_requeued(tmp_path):
-    run = StandIn(tmp_path, slurm.script(Path("job.toml"), "it's mine", Request()))
+    run = StandIn(tmp_path, slurm.write_script(Path("job.toml"), "it's mine", Request()))
     run.ends(0)
     assert run.arguments() == ["run", "job.toml", "--out", "runs/it's mine/slurm-17"]
 
@@ -410,7 +410,7 @@ class Submitted:
         (folder / "fault").mkdir()
         (folder / "fault" / "sitecustomize.py").write_text(PACE.format(round_s=round_s, raises_in=raises_in, waits=waits))
         environment = {"PYTHONPATH": os.pathsep.join(filter(None, [str(folder / "fault"), os.environ.get("PYTHONPATH")]))}
-        text = slurm.script(path, "it", request, out=folder / "run", sweep=sweep, venv=slurm.environment())
+        text = slurm.write_script(path, "it", request, out=folder / "run", sweep=sweep, venv=slurm.find_environment())
         self.number = cluster.submit(text, folder, environment)
 
     def waits_for(self, condition) -> None:
@@ -507,8 +507,8 @@ def test_a_sweep_of_three_seeds_is_one_array_and_one_table(cluster, tmp_path):
     cluster.signal(f"{job.number}_2")
     restarts = [cluster.reaches(f"{job.number}_{task}", "COMPLETED")["Restarts"] for task in range(3)]
     assert restarts == ["0", "0", "1"], "the others go on untouched"
-    found = [summary.summary(tmp_path / "run" / f"seed-{seed}") for seed in range(3)]
-    headings, *rows = [line.split() for line in tables.text({"fedavg": found}).split("\n\n")[0].splitlines()]
+    found = [summary.summarise(tmp_path / "run" / f"seed-{seed}") for seed in range(3)]
+    headings, *rows = [line.split() for line in tables.to_text({"fedavg": found}).split("\n\n")[0].splitlines()]
     assert [row[headings.index("seed")] for row in rows] == ["0", "1", "2"] and {row[headings.index("status")] for row in rows} == {"done"}
     assert all(each["rounds"] == 13 and each["ranks"] == 2 for each in found)
     assert len({json.dumps(each["accuracy"]["generalization"]) for each in found}) == 3

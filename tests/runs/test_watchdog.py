@@ -12,7 +12,7 @@ import pytest
 
 from hpcfl.errors import RankMissing
 from hpcfl.runs.console import Console
-from hpcfl.runs.watchdog import APART, RECENT, TOGETHER, Watchdog, Watched, _listed, watching
+from hpcfl.runs.watchdog import APART, RECENT, TOGETHER, Watchdog, Watched, _waiting_text, watching
 from hpcfl.wire.communicator import Alone, Communicator
 from hpcfl.wire.ranks import Ranks
 from tests.support.tiny_runs import apart, carry_out, deterministic, outcome, started, tiny, write_job
@@ -52,7 +52,7 @@ def ends_with_a_name(whole, folder: Path, job, since: float, rank: int = 1) -> s
     assert (folder / "STATUS").read_text().startswith(f"failed: timeouts.collective = {LIMIT:g} s is over: rank {rank} did not arrive")
     assert (folder / "LATEST").read_text() == "round-000002\n"
     text = " ".join(job.text().split())
-    assert text.count("is over") == 1 and f"{_listed([1 - rank, 2])} in barrier (hpcfl/federation/loop.py:" in text
+    assert text.count("is over") == 1 and f"{_waiting_text([1 - rank, 2])} in barrier (hpcfl/federation/loop.py:" in text
     assert "its last checkpoint is round-000002, and the same command goes on from there" in text
     for other in (1 - rank, 2):
         assert "in wait" in (folder / "log" / f"rank-{other:04d}.stack").read_text()
@@ -135,7 +135,7 @@ def test_ranks_that_say_nothing_are_all_missing_and_the_run_may_have_no_checkpoi
         comm.barrier()
     assert engine.aborted == [7] and len(told) == 1
     assert all(f"rank {rank} did not arrive and gives no sign" in told[0] for rank in (1, 2)) and "it has no checkpoint yet" in told[0]
-    assert comm._engine is engine
+    assert comm._ranks is engine
 
 
 def test_a_rank_that_arrives_before_the_end_of_the_grace_and_ends_the_run_is_forgiven(monkeypatch, tmp_path):
@@ -173,7 +173,7 @@ def test_ranks_that_wait_for_each_other_in_different_calls_are_told_apart(tmp_pa
     assert "no rank is missing: they wait for each other in different calls. Ranks 0 to 2 wait in barrier (a), bcast (b)" in text
     parted = verdict(tmp_path, ["n1"] * 3, waiting_in("any", "barrier"), waiting_in("bcast", "gather", "gather", began=-1), waiting_in("any", "barrier"))
     assert "in different calls" in parted                          # one of them is ahead, and came there on another way
-    assert _listed([0, 1, 2, 5, 7, 8]) == "Ranks 0 to 2, 5, 7 to 8 wait" and _listed([3]) == "Rank 3 waits"
+    assert _waiting_text([0, 1, 2, 5, 7, 8]) == "Ranks 0 to 2, 5, 7 to 8 wait" and _waiting_text([3]) == "Rank 3 waits"
 
 
 @pytest.mark.parametrize("far", [waiting_in("any", "barrier"), waiting_in("any", "barrier", "gather"), waiting_in(*["gather"] * 40, began=90)],
@@ -219,9 +219,9 @@ def test_every_call_that_a_communicator_makes_is_watched():
 
 def test_without_a_limit_or_other_ranks_nothing_is_watched(tmp_path):
     for comm, limit in ((Communicator(Waiting()), 0.0), (Communicator(Alone()), 5.0)):
-        engine = comm._engine
+        engine = comm._ranks
         with watching(comm, tmp_path, limit, print):
-            assert comm._engine is engine and not [thread for thread in threading.enumerate() if thread.name == "watchdog"]
+            assert comm._ranks is engine and not [thread for thread in threading.enumerate() if thread.name == "watchdog"]
 
 
 def test_a_long_round_is_heard_of_and_a_new_one_is_short_again(capsys):

@@ -9,7 +9,7 @@ import torch
 
 from hpcfl.algorithms import PLANS
 from hpcfl.data import store
-from hpcfl.data.embedded import digits
+from hpcfl.data.embedded import load_digits
 from hpcfl.federation.world import World
 from hpcfl.wire.communicator import Alone, Communicator, connect
 from tests.support.tiny_runs import CASES, apart, carry_out, checkpoint_of, deterministic, of_one_precision, outcome, started, tiny, write_job
@@ -93,7 +93,7 @@ def test_mpirun_with_its_own_numbers_of_threads_agrees_with_one_process(tmp_path
 @pytest.mark.parametrize("name", PLANS)
 def test_a_poisoned_official_test_set_changes_no_state(name, tmp_path, monkeypatch):
     monkeypatch.setenv("HPCFL_DATA", str(tmp_path / "data"))
-    data, generator = digits(), np.random.default_rng(0)
+    data, generator = load_digits(), np.random.default_rng(0)
     training = {"x_train": data.train_images, "y_train": data.train_labels}
     (tmp_path / "data").mkdir()
     np.savez(tmp_path / "clean.npz", **training, x_test=data.test_images, y_test=data.test_labels)

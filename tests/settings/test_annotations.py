@@ -63,7 +63,7 @@ def test_a_job_file_sets_what_a_field_is_annotated_with():
 def test_a_job_with_annotated_settings_reads_back_equal(settings):
     read = resolved(**settings)
     again = job.resolve(tomllib.loads(read.to_toml()), {"mine": Config})
-    assert again == read and again.digest() == read.digest() and job.differences(again.tables(), read.tables()) == []
+    assert again == read and again.digest() == read.digest() and job.find_differences(again.tables(), read.tables()) == []
 
 
 @pytest.mark.parametrize(("key", "value", "wanted"), [

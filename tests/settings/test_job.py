@@ -233,7 +233,7 @@ def test_a_job_recorded_under_old_names_is_recalled_as_it_was_meant(tmp_path):
 def test_what_is_recorded_today_is_recalled_unchanged(path):
     read = job.load(path, CONFIGS)
     path.write_text(read.to_toml())
-    assert job.recall(path, CONFIGS) == read and job.differences(job.recorded(tomllib.loads(path.read_text())), read.tables()) == []
+    assert job.recall(path, CONFIGS) == read and job.find_differences(job.read_recorded(tomllib.loads(path.read_text())), read.tables()) == []
 
 
 def test_an_unknown_algorithm_is_told_which_there_are():
@@ -298,14 +298,14 @@ def test_a_file_in_another_encoding_is_told_which_is_wanted(path, encoding, told
 
 def test_differences_name_the_settings(path):
     one, other = (job.load(path, CONFIGS, overrides).tables() for overrides in ([], ["run.seed=9", "algorithm.mu=0.75"]))
-    assert job.differences(one, other) == ["algorithm.mu", "run.seed"]
-    assert job.differences(one, one) == []
+    assert job.find_differences(one, other) == ["algorithm.mu", "run.seed"]
+    assert job.find_differences(one, one) == []
 
 
 def test_differences_see_settings_that_only_one_side_has():
     one = job.resolve({"algorithm": {"name": "standalone"}}, CONFIGS).tables()
     other = job.resolve({"algorithm": {"name": "prox"}}, CONFIGS).tables()
-    assert job.differences(one, other) == ["algorithm.mu", "algorithm.name", "algorithm.names"]
+    assert job.find_differences(one, other) == ["algorithm.mu", "algorithm.name", "algorithm.names"]
 
 
 def test_a_job_cannot_be_changed_after_reading(path):

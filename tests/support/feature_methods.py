@@ -5,7 +5,7 @@ import numpy as np
 
 from hpcfl.contract import ServerSite
 from hpcfl.federation.ledger import Ledger
-from hpcfl.training.evaluate import features
+from hpcfl.training.evaluate import extract_features
 from hpcfl.tree import Tree
 from tests.support.in_memory import Run, job, run, world
 
@@ -40,7 +40,7 @@ def shares(found: Run, clients) -> np.ndarray:
 def features_of(found: Run, client: int, position: int) -> np.ndarray:
     """g_k(x) of a client's training images by its state after some round."""
     group = next(group for group in found.states[position].groups if client in group.clients)
-    return features(group, found.world.modules[group.architecture], client, found.world.holdings[client].train).double().numpy()
+    return extract_features(group, found.world.modules[group.architecture], client, found.world.holdings[client].train).double().numpy()
 
 
 def server_site(found: Run, phase: int = 0, round_: int = 0) -> ServerSite:

@@ -27,7 +27,7 @@ def parameters(model):
 def scalars(model):
     """Scalars in the states of all networks, running statistics included: the specification's S(w)."""
     with torch.device("meta"):
-        return sum(leaf.numel() for network in model.networks().values() for leaf in tree.floating(network.state_dict()).values())
+        return sum(leaf.numel() for network in model.networks().values() for leaf in tree.select_floating(network.state_dict()).values())
 
 
 def blank(*shape):
@@ -88,7 +88,7 @@ def check_gradients(model):
 
 def check_engines(model):
     """fit with kept optimiser state gives the same states in both engines, on batches of two sizes."""
-    group = Group.of("none", {client: tree.join(**{name: network.state_dict() for name, network in networks(model, client).items()})
+    group = Group.from_states("none", {client: tree.join(**{name: network.state_dict() for name, network in networks(model, client).items()})
                               for client in range(CLIENTS)})
 
     def batches(client):

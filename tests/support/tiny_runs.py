@@ -191,7 +191,7 @@ def _distance(here: torch.Tensor, there: torch.Tensor) -> str:
 def of_one_precision(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     """Let sums travel unrounded where a method amplifies roundings, so that all else about them can be compared."""
     if CASES[case][0] in AMPLIFYING:
-        monkeypatch.setattr(uplink, "travelling", lambda dtype: torch.float64)
+        monkeypatch.setattr(uplink, "choose_wire_type", lambda dtype: torch.float64)
 
 
 def left_half_written(folder: Path) -> list[str]:

@@ -17,9 +17,9 @@ from hpcfl.federation.exchange import Exchange
 from hpcfl.federation.ledger import Ledger
 from hpcfl.federation.loop import rounds
 from hpcfl.federation.state import begin
-from hpcfl.streams import Stream, generators, kept, sow
+from hpcfl.streams import Stream, find_generators, kept, sow
 from hpcfl.training import compiling
-from hpcfl.training.evaluate import correct, in_batches
+from hpcfl.training.evaluate import apply_in_batches, count_correct
 from hpcfl.training.fit import fit
 from hpcfl.training.group import Group
 from hpcfl.training.optimizers import Optimizer
@@ -66,7 +66,7 @@ def group(count=3):
     for client in range(count):
         with Stream(0, "init", client).seeding():
             states[client] = tree.join(model=Dropping().state_dict())
-    return Group.of("net", states)
+    return Group.from_states("net", states)
 
 
 def batches(client):
@@ -143,12 +143,12 @@ def test_a_compiled_network_draws_what_it_draws_uncompiled(compile_with):
     def dropping(modules, batch, context):
         return F.cross_entropy(F.dropout(modules.model(batch["x"].flatten(1)), 0.5), batch["y"])
     compile_with("aot_eager")
-    start = Group.of("linear", {client: tree.join(model=nn.Linear(16, 3).state_dict()) for client in range(2)})
+    start = Group.from_states("linear", {client: tree.join(model=nn.Linear(16, 3).state_dict()) for client in range(2)})
     with inductor.patch(fallback_random=False):
         compiled, eager = (fit(start, {"model": nn.Linear(16, 3)}, [Turn(("model",), dropping, SGD)], lambda client: list(batches(0))[:2],
                                engine="sequential", compile=choice)[0].state for choice in ("on", "off"))
         assert inductor.fallback_random, "inductor would draw numbers of its own"
-    compiling.compiled.cache_clear()
+    compiling.compile_forward.cache_clear()
     for path, leaf in eager.items():
         torch.testing.assert_close(compiled[path], leaf, rtol=0, atol=1e-6)
 
@@ -186,7 +186,7 @@ def test_seeding_leaves_a_cuda_that_nobody_uses_alone(monkeypatch):
     monkeypatch.setattr(torch.cuda, "manual_seed_all", asked.append)
     with Stream(0, "init").seeding():
         torch.rand(1)
-    assert not asked and len(generators()) == 1
+    assert not asked and len(find_generators()) == 1
 
 
 def test_a_network_that_draws_in_eval_mode_answers_alike_in_every_run_and_on_every_rank():
@@ -194,11 +194,11 @@ def test_a_network_that_draws_in_eval_mode_answers_alike_in_every_run_and_on_eve
 
     def guess(x):
         return torch.rand(len(x), 4)
-    whole = in_batches(guess, shard, 8)
+    whole = apply_in_batches(guess, shard, 8)
     sow(9)
-    assert torch.equal(in_batches(guess, shard, 8), whole) and len(torch.unique(whole)) > 100
-    shares = [correct(guess, shard, 4, 8, rank, 3) for rank in range(3)]
-    assert torch.equal(sum(shares), correct(guess, shard, 4, 8)) and 0 < int(sum(shares).sum()) < 40
+    assert torch.equal(apply_in_batches(guess, shard, 8), whole) and len(torch.unique(whole)) > 100
+    shares = [count_correct(guess, shard, 4, 8, rank, 3) for rank in range(3)]
+    assert torch.equal(sum(shares), count_correct(guess, shard, 4, 8)) and 0 < int(sum(shares).sum()) < 40
 
 
 # In a run
@@ -213,7 +213,7 @@ class Noisy(FedAvg):
 
     def aggregate(self, server, totals, site):
         new = super().aggregate(server, totals, site)
-        return new | {path: leaf + 1e-3 * torch.randn(leaf.shape) for path, leaf in tree.floating(new).items()}
+        return new | {path: leaf + 1e-3 * torch.randn(leaf.shape) for path, leaf in tree.select_floating(new).items()}
 
     def refine(self, group, message, site):
         return Update(self.adopt(group, message))

@@ -54,7 +54,7 @@ def states(build, name, count):
 
 
 def net_group(count=3):
-    return Group.of("net", states(Net, "model", count))
+    return Group.from_states("net", states(Net, "model", count))
 
 
 def batches(sizes, batch=5, passes=1):
@@ -147,7 +147,7 @@ def test_clients_of_one_group_may_have_taken_different_numbers_of_adam_steps(eng
     turns, data = [Turn(("model",), cross_entropy, ADAM)], batches([20, 10])
     group = net_group(2)
     ahead = fit(group.select([0]), {"model": Net()}, turns, data, keep_optimizer=True, engine=engine)[0]
-    mixed = group.updated(ahead)
+    mixed = group.with_rows(ahead)
     assert mixed.state["optimizer/model/step/head.bias"].tolist() == [4, 0]
     trained = fit(mixed, {"model": Net()}, turns, data, keep_optimizer=True, engine=engine)[0]
     assert trained.state["optimizer/model/step/head.bias"].tolist() == [8, 2]
@@ -179,7 +179,7 @@ def deceiving(modules, batch, context):
 
 def adversaries(count):
     trees = [states(Generator, "generator", count), states(Discriminator, "discriminator", count)]
-    return Group.of("gan", {client: trees[0][client] | trees[1][client] for client in range(count)})
+    return Group.from_states("gan", {client: trees[0][client] | trees[1][client] for client in range(count)})
 
 
 def noisy_batches(sizes):
@@ -236,7 +236,7 @@ def test_a_frozen_module_passes_gradients_and_stays_as_it_is(engine):
         judge = Net()
     judge.body[0].weight.requires_grad_(False)
     judge.head.eval()
-    group = Group.of("gan", states(lambda: nn.Linear(4, 64), "generator", 2))
+    group = Group.from_states("gan", states(lambda: nn.Linear(4, 64), "generator", 2))
     weights, flags = tree.clone(judge.state_dict()), ([p.requires_grad for p in judge.parameters()], [m.training for m in judge.modules()])
 
     def loss(modules, batch, context):
@@ -288,7 +288,7 @@ def test_nan_names_the_clients_and_the_place(engine):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_infinite_weights_after_the_last_loss_are_found(engine):
-    group = Group.of("line", states(lambda: nn.Linear(1, 1), "model", 2))
+    group = Group.from_states("line", states(lambda: nn.Linear(1, 1), "model", 2))
 
     def loss(modules, batch, context):
         return (modules.model(batch["x"]) * batch["x"]).sum()
@@ -351,7 +351,7 @@ def test_an_exception_in_a_loss_says_where_it_was_raised(engine):
 
 def test_a_state_of_another_type_than_its_module_is_refused():
     group = net_group(2)
-    group = group.holding("model", group.part("model") | {"head.bias": group.part("model")["head.bias"].double()})
+    group = group.with_part("model", group.part("model") | {"head.bias": group.part("model")["head.bias"].double()})
     with pytest.raises(LayoutError, match=r"'model/head.bias' of a client is \(3,\) float64, in the module it is \(3,\) float32"):
         fit(group, {"model": Net()}, [Turn(("model",), cross_entropy, SGD)], batches([5, 5]))
 
@@ -366,7 +366,7 @@ def test_weights_that_nobody_can_compute_with_are_refused_and_the_setting_at_wor
 
 @pytest.mark.parametrize("clip, told", [(0.0, "training.clip = 0: not at all"), (5.0, "training.clip = 5")])
 def test_clipping_is_advised_where_it_is_read(clip, told):
-    rule = Optimizer.of(Training(lr=1e30, clip=clip))
+    rule = Optimizer.from_settings(Training(lr=1e30, clip=clip))
     assert rule.advice == f"lower the learning rate (training.lr = 1e+30) or bound the gradient norm ({told})"
     assert Optimizer("sgd", 1e30).advice == "lower the learning rate (1e+30)"
 
@@ -404,7 +404,7 @@ def test_gradients_that_share_or_repeat_memory_are_applied_right(engine):
         def __init__(self):
             super().__init__()
             self.one, self.two, self.three = (nn.Parameter(torch.zeros(3, 2)) for _ in range(3))
-    group = Group.of("sum", states(Sum, "model", 2))
+    group = Group.from_states("sum", states(Sum, "model", 2))
 
     def loss(modules, batch, context):
         m = modules.model
@@ -461,7 +461,7 @@ def test_arguments_that_do_not_fit_are_refused():
         fit(group, {"model": Net()}, [Turn(("model",), lambda modules, batch, context: modules.model(batch["x"]), SGD)], data)
     with pytest.raises(LayoutError, match="share one parameter"):
         net = Net()
-        fit(group.sharing("twin", net.state_dict()), {"model": net, "twin": net}, [turn], data)
+        fit(group.with_common_part("twin", net.state_dict()), {"model": net, "twin": net}, [turn], data)
     with pytest.raises(JobError, match="engine = 'parallel'"):
         fit(group, {"model": Net()}, [turn], data, engine="parallel")
     with pytest.raises(JobError, match="optimizer = 'lion'"):
@@ -471,7 +471,7 @@ def test_arguments_that_do_not_fit_are_refused():
 @pytest.mark.parametrize(("engine", "backend"), [("sequential", "aot_eager"), ("vmap", "aot_eager"), ("vmap", "inductor")])
 def test_compiled_equals_eager(engine, backend, compile_with, caplog):
     compile_with(backend)
-    group = Group.of("gan", states(Generator, "generator", 2))
+    group = Group.from_states("gan", states(Generator, "generator", 2))
     turn = Turn(("generator",), lambda modules, batch, context: modules.generator(batch["z"]).square().mean(), ADAM)
     with inductor.patch(compile_threads=1):                        # starting workers takes longer than compiling
         eager, fast = (fit(group, {"generator": Generator()}, [turn], noisy_batches([(5, 5), (5, 5)]), engine=engine, compile=choice)[0].state
@@ -479,21 +479,21 @@ def test_compiled_equals_eager(engine, backend, compile_with, caplog):
         graphs = counters["stats"]["unique_graphs"]
         fit(group, {"generator": Generator()}, [turn], noisy_batches([(5,), (5,)]), engine=engine, compile="on")
     assert counters["stats"]["unique_graphs"] == graphs            # the next round compiles nothing
-    compiling.compiled.cache_clear()
+    compiling.compile_forward.cache_clear()
     assert not [record for record in caplog.records if record.name.startswith("hpcfl")]
     close(eager, fast)
 
 
 def test_without_a_compiler_training_goes_on_and_says_so_once(monkeypatch, caplog):
     monkeypatch.setenv("CXX", "/nowhere/g++")
-    compiling.compiled.cache_clear()
+    compiling.compile_forward.cache_clear()
     torch.compiler.reset()
-    group = Group.of("gan", states(Generator, "generator", 2))
+    group = Group.from_states("gan", states(Generator, "generator", 2))
     turn = Turn(("generator",), lambda modules, batch, context: modules.generator(batch["z"]).abs().mean(), ADAM)
     with caplog.at_level(logging.WARNING, logger="hpcfl"), inductor.patch({"cpp.cxx": ("/nowhere/g++",), "force_disable_caches": True}):
         results = [fit(group, {"generator": Generator()}, [turn], noisy_batches([(5,), (5,)]), compile=choice)[0].state
                    for choice in ("on", "on", "off")]
-    compiling.compiled.cache_clear()
+    compiling.compile_forward.cache_clear()
     assert tree.equal(results[0], results[2]) and tree.equal(results[1], results[2])
     said = [record.getMessage() for record in caplog.records if record.name.startswith("hpcfl")]
     assert len(said) == 1 and said[0].startswith("torch.compile does not work here") and "\n" not in said[0]
@@ -502,18 +502,18 @@ def test_without_a_compiler_training_goes_on_and_says_so_once(monkeypatch, caplo
 def test_groups_are_built_selected_and_written_back():
     group = net_group(3)
     with pytest.raises(LayoutError, match="'model/head.weight' of client 1 is .*client 0 has"):
-        Group.of("net", {0: tree.row(group.state, 0), 1: tree.row(group.state, 1) | {"model/head.weight": torch.zeros(2, 2)}})
+        Group.from_states("net", {0: tree.row(group.state, 0), 1: tree.row(group.state, 1) | {"model/head.weight": torch.zeros(2, 2)}})
     with pytest.raises(LayoutError, match="no clients .7."):
         group.select([1, 7])
     with pytest.raises(LayoutError, match="wanted 2 rows"):
         Group("net", (0, 1), group.state)
     half = group.select([2, 0])
     assert half.clients == (0, 2)
-    zero = half.sharing("model", tree.transform(tree.row(half.part("model"), 0), torch.zeros_like))
-    back = group.updated(zero)
+    zero = half.with_common_part("model", tree.transform(tree.row(half.part("model"), 0), torch.zeros_like))
+    back = group.with_rows(zero)
     assert tree.equal(back.states()[1], group.states()[1]) and all(not leaf.any() for leaf in back.states()[2].values())
     with pytest.raises(LayoutError, match="cannot take rows"):
-        half.updated(group)
+        half.with_rows(group)
     with pytest.raises(LayoutError, match="'extra/bias' is in only one"):
-        group.updated(half.holding("extra", {"bias": torch.zeros(2, 1)}))
+        group.with_rows(half.with_part("extra", {"bias": torch.zeros(2, 1)}))
     assert not group.without("model").state

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from hpcfl.streams import Stream
-from hpcfl.training.synthetic import synthetic_epochs
+from hpcfl.training.synthetic import draw_synthetic_epochs
 
 CLASSES = torch.tensor([1, 4, 7])
 
@@ -13,7 +13,7 @@ def draw(labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def batches(count: int = 2, per_class: int = 5, batch: int = 4, seed: int = 0, **options) -> list[dict[str, torch.Tensor]]:
-    return list(synthetic_epochs(draw, CLASSES, per_class, batch, count, Stream(seed, "synthetic"), **options))
+    return list(draw_synthetic_epochs(draw, CLASSES, per_class, batch, count, Stream(seed, "synthetic"), **options))
 
 
 def passes(found: list[dict[str, torch.Tensor]], per_pass: int) -> list[dict[str, torch.Tensor]]:
@@ -61,6 +61,6 @@ def test_real_batches_follow_each_pass():
 
 def test_images_are_drawn_only_when_asked_for():
     asked = []
-    source = synthetic_epochs(lambda labels, generator: asked.append(len(labels)) or draw(labels, generator), CLASSES, 1000, 4, 1, Stream(0, "lazy"))
+    source = draw_synthetic_epochs(lambda labels, generator: asked.append(len(labels)) or draw(labels, generator), CLASSES, 1000, 4, 1, Stream(0, "lazy"))
     next(source)
     assert asked == [4]

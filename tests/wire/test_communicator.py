@@ -14,7 +14,7 @@ from hpcfl.wire import communicator as wire
 from hpcfl.wire import launchers, ranks
 from hpcfl.wire.communicator import Alone, Communicator, connect
 from hpcfl.wire.launchers import LAUNCHERS, STEPS
-from hpcfl.wire.uplink import Statistics, Sums, Total, Uploads
+from hpcfl.wire.uplink import Sums, Total, Uplink, Uploads
 from tests.support.verdict import mpi_assert
 
 CLIENTS = 7
@@ -41,10 +41,10 @@ def mine(comm: Communicator, split: str = "round_robin") -> list[int]:
     return [client for client in range(CLIENTS) if SPLITS[split](client, comm.size) == comm.rank]
 
 
-def statistics_of(clients: list[int]) -> Statistics | None:
+def statistics_of(clients: list[int]) -> Uplink | None:
     """None where a rank hosts nobody."""
-    each = [Statistics({"model": contribution(client), "whole": Uploads({client: upload(client)})}) for client in clients]
-    return sum(each, Statistics()) if each else None
+    each = [Uplink({"model": contribution(client), "whole": Uploads({client: upload(client)})}) for client in clients]
+    return sum(each, Uplink()) if each else None
 
 
 def same_bits(one: Total, other: Total) -> bool:
@@ -110,7 +110,7 @@ def test_one_process_is_a_rank_of_its_own():
     assert (comm.rank, comm.size, comm.local_rank, comm.local_size, comm.is_server) == (0, 1, 0, 1, True)
     totals = comm.combine(statistics_of([3, 1, 0, 2, 6, 5, 4]))
     assert same_bits(totals["model"], REFERENCE) and list(totals["whole"].trees) == list(range(CLIENTS))
-    assert comm.combine(None) == comm.combine(Statistics()) == {}
+    assert comm.combine(None) == comm.combine(Uplink()) == {}
     tree = {"x": torch.ones(2)}
     assert comm.distribute({(0,): tree})["x"] is tree["x"] and comm.at_server(lambda a, b: a - b, 5, 3) == 2
     assert {key: int(result["x"][0]) for key, result in spread(comm, doubled, items(4)).items()} == {0: 0, 1: 2, 2: 4, 3: 6}
@@ -124,7 +124,7 @@ def test_one_process_is_a_rank_of_its_own():
 def test_what_is_carried_does_not_depend_on_the_number_of_ranks(deterministic):
     comm = connect(deterministic)
     clients = [client for client in range(4) if client % comm.size == comm.rank]
-    comm.combine(Statistics({"s": Sums.weighted(clients, {"x": torch.zeros(len(clients), 7)}, torch.ones(len(clients))),
+    comm.combine(Uplink({"s": Sums.weighted(clients, {"x": torch.zeros(len(clients), 7)}, torch.ones(len(clients))),
                              "u": Uploads({client: {"y": torch.zeros(client + 1)} for client in clients})}) if clients else None)
     spread(comm, doubled, items(2))
     spread(comm, doubled, items(1))                                # stays where it is
@@ -213,7 +213,7 @@ def test_the_order_of_summation_shows_in_the_bits_of_the_example():
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_a_name_that_only_some_ranks_host_is_combined_all_the_same(deterministic):
     comm = connect(deterministic)
-    hosted = Statistics({"model/last": contribution(2), "uploads/last": Uploads({2: upload(2)}), "empty": Uploads({})})
+    hosted = Uplink({"model/last": contribution(2), "uploads/last": Uploads({2: upload(2)}), "empty": Uploads({})})
     totals = comm.combine(hosted if comm.rank == comm.size - 1 else None)
     nothing = comm.combine(None)
     good = totals is None and nothing is None if not comm.is_server else \
@@ -228,11 +228,11 @@ def test_ranks_that_disagree_all_raise_and_can_go_on(deterministic):
     comm = connect(deterministic)
     last = comm.size - 1
 
-    def bring(columns: int) -> Statistics:
-        return Statistics({"m": Sums.weighted([comm.rank], {"a": torch.ones(1), "fc.weight": torch.ones(1, 2, columns)}, torch.ones(1))})
+    def bring(columns: int) -> Uplink:
+        return Uplink({"m": Sums.weighted([comm.rank], {"a": torch.ones(1), "fc.weight": torch.ones(1, 2, columns)}, torch.ones(1))})
     shapes = raised(LayoutError, comm.combine, bring(4 if comm.rank == last else 3))
-    kinds = raised(LayoutError, comm.combine, bring(3) if comm.rank < last else Statistics({"m": Uploads({0: {}})}))
-    twice = raised(LayoutError, comm.combine, Statistics({"m": Uploads({5: {}})}))
+    kinds = raised(LayoutError, comm.combine, bring(3) if comm.rank < last else Uplink({"m": Uploads({0: {}})}))
+    twice = raised(LayoutError, comm.combine, Uplink({"m": Uploads({5: {}})}))
     mpi_assert(comm, f"rank {last}: 'fc.weight' of 'm' is (2, 4), rank 0 has (2, 3)" in shapes
                and f"rank {last}: 'm' is Uploads, rank 0 has Sums" in kinds and "rank 1: client 5 uploads 'm' here and on rank 0" in twice,
                f"{shapes} | {kinds} | {twice}")
@@ -254,7 +254,7 @@ def test_sums_of_float64_leaves_travel_in_float64_and_others_are_rounded_once():
 
     def of(client: int, dtype: torch.dtype) -> Sums:
         return Sums.weighted([client], {"x": torch.full((1, 3), 1 / 3 + client, dtype=dtype)}, torch.tensor([0.1]))
-    totals = comm.combine(Statistics({"exact": of(comm.rank, torch.float64), "short": of(comm.rank, torch.float32), "half": of(comm.rank, torch.bfloat16)}))
+    totals = comm.combine(Uplink({"exact": of(comm.rank, torch.float64), "short": of(comm.rank, torch.float32), "half": of(comm.rank, torch.bfloat16)}))
     wanted = {name: sum((of(rank, dtype) for rank in range(1, comm.size)), of(0, dtype)).total().values["x"]
               for name, dtype in (("exact", torch.float64), ("short", torch.float32), ("half", torch.bfloat16))}
     own = of(0, torch.float32).total().values["x"]
@@ -270,7 +270,7 @@ def test_sums_of_float64_leaves_travel_in_float64_and_others_are_rounded_once():
 def test_ranks_that_disagree_on_a_type_all_raise():
     comm = connect()
     last, dtype = comm.size - 1, torch.float64 if comm.rank == comm.size - 1 else torch.float32
-    said = raised(LayoutError, comm.combine, Statistics({"m": Sums.weighted([comm.rank], {"a": torch.ones(1, 2, dtype=dtype)}, torch.ones(1))}))
+    said = raised(LayoutError, comm.combine, Uplink({"m": Sums.weighted([comm.rank], {"a": torch.ones(1, 2, dtype=dtype)}, torch.ones(1))}))
     mpi_assert(comm, f"rank {last}: 'a' of 'm' is (2,) in torch.float64, rank 0 has (2,) in torch.float32" in said, said)
 
 
@@ -278,7 +278,7 @@ def test_ranks_that_disagree_on_a_type_all_raise():
 def test_only_those_who_bring_a_sum_send_it():
     comm = connect()
     name = f"model {comm.rank % 2}"
-    totals = comm.combine(Statistics({name: Sums.weighted([comm.rank], {"x": torch.full((1, 4), 2.0)}, torch.ones(1))}))
+    totals = comm.combine(Uplink({name: Sums.weighted([comm.rank], {"x": torch.full((1, 4), 2.0)}, torch.ones(1))}))
     brought = {each: [float(rank % 2 == int(each[-1])) for rank in range(comm.size)] for each in ("model 0", "model 1")}
     good = totals is None or {each: total.values["x"].tolist() for each, total in totals.items()} == {each: [2 * sum(of)] * 4 for each, of in brought.items()}
     mpi_assert(comm, good and comm.sent_bytes == (0 if comm.is_server else 4 * 4 + 8), f"{totals} {comm.sent_bytes}")
@@ -320,7 +320,7 @@ def test_sent_bytes_are_the_payload_that_left_the_rank():
     wanted = sum(nbytes(parcel) * (len(audience) - 1) for audience, parcel in parcels(comm).items())
     mpi_assert(comm, comm.sent_bytes == (wanted if comm.is_server else 0), f"Bcast: {comm.sent_bytes}")
     before = comm.sent_bytes
-    comm.combine(Statistics({"s": Sums.weighted([comm.rank], {"x": torch.zeros(1, 4)}, torch.ones(1)), "u": Uploads({comm.rank: uploaded})}))
+    comm.combine(Uplink({"s": Sums.weighted([comm.rank], {"x": torch.zeros(1, 4)}, torch.ones(1)), "u": Uploads({comm.rank: uploaded})}))
     sent = comm.sent_bytes - before
     mpi_assert(comm, sent == (0 if comm.is_server else 4 * 4 + 8 + nbytes(uploaded)), f"Reduce and Gatherv: {sent}")
 

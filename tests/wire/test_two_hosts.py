@@ -112,7 +112,7 @@ def test_a_cable_that_is_mended_in_time_costs_nothing_but_time(pair, whole, tmp_
 
 def test_a_cable_that_stays_cut_ends_the_run_and_the_batch_script_ends_the_launcher(pair, whole, tmp_path):
     """mpirun waits for a daemon that it cannot reach; the script, under bash with stand-ins for SLURM, does not."""
-    script = slurm.script(whole[1], "it", slurm.Request(nodes=2), out=tmp_path / "run").replace("pause=10 ", "pause=0.2 ")
+    script = slurm.write_script(whole[1], "it", slurm.Request(nodes=2), out=tmp_path / "run").replace("pause=10 ", "pause=0.2 ")
     for name, text in (("mpirun", f'#!/bin/bash\nunset ${{!SLURM_*}}\nexec {shlex.join(pair.launcher)} "$@"\n'), ("scontrol", '#!/bin/bash\necho "$*" >requeued\n'),
                        ("script", script), ("sitecustomize.py", PACED)):
         (tmp_path / name).write_text(text)

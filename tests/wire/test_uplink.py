@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from hpcfl.errors import LayoutError
-from hpcfl.wire.uplink import BLOCK, Statistics, Sums, Uploads, check_alike, difference, header
+from hpcfl.wire.uplink import SUM_BLOCK, Sums, Uplink, Uploads, check_alike, find_difference, make_header
 
-SHAPES = {"weight": (3, 4), "bias": (4,), "scale": (), "none": (0, 2), "long": (BLOCK["cpu"] + 7,)}
+SHAPES = {"weight": (3, 4), "bias": (4,), "scale": (), "none": (0, 2), "long": (SUM_BLOCK["cpu"] + 7,)}
 
 
 def values(clients: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
@@ -87,18 +87,18 @@ def test_simulated_bytes_count_values_in_their_own_type_and_weights_only_if_sent
     assert Sums.weighted([4, 9], stacked, torch.ones(2), weights_sent=False).simulated_bytes() == {4: 52, 9: 52}
     assert Sums.weighted([4, 9], stacked, {"x": torch.ones(2, 3), "y": torch.ones(2)}).simulated_bytes() == {4: 52 + 32, 9: 52 + 32}
     assert Sums.weighted([4, 9], stacked, {"x": torch.ones(2, 3), "y": torch.ones(2)}, sent_bytes=11).simulated_bytes() == {4: 11, 9: 11}
-    whole = Statistics({"a": shared, "b": Uploads({4: {"z": torch.zeros(7, dtype=torch.int64)}})})
+    whole = Uplink({"a": shared, "b": Uploads({4: {"z": torch.zeros(7, dtype=torch.int64)}})})
     assert whole.simulated_bytes() == {4: 60 + 56, 9: 60}
 
 
 def test_statistics_add_by_name_and_the_empty_one_is_zero():
-    one = Statistics({"a": Sums.weighted([0], {"x": torch.ones(1)}, torch.ones(1)), "u": Uploads({0: {}})})
-    other = Statistics({"a": Sums.weighted([1], {"x": torch.full((1,), 4.0)}, torch.ones(1)), "u": Uploads({1: {}}),
+    one = Uplink({"a": Sums.weighted([0], {"x": torch.ones(1)}, torch.ones(1)), "u": Uploads({0: {}})})
+    other = Uplink({"a": Sums.weighted([1], {"x": torch.full((1,), 4.0)}, torch.ones(1)), "u": Uploads({1: {}}),
                         "b": Sums.weighted([1], {"x": torch.ones(1)}, torch.ones(1))})
-    both = sum([one, other], Statistics())
-    assert float(both.parts["a"].total().values["x"]) == 5.0 and float(both.parts["b"].total().values["x"]) == 1.0
-    assert set(both.parts["u"].trees) == {0, 1}
-    assert set(one.parts["u"].trees) == {0}, "+ changed its left side"
+    both = sum([one, other], Uplink())
+    assert float(both.pieces["a"].total().values["x"]) == 5.0 and float(both.pieces["b"].total().values["x"]) == 1.0
+    assert set(both.pieces["u"].trees) == {0, 1}
+    assert set(one.pieces["u"].trees) == {0}, "+ changed its left side"
 
 
 def test_what_does_not_belong_together_cannot_be_added():
@@ -113,7 +113,7 @@ def test_what_does_not_belong_together_cannot_be_added():
     with pytest.raises(LayoutError, match="client 3 uploads twice"):
         Uploads({3: {}}) + Uploads({3: {}, 4: {}})
     with pytest.raises(LayoutError, match="'n' is Sums on one side, Uploads"):
-        Statistics({"n": sums(a=(2,))}) + Statistics({"n": Uploads({0: {}})})
+        Uplink({"n": sums(a=(2,))}) + Uplink({"n": Uploads({0: {}})})
 
 
 @pytest.mark.parametrize(("clients", "tree", "weights", "said"), [
@@ -133,7 +133,7 @@ def test_ranks_that_disagree_are_named_with_path_and_shapes():
     def bring(*shape):
         return Sums.weighted([0], {"a": torch.ones(1, 2), "fc.weight": torch.ones(1, *shape)}, torch.ones(1))
     brought = [{}, {"m": bring(3, 4)}, {"m": bring(3, 4)}, {"m": bring(3, 5)}]
-    headers = [{name: header(piece) for name, piece in each.items()} for each in brought]
+    headers = [{name: make_header(piece) for name, piece in each.items()} for each in brought]
 
     def layouts(name):
         return [each[name].layout() if name in each else None for each in brought]
@@ -141,15 +141,15 @@ def test_ranks_that_disagree_are_named_with_path_and_shapes():
         check_alike(headers, layouts)
     check_alike(headers[:3], layouts)
     with pytest.raises(LayoutError, match="rank 1: 'm' is Sums, rank 0 has Uploads"):
-        check_alike([{"m": header(Uploads({0: {}}))}, *headers[1:3]], layouts)
+        check_alike([{"m": make_header(Uploads({0: {}}))}, *headers[1:3]], layouts)
     with pytest.raises(LayoutError, match="rank 1: client 5 uploads 'm' here and on rank 0"):
-        check_alike([{"m": header(Uploads({5: {}}))}, {"m": header(Uploads({6: {}, 5: {}}))}], layouts)
+        check_alike([{"m": make_header(Uploads({5: {}}))}, {"m": make_header(Uploads({6: {}, 5: {}}))}], layouts)
 
 
 def test_the_first_differing_path_is_the_first_by_name():
     def layout(*shapes: tuple[int, ...]):
         return tuple((path, shape, (), torch.float32) for path, shape in zip("ab", shapes, strict=True))
-    assert difference(layout((1,), (2,)), layout((3,), (4,))) == ("a", "(1,)", "(3,)")
+    assert find_difference(layout((1,), (2,)), layout((3,), (4,))) == ("a", "(1,)", "(3,)")
 
 
 def test_a_reduced_sum_goes_on_as_the_whole_one_would_and_keeps_no_contribution():
@@ -158,24 +158,24 @@ def test_a_reduced_sum_goes_on_as_the_whole_one_would_and_keeps_no_contribution(
     def of(*clients: int) -> Sums:
         return Sums.weighted(clients, {path: value[list(clients)] for path, value in stacked.items()}, weights[list(clients)])
     whole = of(0, 1, 2, 3, 4, 5)
-    reduced = ((of(0, 1).reduced() + of(2)).reduced() + of(3, 4, 5)).reduced()
+    reduced = ((of(0, 1).reduce() + of(2)).reduce() + of(3, 4, 5)).reduce()
     assert same_bits(reduced.total(), whole.total()) and reduced.contributions == () and len(reduced.partial) == 1
-    assert reduced.layout() == whole.layout() and reduced.simulated_bytes() == whole.simulated_bytes() and header(reduced) == header(whole)
-    assert reduced.reduced() is reduced, "work is done twice"
-    both = of(0, 1).reduced() + of(2, 3, 4, 5).reduced()
+    assert reduced.layout() == whole.layout() and reduced.simulated_bytes() == whole.simulated_bytes() and make_header(reduced) == make_header(whole)
+    assert reduced.reduce() is reduced, "work is done twice"
+    both = of(0, 1).reduce() + of(2, 3, 4, 5).reduce()
     assert both.simulated_bytes() == whole.simulated_bytes()
     for path, value in whole.total().values.items():
         np.testing.assert_allclose(both.total().values[path].numpy(), value.numpy(), rtol=1e-12, atol=1e-12)
-    assert (of(0).reduced() + of(0)).simulated_bytes()[0] == 2 * of(0).simulated_bytes()[0], "what a client sends twice counts twice"
+    assert (of(0).reduce() + of(0)).simulated_bytes()[0] == 2 * of(0).simulated_bytes()[0], "what a client sends twice counts twice"
 
 
 def test_statistics_are_reduced_name_by_name_and_uploads_are_left_alone():
     uploads = Uploads({3: {"x": torch.ones(2)}})
-    statistics = Statistics({"sum": Sums.weighted([3], {"x": torch.ones(1, 2)}, torch.ones(1)), "whole": uploads})
-    reduced = statistics.reduced()
-    assert reduced.parts["whole"] is uploads and reduced.parts["sum"].contributions == () and reduced.simulated_bytes() == statistics.simulated_bytes()
+    statistics = Uplink({"sum": Sums.weighted([3], {"x": torch.ones(1, 2)}, torch.ones(1)), "whole": uploads})
+    reduced = statistics.reduce()
+    assert reduced.pieces["whole"] is uploads and reduced.pieces["sum"].contributions == () and reduced.simulated_bytes() == statistics.simulated_bytes()
 
 
 def test_what_is_reduced_cannot_be_put_in_client_order_any_more():
     with pytest.raises(LayoutError, match="the sum of 'x' is reduced already; .* must come unsummed"):
-        Sums.weighted([3], {"x": torch.ones(1, 2)}, torch.ones(1)).reduced().apart()
+        Sums.weighted([3], {"x": torch.ones(1, 2)}, torch.ones(1)).reduce().take_contributions()

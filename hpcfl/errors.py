@@ -1,8 +1,8 @@
-"""What can go wrong, as types: every error says what, where, got, wanted and the way out, and knows the exit code of the process."""
+"""Errors of hpcfl as types: each says what, where, got, wanted and the way out, and knows the exit code of the process."""
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-AT = "at "                                                         # begins the note of an error that says with whom it came up
+AT = "at "                                                         # begins the note in which `note_whom` names a client
 
 
 class HpcflError(Exception):
@@ -36,7 +36,7 @@ class CheckpointError(HpcflError):
 
 
 class TrainingError(HpcflError):
-    """Training did not come to what it must come to; the message names client, round and phase."""
+    """Training did not reach what it must reach; the message names client, round and phase."""
 
     exit_code = 6
 
@@ -52,7 +52,7 @@ class RankMissing(HpcflError):
 
 
 class LayoutError(HpcflError):
-    """Two parties of one collective brought Trees of different paths, shapes or types."""
+    """Trees, Groups, modules or what a verb gave do not fit each other in paths, shapes or types."""
 
 
 class Stopped(HpcflError):
@@ -62,14 +62,18 @@ class Stopped(HpcflError):
 
 
 class Interrupted(HpcflError):
-    """Somebody at the keyboard ended the process at once; what came after the last checkpoint is lost."""
+    """Somebody at the keyboard ended the process at once; all after the last checkpoint is lost."""
 
     exit_code = 130
 
 
 @contextmanager
 def note_whom(whom: Callable[[], str]) -> Iterator[None]:
-    """Have what goes wrong in the block note with whom it did; the innermost block knows best. What hpcfl raises on purpose says so itself."""
+    """Note on an error of the block whose work failed, "client 3", for the one line of `error_text`; the innermost block wins.
+
+    Errors of hpcfl name the client themselves and get no note. Which verb of which step failed is noted elsewhere, by hpcfl.contract.verbs.blame,
+    for the traceback alone.
+    """
     try:
         yield
     except Exception as error:
@@ -79,7 +83,7 @@ def note_whom(whom: Callable[[], str]) -> Iterator[None]:
 
 
 def error_text(error: BaseException, rank: int) -> str:
-    """An error in one line: type, rank, with whom as far as that is known, and what it says; of those that hpcfl raises on purpose what they say."""
+    """An error in one line, as in STATUS: type, rank, whose work failed if that is noted, and the message; of an HpcflError the message alone."""
     if isinstance(error, HpcflError):
         return str(error)
     said = f": {error}" if str(error) else ""

@@ -49,19 +49,19 @@ class Stream:
 
     @contextmanager
     def seeding(self) -> Iterator[None]:
-        """Code that draws from a global generator (default initialisation, a library) draws from this stream inside the block."""
-        with kept():
+        """Inside the block, code that draws from a global generator (default initialisation, a library) draws from this stream."""
+        with keeping_generators():
             sow(self.torch().initial_seed())
             yield
 
 
 def find_generators() -> tuple[torch.Generator, ...]:
-    """torch's global generators: the CPU's, and the GPUs' once CUDA is in use; to wake it would cost a run on the CPU memory of every GPU."""
+    """torch's global generators: the CPU's, and the GPUs' once CUDA is in use; waking CUDA would cost a run on the CPU memory of every GPU."""
     return torch.default_generator, *(torch.cuda.default_generators if torch.cuda.is_initialized() else ())
 
 
 def sow(seed: int) -> None:
-    """Set the global generators of torch, NumPy and Python, and no others: torch.manual_seed would also seed a CUDA that is not yet in use."""
+    """Seed the global generators of torch, NumPy and Python, and no others: torch.manual_seed would also seed a CUDA that nobody uses yet."""
     for generator in find_generators():
         generator.manual_seed(seed)
     np.random.seed(seed % 2 ** 32)
@@ -69,8 +69,8 @@ def sow(seed: int) -> None:
 
 
 @contextmanager
-def kept() -> Iterator[None]:
-    """After the block the global generators are where they were before it."""
+def keeping_generators() -> Iterator[None]:
+    """Global generators go on after the block from where they were before it."""
     of_torch, of_numpy, of_python = [(generator, generator.get_state()) for generator in find_generators()], np.random.get_state(), random.getstate()
     try:
         yield
@@ -82,11 +82,11 @@ def kept() -> Iterator[None]:
 
 
 def sow_and_watch(seed: int) -> Callable[[], bool]:
-    """Sow, and say when asked whether anybody has drawn from a global generator since; the question itself may draw."""
-    def marks() -> tuple[object, ...]:
+    """Sow, and give a function that says whether anybody has drawn from a global generator since; the function itself may draw."""
+    def read_state() -> tuple[object, ...]:
         states = (generator.get_state().numpy().tobytes() for generator in find_generators())
-        return random.random(), np.random.random(), *states        # the states of these two take ten times as long to copy
+        return random.random(), np.random.random(), *states        # to copy the states of these two takes ten times as long
     sow(seed)
-    sown = marks()
+    sown = read_state()
     sow(seed)
-    return lambda: marks() != sown
+    return lambda: read_state() != sown

@@ -11,7 +11,7 @@ Marks = dict[str, tuple[Tensor, int]]                              # path -> (le
 
 
 def nbytes(tree: Tree) -> int:
-    """Payload of a Tree in bytes: what one contiguous message of it weighs."""
+    """Payload of a Tree in bytes: the size of one contiguous message of it."""
     return sum(leaf.numel() * leaf.element_size() for leaf in tree.values())
 
 
@@ -88,9 +88,9 @@ def fingerprints(stacked: Tree) -> list[str]:
     head = hashlib.blake2b(repr(alike).encode(), digest_size=16)
     hashes = [head.copy() for _ in range(len(next(iter(stacked.values()), ())))]
     for _, leaf in sorted(stacked.items()):
-        for row, line in zip(hashes, leaf.detach().unsqueeze(-1).flatten(1).contiguous().view(torch.uint8).cpu().numpy(), strict=True):
-            row.update(line)
-    return [row.hexdigest() for row in hashes]
+        for each, line in zip(hashes, leaf.detach().unsqueeze(-1).flatten(1).contiguous().view(torch.uint8).cpu().numpy(), strict=True):
+            each.update(line)
+    return [each.hexdigest() for each in hashes]
 
 
 def fingerprint(tree: Tree) -> str:
@@ -109,26 +109,26 @@ def unpack(buffer: Tensor, described: Layout) -> Tree:
 
 
 def marks(tree: Tree) -> Marks:
-    """Every leaf and how often it was written in place so far, to tell later by `changed` what was done to the Tree."""
+    """Every leaf and how often it was written in place so far, to see later by `find_changed` what was done to the Tree."""
     return {path: (leaf, _writes(leaf)) for path, leaf in tree.items()}
 
 
 def find_changed(before: Marks, tree: Tree) -> set[str]:
-    """The paths under which a Tree has not the very tensors that it had, or where these were written since.
+    """The paths under which a Tree no longer has the very tensor that it had, or that tensor was written in place since.
 
-    torch counts the writes of its own operations, through views too; what NumPy or `.data` writes cannot be seen.
+    torch counts the writes of its own operations, through views too; writes by NumPy or `.data` cannot be seen.
     """
     return {path for path in before.keys() | tree.keys()
             if path not in tree or path not in before or tree[path] is not before[path][0] or _writes(tree[path]) != before[path][1]}
 
 
 def number(described: Sequence) -> int:
-    """A number for what `repr` tells of something; it fits into int64, in which checkpoints keep it."""
+    """A number for what `repr` says of something; it fits into int64, in which checkpoints keep it."""
     return int.from_bytes(hashlib.blake2b(repr(described).encode(), digest_size=8).digest(), "big") >> 1
 
 
 def _writes(leaf: Tensor) -> int:
-    return 0 if leaf.is_inference() else leaf._version             # torch does not count those of tensors that were made in inference mode
+    return 0 if leaf.is_inference() else leaf._version             # torch does not count writes into tensors of inference mode
 
 
 def equal(one: Tree, other: Tree) -> bool:

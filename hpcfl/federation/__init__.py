@@ -1,1 +1,1 @@
-"""The loop: clients placed on ranks, rounds, and what server and clients exchange."""
+"""The loop: clients placed on ranks, rounds, and what server and clients exchange in a round."""

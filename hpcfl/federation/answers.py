@@ -1,4 +1,4 @@
-"""Conditions: which clients of a cohort answer in a round, and when, as a job simulates it; pure functions of the seed and the round."""
+"""Answers: which clients of a cohort answer in a round, and when, as the job simulates it; a pure function of seed and round."""
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -15,9 +15,9 @@ DELAYS: dict[str, Callable[[np.random.Generator, int, Federation], np.ndarray]] 
 
 @dataclass(frozen=True)
 class Answers:
-    """What came of asking a cohort: who answered in time, after how many simulated seconds, and when the round ended for the server.
+    """Who of a cohort answered in time, after how many simulated seconds, and when the round ended for the server.
 
-    A client that dropped out has no delay; one that has a delay and did not answer was late. `simulated`: whether anything could go missing at all.
+    A client that dropped out has no delay; one that has a delay and did not answer was late. `simulated`: whether any answer could be lost at all.
     """
 
     cohort: tuple[int, ...]
@@ -28,20 +28,21 @@ class Answers:
 
     @property
     def lost(self) -> tuple[int, ...]:
-        """Those who were asked and did not answer."""
+        """The clients that were asked and did not answer."""
         answered = set(self.answered)
         return tuple(client for client in self.cohort if client not in answered)
 
 
 def simulate_answers(settings: Federation, stream: Callable[[str], Stream], cohort: Sequence[int]) -> Answers:
-    """The answers of a cohort, `stream` being the round's streams by purpose; what a client does does not depend on who else is asked.
+    """The answers of a cohort; what a client does does not depend on who else is asked. `stream`: purpose -> the round's stream.
 
-    The server waits for the last of those who answer, and if anybody is missing until the deadline, where there is one.
+    The server waits for the last client that answers. If one does not, it waits until the deadline, where there is one.
     """
     gone = stream("dropout").numpy().random(settings.clients) < settings.dropout                                                     # (K,)
     draw = DELAYS.get(settings.delay)
     seconds = draw(stream("delay").numpy(), settings.clients, settings) if draw else np.zeros(settings.clients)                      # (K,)
     delays = {client: float(seconds[client]) for client in cohort if not gone[client]}
     answered = tuple(client for client, delay in delays.items() if not settings.deadline or delay <= settings.deadline)
-    waits = settings.deadline and len(answered) < len(cohort)
-    return Answers(tuple(cohort), answered, delays, settings.deadline if waits else max((delays[client] for client in answered), default=0.0), simulated=True)
+    waits_in_vain = settings.deadline and len(answered) < len(cohort)
+    duration = settings.deadline if waits_in_vain else max((delays[client] for client in answered), default=0.0)
+    return Answers(tuple(cohort), answered, delays, duration, simulated=True)

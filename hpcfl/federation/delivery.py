@@ -1,4 +1,4 @@
-"""Delivery: what the clients of each architecture download of the server's message, moved to the ranks that host them and to no others."""
+"""Delivery: what clients download of the server's message, moved to the ranks that host these clients and to no others."""
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -14,42 +14,43 @@ from hpcfl.federation.state import State
 from hpcfl.tree import Tree
 from hpcfl.wire.communicator import Audience, Communicator
 
-DERIVED = "*"                                                      # begins the keys and parts of what is read, but is no tensor of the server's state
+DERIVED = "*"                                                      # begins the keys and parts of leaves that are no tensor of the server's state
 
 
 @dataclass(frozen=True)
 class Download:
-    """What a reader takes of a message: under which key ranks hold each leaf, and of each part the version and the bytes.
+    """What clients of one architecture take of a message: the key under which ranks hold each leaf, and the version and bytes of each part.
 
-    Leaves that are the server's very tensors have its paths as keys and the versions of its parts. The keys of all others are the number of their bits, and
-    together they are one part whose version follows from these: what was made anew and says the same is no news.
+    A leaf that is a tensor of the server's state has that tensor's path as its key; its part and version are those of the state. A derived leaf has a number
+    of its bits as its key. All derived leaves together are one part, whose version follows from their keys: a derived leaf that is computed anew with the
+    same bits is not downloaded again.
     """
 
     keys: Mapping[str, str]                                        # path -> key
     parts: Mapping[str, tuple[int, int]]                           # part -> (version, bytes)
 
     def version(self, key: str) -> int:
-        """Of what a key stands for; what is called by its bits has but one."""
+        """The version of the leaf behind a key; a key made of bits stands for one version only."""
         return 0 if key.startswith(DERIVED) else self.parts[tree.root(key)][0]
 
 
 @dataclass
 class Message:
-    """What a step has published of one version of the server's state, as far as somebody has asked for it."""
+    """What a step has published of one version of the server's state, and the downloads that somebody has asked for so far."""
 
     version: int                                                   # of the server's state
     whole: Tree | None                                             # at the server
     downloads: dict[str, Download] = field(default_factory=dict)   # by architecture
     trees: dict[str, Tree] = field(default_factory=dict)           # the same, at the server
-    ranks: dict[str, set[int]] = field(default_factory=dict)       # where it has arrived, by architecture
+    ranks: dict[str, set[int]] = field(default_factory=dict)       # where each download has arrived, by architecture
 
 
 @dataclass
 class Delivery:
-    """The messages of all steps, and of their leaves those that this rank needs.
+    """The messages of all steps, and those of their leaves that this rank needs.
 
-    All ranks call every method alike. They all know who reads; what is read is for the server to find out, which alone runs `publish`, `receive` and
-    `global_models`, and moves leaves to the ranks that need them and do not have them.
+    All ranks call every method alike, and all know which clients read. What these read only the server knows: it alone calls a step's `publish`, `receive` and
+    `global_models`, and sends leaves to the ranks that need them and do not hold them.
     """
 
     comm: Communicator
@@ -60,7 +61,7 @@ class Delivery:
 
     def publish(self, step: Algorithm, state: State, readers: Mapping[str, Collection[int]]) -> Message:
         """The message of a step, its downloads at the ranks that host the readers; readers: architecture -> clients."""
-        message, told = self._find_current(step, state), {}
+        message, found = self._find_current(step, state), {}
         wanted = {architecture: {self.home[client] for client in clients} for architecture, clients in readers.items()}
         if all(ranks <= message.ranks.get(architecture, set()) for architecture, ranks in wanted.items()):
             return message
@@ -71,8 +72,8 @@ class Delivery:
                 with blame(step, "receive", f"for {architecture}"), step.problem.stream("receive", round_=state.version).seeding():
                     message.trees[architecture] = require_tree(where, step.receive(message.whole, architecture))
                 check_unwritten(where, before, state.server, "the server's state")
-                told[architecture] = self._describe(message.trees[architecture], state)
-        message.downloads |= self.comm.share(told)
+                found[architecture] = self._describe(message.trees[architecture], state)
+        message.downloads |= self.comm.share(found)
         self._move({architecture: (ranks, len(readers[architecture])) for architecture, ranks in wanted.items()}, message.downloads, message.trees)
         for architecture, ranks in wanted.items():
             message.ranks.setdefault(architecture, set()).update(ranks)
@@ -80,35 +81,35 @@ class Delivery:
         return message
 
     def download(self, message: Message, architecture: str) -> Tree:
-        """What clients of an architecture download of a message, at a rank that hosts some of its readers."""
+        """What clients of an architecture download of a message; at a rank that hosts some of them."""
         return self._take(message.downloads[architecture])
 
     def global_models(self, step: Algorithm, state: State) -> dict[str, tuple[str, Tree, int, int]]:
-        """The federation's own models as a step has them: name -> (architecture, model, number of this rank among those who work with it, their number).
+        """The step's models of the whole federation: name -> (architecture, model, this rank's number among those that evaluate it, their number).
 
-        Who holds a model works with it; one that nobody holds whole is moved to all ranks. A rank that has no part in a model does not get its name.
+        The ranks that hold a model evaluate it; one that no rank holds whole is moved to all. A rank that evaluates no share of a model does not get its name.
         """
-        message, told, models = self._find_current(step, state), {}, {}
+        message, found, models = self._find_current(step, state), {}, {}
         if self.comm.is_server:
             with blame(step, "global_models"):
                 models = require_models(verb_text(step, "global_models"), step.global_models(message.whole))
             downloads = {name: self._describe(model, state) for name, (_, model) in models.items()}
-            told = {name: (models[name][0], download, self._find_holders(download)) for name, download in downloads.items()}
-        told = self.comm.share(told)
-        self._move({name: (set(ranks), len(self.home)) for name, (_, _, ranks) in told.items()}, {name: download for name, (_, download, _) in told.items()},
+            found = {name: (models[name][0], download, self._find_holders(download)) for name, download in downloads.items()}
+        found = self.comm.share(found)
+        self._move({name: (set(ranks), len(self.home)) for name, (_, _, ranks) in found.items()}, {name: download for name, (_, download, _) in found.items()},
                    {name: model for name, (_, model) in models.items()})
         return {name: (architecture, self._take(download), ranks.index(self.comm.rank), len(ranks))
-                for name, (architecture, download, ranks) in told.items() if self.comm.rank in ranks}
+                for name, (architecture, download, ranks) in found.items() if self.comm.rank in ranks}
 
     def forget(self, steps: Collection[Algorithm]) -> None:
-        """Let go of what other steps have published."""
+        """Let go of what all other steps have published."""
         if self.messages.keys() <= set(steps):
             return
         self.messages = {step: message for step, message in self.messages.items() if step in steps}
         self._keep(lambda key: False)
 
     def _keep(self, also: Callable[[str], bool]) -> None:
-        """Let go of leaves that no message has any more, but for some keys; the same ones at the server and at those who hold them."""
+        """Let go of leaves that no message has any more, unless `also(key)`; the server and the holders let go of the same leaves."""
         read = {key for message in self.messages.values() for download in message.downloads.values() for key in download.keys.values()}
         self.held = {key: leaf for key, leaf in self.held.items() if key in read or also(key)}
         self.places = {key: place for key, place in self.places.items() if key in read or also(key)}
@@ -117,7 +118,7 @@ class Delivery:
         return {path: self.held[key] for path, key in download.keys.items()}
 
     def _find_current(self, step: Algorithm, state: State) -> Message:
-        """The message of this version of the server's state, so far without readers if it is new."""
+        """The message of this version of the server's state; a new one has no downloads yet."""
         message = self.messages.get(step)
         if message is None or message.version != state.version:
             whole = self._publish_anew(step, state, message.whole if message else {}) if self.comm.is_server else None
@@ -130,8 +131,8 @@ class Delivery:
             whole = require_tree(where, step.publish(state.server))
         check_unwritten(where, before, state.server, "the server's state")
         check_kept(where, earlier, whole)
-        looked_at = set(map(id, state.server.values()))
-        derived = {path: leaf for path, leaf in whole.items() if id(leaf) not in looked_at}
+        checked = set(map(id, state.server.values()))              # when the server computed them
+        derived = {path: leaf for path, leaf in whole.items() if id(leaf) not in checked}
         refuse_broken(derived, earlier, f"server, {where}", f"lower {step.problem.rates()}")
         return whole
 
@@ -148,7 +149,7 @@ class Delivery:
         return Download(keys, {part: (versions.get(part, 0), size) for part, size in sizes.items()})
 
     def _find_holders(self, download: Download) -> Audience:
-        """The ranks that hold all of it, or else all ranks; asked at the server."""
+        """The ranks that hold all of a download, or all ranks if none does; at the server."""
         holders = set(range(self.comm.size))
         for key in download.keys.values():
             version, ranks = self.places.get(key, (None, set()))
@@ -156,7 +157,7 @@ class Delivery:
         return tuple(sorted(holders or range(self.comm.size)))
 
     def _move(self, wanted: Mapping[str, tuple[set[int], int]], downloads: Mapping[str, Download], trees: Mapping[str, Tree]) -> None:
-        """Bring to ranks what their readers read and they do not hold; wanted: reader -> (ranks, number of clients)."""
+        """Bring to ranks what their readers need and they do not hold; wanted: reader -> (ranks, number of clients)."""
         parcels: dict[Audience, Tree] = {}
         if self.comm.is_server:
             needed: dict[str, tuple[int, Tensor, set[int], int]] = {}
@@ -165,8 +166,8 @@ class Delivery:
                     _, _, others, more = needed.get(key, (0, None, set(), 0))
                     needed[key] = downloads[reader].version(key), trees[reader][path], others | ranks, more + clients
             for key, (version, leaf, ranks, clients) in needed.items():
-                known, there = self.places.get(key, (None, set()))
-                if known != version:                               # nobody has it yet; what comes later to others is the same message
+                held_version, there = self.places.get(key, (None, set()))
+                if held_version != version:                        # nobody has it yet; ranks that get it later get the same message
                     there = set()
                     self.comm.carry("bcast", leaf.nbytes, clients)
                 if away := ranks - there - {0}:

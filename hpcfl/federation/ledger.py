@@ -1,4 +1,4 @@
-"""Ledger: what one rank did in the round that is open: seconds by kind of work and when, bytes and metrics by client."""
+"""Ledger: what one rank books in the open round: seconds by kind of work and their times, bytes and metrics by client."""
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +13,7 @@ SHORTEST_S = 1e-5                                                  # of an inter
 
 
 class Ledger:
-    """Counts of the open round; `close` hands them over as a plain dict that pickles.
+    """The sums of the open round; `close` hands them over as an account, a plain dict that pickles.
 
     What is booked between two rounds (a checkpoint) belongs to the later one.
     """
@@ -52,7 +52,7 @@ class Ledger:
 
     def _turn_over(self) -> None:
         if self._kinds and self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)                   # what is under way belongs to the block that began it
+            torch.cuda.synchronize(self._device)                   # work under way belongs to the block that began it
         now = time.perf_counter()
         if self._kinds:
             kind, duration = self._kinds[-1], now - self._since
@@ -71,18 +71,18 @@ class Ledger:
             self._up[client] += count
 
     def book_metrics(self, verb: str, clients: Sequence[int], metrics: Mapping[str, Tensor]) -> None:
-        """Book one number per client for each metric; those of other verbs are kept apart from those of train by their prefix."""
+        """Book one number per client for each metric; metrics of other verbs than train have the verb as a prefix."""
         for name, values in metrics.items():
-            self._metrics[_named(verb, name)].update(zip(clients, values.tolist(), strict=True))
+            self._metrics[_metric_name(verb, name)].update(zip(clients, values.tolist(), strict=True))
 
     def book_costs(self, verb: str, clients: Sequence[int], costs: Mapping[str, Tensor]) -> None:
-        """Book one cost per client under each name, as `measured`; those of all steps of a round under one verb add up."""
+        """Book one cost per client under each name, as `book_metrics`; costs of all steps of a round under one verb add up."""
         for name, values in costs.items():
-            booked = self._metrics[_named(verb, name)]
+            booked = self._metrics[_metric_name(verb, name)]
             booked.update((client, booked.get(client, 0.0) + value) for client, value in zip(clients, values.tolist(), strict=True))
 
     def book_help(self, items: int, seconds: float) -> None:
-        """Book that so many items of spread work, perhaps none, took so long here: those of one item is what no number of ranks can shorten."""
+        """Book the seconds that so many items of spread work, perhaps none, took here; the time of one item is what no number of ranks can shorten."""
         self._item_s += seconds / max(1, items)
 
     def note(self, name: str, value: float) -> None:
@@ -90,7 +90,7 @@ class Ledger:
         self._notes[name] = float(value)
 
     def so_far(self) -> tuple[float, dict[str, float]]:
-        """Seconds since the round began, and those of each kind up to now, of the block that is open too; safe to ask from another thread."""
+        """Seconds since the round began, and seconds of each kind up to now, those of the open block included; another thread may ask."""
         now, seconds = time.perf_counter(), dict(self._seconds)
         for kind in self._kinds[-1:]:
             seconds[kind] += now - self._since
@@ -100,8 +100,8 @@ class Ledger:
         """The round's account: {"wall_s", "opened_s", "intervals", "seconds", "down", "up", "metrics", "notes", "item_s"}.
 
         `opened_s`: when the round began, counted from the first one; `intervals`: what was done when, {"kind": (n,) index in SECONDS, "start_s": (n,)
-        counted from the beginning of this round, "duration_s": (n,)}, in order of time and none of two kinds at once; `item_s`: of one item of each
-        piece of spread work, the mean over those carried out here.
+        counted from the beginning of this round, "duration_s": (n,)}, in order of time and none of two kinds at once; `item_s`: seconds of one
+        item, the mean over the items carried out here, summed over all spread work.
         """
         self._first = self._start if self._first is None else self._first
         kinds, starts, durations = zip(*self._intervals, strict=True) if self._intervals else ((), (), ())
@@ -110,9 +110,9 @@ class Ledger:
                    "seconds": self._seconds, "down": dict(self._down), "up": dict(self._up),
                    "metrics": {name: dict(values) for name, values in self._metrics.items()}, "notes": self._notes, "item_s": self._item_s}
         self._clear()
-        self.open()                                                # what follows belongs to the next round, as long as nobody opens that
+        self.open()                                                # what follows belongs to the next round, until somebody opens it
         return account
 
 
-def _named(verb: str, name: str) -> str:
+def _metric_name(verb: str, name: str) -> str:
     return name if verb == "train" else f"{verb}_{name}"

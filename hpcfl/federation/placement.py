@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Past:
-    """What a checkpoint says of the placement before it: the rank of each client, of how many, under which kind of server, and what each client took."""
+    """What a checkpoint says of the placement before it: the rank of each client, the number of ranks, the kind of server, and each client's seconds."""
 
     home: tuple[int, ...]                                          # (K,)
     ranks: int
@@ -18,7 +18,7 @@ class Past:
 def place_clients(costs: Sequence[float], ranks: int, server: str = "shared") -> tuple[int, ...]:
     """The rank of each client, (K,): each client in order of falling cost goes to the rank with the least work so far (longest processing time first).
 
-    costs: expected work per client in any one unit (training samples x model FLOPs). server = "dedicated" keeps rank 0 free of clients where there
+    costs: expected work of each client in any one unit (training samples x model FLOPs). server = "dedicated" keeps rank 0 free of clients where there
     is another rank. A pure function: all ranks compute it and agree.
     """
     hosts = list(range(1, ranks)) if server == "dedicated" and ranks > 1 else list(range(ranks))
@@ -31,10 +31,10 @@ def place_clients(costs: Sequence[float], ranks: int, server: str = "shared") ->
 
 
 def resettle(past: Past, costs: Sequence[float], ranks: int, server: str, deterministic: bool) -> tuple[int, ...]:
-    """The rank of each client after a restart, (K,): by the seconds that were measured, or where it was if otherwise bits would change that must not.
+    """The rank of each client after a restart, (K,): by measured seconds; or the rank that it had, where bits would change otherwise.
 
-    As many ranks as before add up in the same order only if each has the clients it had; `deterministic` sums do not depend on that. A pure function of the
-    checkpoint, as `place`.
+    As many ranks as before add up in the same order only if each has the clients that it had; `deterministic` sums do not depend on the order. A pure function
+    of the checkpoint, as `place_clients`.
     """
     if not deterministic and (past.ranks, past.server) == (ranks, server):
         return past.home
@@ -42,8 +42,8 @@ def resettle(past: Past, costs: Sequence[float], ranks: int, server: str, determ
 
 
 def fill_in_seconds(costs: Sequence[float], seconds: Sequence[float]) -> list[float]:
-    """Seconds of each client, (K,); of those that have none the expected costs at the rate of those that have."""
-    known = [client for client, taken in enumerate(seconds) if math.isfinite(taken)]
-    work = sum(costs[client] for client in known)
-    rate = sum(seconds[client] for client in known) / work if work else 1.0
+    """Seconds of each client, (K,); for clients that have none the expected costs, at the mean rate of those that have."""
+    measured = [client for client, taken in enumerate(seconds) if math.isfinite(taken)]
+    work = sum(costs[client] for client in measured)
+    rate = sum(seconds[client] for client in measured) / work if work else 1.0
     return [taken if math.isfinite(taken) else rate * cost for taken, cost in zip(seconds, costs, strict=True)]

@@ -1,4 +1,4 @@
-"""Residency: where the states of clients lie that are not at work: on the device, in host memory, or in a file."""
+"""Residency: where the states of clients lie while they are not at work: on the device, in host memory, or in a file."""
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,15 +16,15 @@ from hpcfl.tree import Tree
 
 @dataclass(frozen=True)
 class Parked:
-    """A Group that was put away: a value, as it is, which `fetch` gives back on the device, in memory of its own."""
+    """A Group that was put away: a value, as a Group is; `fetch` gives it back on the device, in memory of its own."""
 
     architecture: str
     clients: tuple[int, ...]
-    leaves: Mapping[str, Any]                                      # path -> what stands for the leaf where it was put
+    leaves: Mapping[str, Any]                                      # path -> what stands for the leaf
     bring: Callable[[Mapping[str, Any]], Tree]
 
     def fetch(self) -> Group:
-        """The Group, to be forgotten after the work."""
+        """The Group, which the caller lets go after the work."""
         return Group(self.architecture, self.clients, self.bring(self.leaves))
 
     def part(self, name: str) -> Mapping[str, Any]:
@@ -36,7 +36,7 @@ class Device:
     """Groups stay where work is done."""
 
     def __init__(self, device: torch.device, folder: str):
-        """As the others; neither is needed."""
+        """As the other residencies; it needs neither."""
 
     def park(self, group: Group) -> Group:
         """The Group itself."""
@@ -48,7 +48,7 @@ class Elsewhere(ABC):
 
     def __init__(self, device: torch.device, folder: str):
         self.device = device
-        self.fetched = WeakTensorKeyDictionary()                   # leaf -> what it was fetched by
+        self.fetched = WeakTensorKeyDictionary()                   # leaf -> what stands for it
 
     def park(self, group: Group) -> Parked:
         """The Group, put away."""
@@ -71,7 +71,7 @@ class Elsewhere(ABC):
 
 
 class Host(Elsewhere):
-    """In host memory; a copy on a CPU too, so that what is at work costs the same there. Pageable: pinned memory is taken in powers of two."""
+    """Groups lie in host memory; on a CPU too they are copied, so that work costs the same there. Pageable: pinned memory is taken in powers of two."""
 
     def put(self, leaf: Tensor) -> Tensor:
         return leaf.detach().to("cpu", copy=True)
@@ -81,7 +81,7 @@ class Host(Elsewhere):
 
 
 class Disk(Elsewhere):
-    """In a file of this rank. Raises EnvironmentFault as Scratch does."""
+    """Groups lie in a file of this rank. Raises EnvironmentFault as Scratch does."""
 
     def __init__(self, device: torch.device, folder: str):
         super().__init__(device, folder)

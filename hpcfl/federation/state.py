@@ -1,4 +1,4 @@
-"""State: all that a run is between two rounds, where in the plan a round lies, and the state before the first one."""
+"""State: all that a run is between two rounds, and where in the plan a round lies."""
 from dataclasses import dataclass, field
 
 from hpcfl.contract import Phase
@@ -14,22 +14,22 @@ Versions = dict[str, int]                                          # part -> ver
 class State:
     """All that a run is between two rounds: what a checkpoint holds.
 
-    `version` counts the changes of the server's state, `versions` has for each of its parts the one with which it came; `received` says of which versions
-    each of this rank's clients downloaded the parts, so that what a device already has is not counted as traffic again. A part is the root of a path; what a
-    step derives of the server's state for its message is one more part.
+    `version` counts the changes of the server's state, and `versions` says of each part with which change it last came. `received` says for each of this rank's
+    clients which version of each part it downloaded: what a device already has is not counted as traffic again. What a step derives from the server's
+    state for its message is one more part.
     """
 
-    server: Tree | None                                            # on the server's rank only
-    groups: tuple[Group | Parked, ...]                             # this rank's clients, by architecture, put away where they are not at work
-    received: dict[int, Versions]
+    server: Tree | None                                            # at the server alone
+    groups: tuple[Group | Parked, ...]                             # this rank's clients, by architecture; parked while they are not at work
+    received: dict[int, Versions]                                  # client -> what it downloaded
     rows: int = 0                                                  # rounds finished, over all phases
     version: int = 0
-    versions: Versions = field(default_factory=dict)               # of parts that have changed since the beginning
+    versions: Versions = field(default_factory=dict)               # of the parts that have changed since the beginning
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where in the plan a round lies."""
+    """Where in the plan a round lies: its phase, and its numbers."""
 
     phase: Phase
     round: int                                                     # inside the phase

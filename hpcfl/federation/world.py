@@ -1,4 +1,4 @@
-"""World: everything that follows from the job alone (data, partition, architectures, placement, plan), and this rank's share of it."""
+"""World: all that follows from the job alone (data, partition, architectures, placement, plan), and this rank's share of it."""
 import copy
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -30,29 +30,29 @@ from hpcfl.wording import numbers_text
 
 
 class World:
-    """The experiment as a pure function of the job (and after a restart of its checkpoint, as to who is where), seen from one rank.
+    """The experiment, seen from one rank: a pure function of the job, and after a restart of where the checkpoint has the clients.
 
-    Every rank computes the same partition, architectures and placement; only its own clients' images are read (and, at the server, the public
-    set). The official test set is read where it is evaluated.
+    Every rank computes the same partition, architectures and placement, but reads only the images of its own clients, and the public images when the server's
+    work is spread. The official test set is read where it is evaluated.
     """
 
     def __init__(self, job: Job, comm: Communicator, device: torch.device, past: Past | None = None):
-        """`past`: what the checkpoint says of the placement from which the run goes on."""
+        """`past`: the placement before the restart, as the checkpoint has it."""
         self.job, self.comm = job, comm
         self.clients = job.federation.clients
         self.corpus = corpora.open_corpus(job.data.name)
         self.split = partition.partition_samples(self.corpus.train_labels, self.clients, job.data, job.run.seed)
-        self.problem = self._problem(device)
+        self.problem = self._build_problem(device)
         self.plan = PLANS[job.algorithm_name].plan(job.algorithm, self.problem)
         check_plan(job.algorithm_name, self.plan)
         for step in self.steps:
             step.accept(self.split.counts(self.corpus.train_labels, self.problem.classes))
-        self._accept_single_images()
-        self.home = self._home(past)
-        self._models_of = lru_cache(maxsize=2)(lambda row: tuple(self.problem.architecture(client, row) for client in range(self.clients)))
+        self._check_single_images()
+        self.home = self._place(past)
+        self._name_models = lru_cache(maxsize=2)(lambda row: tuple(self.problem.architecture(client, row) for client in range(self.clients)))
         residence = RESIDENCIES[job.residency.location](device, job.residency.folder)
-        self.park: Callable[[Group], Group | Parked] = residence.park                    # a Group put away until its next turn at work
-        self._trainings: tuple[object, Counter[int]] = (None, Counter())                 # a round, and how often each client was trained in it
+        self.park: Callable[[Group], Group | Parked] = residence.park                    # puts a Group away until it works again
+        self._trainings: tuple[object, Counter[int]] = (None, Counter())                 # a round, and how often each client has trained in it
 
     @cached_property
     def mine(self) -> tuple[int, ...]:
@@ -61,25 +61,26 @@ class World:
 
     @cached_property
     def holdings(self) -> Mapping[int, Holdings]:
-        """What this rank's clients train on and select by, on its device."""
+        """The training and validation images of this rank's clients, on its device."""
         return {client: Holdings(train, validation) for client, (train, validation, _) in self._own.items()}
 
     @cached_property
     def personal(self) -> Mapping[int, Shard]:
-        """The test parts of this rank's clients: for evaluation only, no site holds them."""
+        """The test images of this rank's clients: for evaluation only, no site holds them."""
         return {client: test for client, (_, _, test) in self._own.items()}
 
     @cached_property
     def _own(self) -> Mapping[int, tuple[Shard, ...]]:
-        parts = [part[client] for client in self.mine for part in (self.split.train, self.split.validation, self.split.test)]
-        shards = self._shards(parts)
+        indices = [split[client] for client in self.mine for split in (self.split.train, self.split.validation, self.split.test)]
+        shards = self._load_shards(indices)
         return {client: shards[3 * position:3 * position + 3] for position, client in enumerate(self.mine)}
 
     @cached_property
     def forward_flops(self) -> tuple[int, ...]:
         """Floating-point operations of one image's forward pass through the model that each client begins with."""
         problem, models = self.problem, self.job.models
-        return tuple(zoo.count_flops(name, problem.shape, problem.classes, models.feature_size, models.norm, models.feature_relu) for name in problem.architectures)
+        form = problem.shape, problem.classes, models.feature_size, models.norm, models.feature_relu
+        return tuple(zoo.count_flops(name, *form) for name in problem.architectures)
 
     @cached_property
     def _remembered(self) -> Mapping[int, dict[str, torch.Tensor]]:
@@ -92,15 +93,15 @@ class World:
 
     @cached_property
     def public(self) -> tuple[Shard | None, Shard | None]:
-        """The server's public images and their validation part, where a method wants them."""
+        """The server's public images for training and for validation; None where the job sets none aside."""
         if self.job.data.public_fraction == 0:
             return None, None
-        return self._shards([self.split.public, self.split.public_validation])
+        return self._load_shards([self.split.public, self.split.public_validation])
 
     @cached_property
     def modules(self) -> Mapping[str, Mapping[str, nn.Module]]:
-        """The networks of each architecture that this rank hosts, as structure."""
-        def networks(architecture: str) -> dict[str, nn.Module]:
+        """The networks of each architecture that this rank hosts; only their structure counts."""
+        def build(architecture: str) -> dict[str, nn.Module]:
             built: dict[str, nn.Module] = {}
             for step in self.steps:
                 with blame(step, "modules", f"for {architecture}"), self.problem.stream("modules").seeding():
@@ -108,44 +109,44 @@ class World:
                 built |= {name: module.to(self.problem.device) for name, module in found.items() if name not in built}
             return built
         fixed = self.job.models.size_schedule == "fixed"
-        return {architecture: networks(architecture) for architecture in (self.architectures(self.mine) if fixed else self.problem.sizes.every)}
+        return {architecture: build(architecture) for architecture in (self.architectures(self.mine) if fixed else self.problem.sizes.every)}
 
     def architectures(self, clients: Sequence[int], row: int = 0) -> Mapping[str, tuple[int, ...]]:
-        """Clients by their architecture of a round, both in order."""
-        models, found = self._models_of(row), dict[str, list[int]]()
+        """Architecture -> those of the clients that have it in a round; both in order."""
+        names, found = self._name_models(row), dict[str, list[int]]()
         for client in sorted(clients):
-            found.setdefault(models[client], []).append(client)
+            found.setdefault(names[client], []).append(client)
         return {architecture: tuple(found[architecture]) for architecture in sorted(found)}
 
     def teams(self, row: int = 0) -> list[tuple[str, tuple[int, ...]]]:
-        """Which of this rank's clients share a Group in a round, with their architecture: `residency.chunk` at most, all in order."""
+        """The Groups of this rank's clients in a round, as (architecture, clients): at most `residency.chunk` clients each, all in order."""
         hosted = self.architectures(self.mine, row)
         return [(architecture, clients[start:start + size]) for architecture, clients in hosted.items()
                 for size in [self.job.residency.chunk or len(clients)] for start in range(0, len(clients), size)]
 
     def cohort(self, phase: Phase, row: int) -> tuple[int, ...]:
-        """The clients that are asked to take part in a round, a pure function of the seed and the round's row; their share is rounded to the nearest number."""
-        share = Decimal(str(self.job.federation.participation)) * self.clients       # as it is written: 0.29 of 50 is 14.5
+        """The clients that a round asks, a pure function of seed and row; their number is rounded to the nearest, half up."""
+        share = Decimal(str(self.job.federation.participation)) * self.clients       # of the decimal as written: 0.29 of 50 is 14.5
         size = self.clients if phase.everyone else max(1, int(share.to_integral_value(ROUND_HALF_UP)))
         drawn = self.problem.stream("cohort", round_=row).numpy().permutation(self.clients)[:size]
         return tuple(sorted(int(client) for client in drawn))
 
     def ask(self, phase: Phase, row: int) -> Answers:
-        """Who of the cohort answers in a round, and when, a pure function of the seed and the row; all of them where a round has no answer to wait for."""
+        """Who of the cohort answers in a round, and when, a pure function of seed and row; all do where the round has no answer to wait for."""
         settings, cohort = self.job.federation, self.cohort(phase, row)
         if (settings.dropout or settings.delay != "none") and phase.asks:
             return simulate_answers(settings, partial(self.problem.stream, round_=row), cohort)
         return Answers(cohort, cohort)
 
     def client_site(self, group: Group, phase: Phase, round_: int) -> ClientSite:
-        """What a group may see in a round."""
+        """What client code may see in a round, for one Group."""
         holdings, remembered = ({client: every[client] for client in group.clients} for every in (self.holdings, self._remembered))
         if self._trainings[0] != (phase, round_):
             self._trainings = (phase, round_), Counter()
         return ClientSite(self.problem, holdings, self.modules[group.architecture], phase.name, round_, remembered, self._trainings[1])
 
     def server_site(self, phase: Phase, round_: int, ledger: Ledger, row: int = 0) -> ServerSite:
-        """What the server may see in a round; the same on every rank, for all take a share of its work."""
+        """What server code may see in a round; the same on every rank, for all take a share of its work."""
         return ServerSite(self.problem, *self.public, phase.name, round_, row, self.comm.spread, ledger.note, partial(ledger.book_metrics, "aggregate"))
 
     def found(self) -> Tree:
@@ -157,7 +158,7 @@ class World:
         return server
 
     def join(self) -> list[Group | Parked]:
-        """This rank's clients as they begin, put away."""
+        """This rank's Groups as they begin, parked."""
         return [self.park(self.begin_clients(architecture, clients)) for architecture, clients in self.teams()]
 
     def begin_clients(self, architecture: str, clients: Sequence[int]) -> Group:
@@ -170,7 +171,7 @@ class World:
         return group.to(self.problem.device)
 
     def averages(self, steps: Sequence[Algorithm]) -> dict[str, int]:
-        """How many clients average each part of models that any of the steps averages, by its name, with the architectures of the first round."""
+        """How many clients average each part that any of the steps averages, by the part's name; with the architectures of the first round."""
         found: dict[str, int] = {}
         hosts = Counter(self.problem.architectures)
         for step in steps:
@@ -182,15 +183,15 @@ class World:
 
     @property
     def steps(self) -> tuple[Algorithm, ...]:
-        """Those of all phases, each once, in order."""
+        """The steps of all phases, each once, in order."""
         return tuple(dict.fromkeys(step for phase in self.plan for step in phase.steps))
 
     @property
     def has_global_models(self) -> bool:
-        """Whether any step has models that belong to nobody but the federation."""
+        """Whether any step has models of the whole federation."""
         return any(step.overrides("global_models") for step in self.steps)
 
-    def _problem(self, device: torch.device) -> Problem:
+    def _build_problem(self, device: torch.device) -> Problem:
         data = self.job.data
         sample = np.linspace(0, len(self.corpus.train_labels) - 1, num=min(2000, len(self.corpus.train_labels)), dtype=np.int64)
         how = data.normalization, data.image_size
@@ -202,14 +203,15 @@ class World:
             zoo.find_entry(name)
         slots = sum(slot != STEP for slot in Optimizer.from_settings(self.job.training).slots)
 
-        def memory(name: str) -> int:
+        def count_bytes(name: str) -> int:
             models = self.job.models
-            return zoo.count_training_bytes(name, shape, self.corpus.classes, models.feature_size, models.norm, models.feature_relu, self.job.training.batch, slots)
-        return Problem(self.job, shape, self.corpus.classes, scale, Sizes(self.job.models, self.clients, self.job.run.seed, memory), device)
+            form = shape, self.corpus.classes, models.feature_size, models.norm, models.feature_relu
+            return zoo.count_training_bytes(name, *form, self.job.training.batch, slots)
+        return Problem(self.job, shape, self.corpus.classes, scale, Sizes(self.job.models, self.clients, self.job.run.seed, count_bytes), device)
 
-    def _accept_single_images(self) -> None:
-        """Refuse batches of one image where a model's BatchNorm has one value of it to take a variance of."""
-        batch, sizes = self.job.training.batch, [len(part) for part in self.split.train]
+    def _check_single_images(self) -> None:
+        """Refuse batches of one image where a model's BatchNorm would have to take the variance of one value."""
+        batch, sizes = self.job.training.batch, [len(indices) for indices in self.split.train]
         if min(batch, *sizes) > 1:
             return
         for name in self.problem.sizes.every:
@@ -222,12 +224,12 @@ class World:
                 raise DataError(f"client {sizes.index(1)} has 1 training image and {fault} give every client more: raise data.fraction, use fewer clients or "
                                 "a milder data.partition") from None
 
-    def _home(self, past: Past | None) -> tuple[int, ...]:
+    def _place(self, past: Past | None) -> tuple[int, ...]:
         ranks, server = self.comm.size, self.job.federation.server_rank
-        costs = [len(part) * flops for part, flops in zip(self.split.train, self.forward_flops, strict=True)]
+        costs = [len(indices) * flops for indices, flops in zip(self.split.train, self.forward_flops, strict=True)]
         if past is None or len(past.home) != self.clients:         # another job's checkpoint is refused where it is loaded
             return place_clients(costs, ranks, server)
         return resettle(past, costs, ranks, server, self.job.run.deterministic)
 
-    def _shards(self, parts: Sequence[np.ndarray]) -> tuple[Shard, ...]:
-        return load(self.corpus, parts, self.problem.scale, self.problem.device) if parts else ()
+    def _load_shards(self, indices: Sequence[np.ndarray]) -> tuple[Shard, ...]:
+        return load(self.corpus, indices, self.problem.scale, self.problem.device) if indices else ()

@@ -1,4 +1,4 @@
-"""Compiling: whether torch.compile pays, and what it makes of a function."""
+"""Compiling: whether torch.compile pays, and a function compiled, or as it is where that fails."""
 import functools
 import logging
 from collections.abc import Callable
@@ -13,21 +13,21 @@ COMPILE_PAYS = 5_000                                               # expected st
 
 
 def compiles(compile: str, device: str, expected_steps: int) -> bool:
-    """Whether to compile what takes so many steps in the whole run on that type of device; `compile` as `fit` takes it."""
+    """Whether to compile a function that the whole run calls `expected_steps` times on this type of device; `compile` as `fit` takes it."""
     return compile == "on" or (compile == "auto" and device == "cuda" and expected_steps >= COMPILE_PAYS)
 
 
 @functools.cache
 def compile_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A module-level function compiled (its backward pass with it); where that proves impossible, one warning and the function as it is from then on."""
-    from torch._dynamo import config  # imported here: a second of start-up that eager runs do not need
+    """A module-level function compiled, its backward pass too. Where compiling fails it warns once, and calls the function as it is from then on."""
+    from torch._dynamo import config  # imported here: it takes a second of start-up, which eager runs do not need
     from torch._dynamo.exc import TorchDynamoException
     from torch._inductor import config as inductor
-    inductor.fallback_random = True                                # what is compiled draws the numbers that it draws uncompiled
+    inductor.fallback_random = True                                # compiled code draws the same numbers as eager code
     config.recompile_limit = max(config.recompile_limit, RECOMPILES)
     fast, obstacles = torch.compile(forward), []
 
-    def either(*arguments: object) -> Any:
+    def call(*arguments: object) -> Any:
         if not obstacles:
             try:
                 return fast(*arguments)
@@ -35,4 +35,4 @@ def compile_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
                 obstacles.append(obstacle)
                 log.warning("torch.compile does not work here, this run goes on uncompiled: %s", str(obstacle).strip().partition("\n")[0])
         return forward(*arguments)
-    return either
+    return call

@@ -1,4 +1,4 @@
-"""Evaluation: features and correct answers of each client's model, in eval mode and without gradients."""
+"""Evaluation: logits, features and right answers of a client's model, in eval mode and without gradients."""
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
@@ -8,12 +8,12 @@ from torch.func import functional_call
 from hpcfl import tree
 from hpcfl.data.shards import Shard
 from hpcfl.errors import NonFiniteError
-from hpcfl.streams import kept, sow
+from hpcfl.streams import keeping_generators, sow
 from hpcfl.training.compiling import compile_forward
 from hpcfl.training.group import Group
 from hpcfl.tree import Tree
 
-BATCH = 250                                                        # images per forward pass: stays in a CPU's cache; 1000 took 1.3 to 2.7 times as long per image
+BATCH = 250                                                        # images per forward pass, for the cache of a CPU: at 1000 an image takes 1.3 to 2.7 times as long
 
 
 class _Method(nn.Module):
@@ -31,7 +31,7 @@ def bind(module: nn.Module, state: Tree, method: str = "forward", compile: bool 
     """module.method as a function with the parameters and buffers of `state`, in eval mode and without gradients.
 
     On a CPU convolutions get their weights channels last: the small networks of the zoo take 25 to 50 % less time for it.
-    compile: for what is called thousands of times; equal to rounding. What was compiled serves every state and module of the same structure.
+    compile: for functions that are called thousands of times; equal to rounding. One compilation serves every state and module of the same structure.
     """
     forward = compile_forward(_forward) if compile else _forward
     wrapped, convolutions = _Method(module, method), {name for name, layer in module.named_modules() if isinstance(layer, nn.Conv2d)}
@@ -41,7 +41,7 @@ def bind(module: nn.Module, state: Tree, method: str = "forward", compile: bool 
 
     @torch.no_grad()
     def call(*inputs: Tensor) -> Tensor:
-        modes = [(layer, layer.training) for layer in wrapped.module.modules()]          # of each: others may be in the midst of training with it
+        modes = [(layer, layer.training) for layer in wrapped.module.modules()]          # of each layer: others may be training with this module
         wrapped.module.eval()
         try:
             return forward(wrapped, state, inputs)
@@ -56,7 +56,7 @@ def _forward(wrapped: _Method, state: Tree, inputs: tuple[Tensor, ...]) -> Tenso
 
 
 def bind_model(group: Group, modules: Mapping[str, nn.Module], client: int, name: str = "model", method: str = "forward") -> Callable[..., Tensor]:
-    """A network of one client of the group, ready to be called."""
+    """A method of one client's network as a function, see `bind`."""
     return bind(modules[name], tree.part(tree.row(group.state, group.row_of[client]), name), method)
 
 
@@ -66,20 +66,20 @@ def apply_in_batches(function: Callable[[Tensor], Tensor], shard: Shard, batch: 
 
 
 def _apply_to_blocks(function: Callable[[Tensor], Tensor], shard: Shard, blocks: Iterable[slice]) -> list[Tensor]:
-    """function of each block of images; a network that draws random numbers in eval mode too draws the same for a block on every rank and in every run."""
-    answers = []
-    with kept():
+    """function of each block of images; a network that draws random numbers even in eval mode draws the same for a block on every rank and in every run."""
+    outputs = []
+    with keeping_generators():
         for block in blocks:
             sow(block.start)
-            answers.append(function(shard.pixels(block)))
-    return answers
+            outputs.append(function(shard.pixels(block)))
+    return outputs
 
 
 def extract_features(group: Group, modules: Mapping[str, nn.Module], client: int, shard: Shard, where: str = "evaluation",
              advice: str = "lower the learning rate") -> Tensor:
-    """z = g_k(x) over a shard, (n, p) float32, in the shard's order and without augmentation.
+    """Features z = g_k(x) of a shard, (n, p) float32, in the shard's order and without augmentation.
 
-    Raises: NonFiniteError naming `where` and the client, with an advice.
+    Raises: NonFiniteError naming `where` and the client, with the advice.
     """
     z = apply_in_batches(bind_model(group, modules, client, method="features"), shard)
     if not bool(torch.isfinite(z).all()):
@@ -90,12 +90,12 @@ def extract_features(group: Group, modules: Mapping[str, nn.Module], client: int
 def count_correct(predict: Callable[[Tensor], Tensor], shard: Shard, classes: int, batch: int = BATCH, first: int = 0, every: int = 1) -> Tensor:
     """Right answers per class, (C,) int64: the diagonal of the confusion matrix.
 
-    Of the batches first, first + every, ... alone: `every` ranks that each begin with another batch count all images once, and since the
-    batches are the same for any number of them, so are the bits of what the model says.
+    Only the batches first, first + every, ... are counted: `every` ranks that each begin with another batch count all images once. The batches are the
+    same for any number of ranks, and so are the bits of what the model says.
     """
     blocks = [slice(start, start + batch) for start in range(first * batch, len(shard), every * batch)]
     if not blocks:
         return torch.zeros(classes, dtype=torch.int64)
     labels = torch.cat([shard.labels[block] for block in blocks])
-    right = torch.cat([said.argmax(1) for said in _apply_to_blocks(predict, shard, blocks)]) == labels
+    right = torch.cat([logits.argmax(1) for logits in _apply_to_blocks(predict, shard, blocks)]) == labels
     return torch.bincount(labels[right], minlength=classes).cpu()

@@ -36,15 +36,15 @@ class Group:
 
     @staticmethod
     def from_states(architecture: str, states: Mapping[int, Tree]) -> Group:
-        """A Group from one Tree per client, in ascending client order; optimiser state that only some have begins at zero for the rest.
+        """A Group from one Tree per client, in ascending client order; optimiser state that only some clients have begins at zero for the others.
 
         Raises: LayoutError naming the client, path and both shapes where a Tree is laid out unlike that of the first client.
         """
         clients = tuple(sorted(states))
-        begun = {path: leaf for client in clients for path, leaf in states[client].items() if path.startswith(f"{OPTIMIZER}/")}
-        states = {client: state | {path: torch.zeros_like(begun[path]) for path in begun if path not in state} for client, state in states.items()}
+        slots = {path: leaf for client in clients for path, leaf in states[client].items() if path.startswith(f"{OPTIMIZER}/")}
+        states = {client: state | {path: torch.zeros_like(slots[path]) for path in slots if path not in state} for client, state in states.items()}
         for client in clients[1:]:
-            _same_layout(architecture, clients[0], states[clients[0]], client, states[client])
+            _check_same_layout(architecture, clients[0], states[clients[0]], client, states[client])
         return Group(architecture, clients, tree.stack([states[client] for client in clients]) if clients else {})
 
     @property
@@ -62,7 +62,7 @@ class Group:
         return replace(self, state=tree.to(self.state, device))
 
     def fetch(self) -> Group:
-        """The Group itself: it lies where work is done, unlike one that was put away (see hpcfl.federation.residency)."""
+        """The Group itself, which lies where work is done; a parked one (hpcfl.federation.residency) is brought there by its `fetch`."""
         return self
 
     def states(self) -> dict[int, Tree]:
@@ -78,7 +78,7 @@ class Group:
         return replace(self, state={path: leaf for path, leaf in self.state.items() if not path.startswith(f"{name}/")})
 
     def with_part(self, name: str, stacked: Tree) -> Group:
-        """The Group whose part `name` is this stacked Tree (K, ...) and nothing else; `holding("model", {...})`."""
+        """The Group whose part `name` is this stacked Tree (K, ...) and nothing else; `group.with_part("model", {...})`."""
         return replace(self, state={**self.without(name).state, **tree.join(**{name: stacked})})
 
     def with_common_part(self, name: str, one: Tree) -> Group:
@@ -86,7 +86,7 @@ class Group:
         return self.with_part(name, tree.repeat(one, len(self.clients)))
 
     def select(self, clients: Iterable[int]) -> Group:
-        """The Group of some of the clients, in this Group's order; their rows are copied unless all are asked for.
+        """The Group of some of the clients, in this Group's order; their rows are copied, unless all are wanted.
 
         Raises: LayoutError where a client is not in the Group.
         """
@@ -101,7 +101,7 @@ class Group:
     def with_rows(self, other: Group) -> Group:
         """This Group with the rows of `other`, a Group of some of its clients, written in; nothing else changes.
 
-        Optimiser state that only one of both has is zero for the clients that have none, which is where it begins anyway: it goes when nobody has it.
+        Optimiser state that only one of the two Groups has is zero for the clients that have none, which is where it begins anyway.
         Raises: LayoutError where `other` has another architecture, foreign clients, or lacks or adds a path outside the optimiser state.
         """
         if other.architecture != self.architecture or not set(other.clients) <= set(self.clients):
@@ -121,7 +121,7 @@ class Group:
         return replace(self, state=state)
 
 
-def _same_layout(architecture: str, first: int, one: Tree, client: int, other: Tree) -> None:
+def _check_same_layout(architecture: str, first: int, one: Tree, client: int, other: Tree) -> None:
     for path in (*one, *(path for path in other if path not in one)):
         got, wanted = (tuple(side[path].shape) if path in side else "missing" for side in (other, one))
         if got != wanted:

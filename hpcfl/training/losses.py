@@ -1,4 +1,4 @@
-"""Losses of one client, written as plain torch on its modules; `fit` runs them for whole groups."""
+"""Losses that several methods share, of one client and in plain torch; `fit` computes them for whole Groups."""
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -11,15 +11,15 @@ def cross_entropy(modules, batch: Tree, context: Tree) -> Tensor:
 
 
 def prototype_distance(z: Tensor, y: Tensor, prototypes: Tensor, has: Tensor, weight: Tensor) -> Tensor:
-    """Mean over batch and features of weight * (z - prototype of y)^2; samples whose class has no prototype count as zero.
+    """Mean over batch and features of weight * (z - prototype of y)^2; images whose class has no prototype count as zero.
 
     z (B, p), y (B,), prototypes (C, p), has (C,) bool, weight (p,) or (C, p) with mean 1. FedProto's regulariser with weight = 1, FedVTC's alignment
-    (arXiv 2508.01669) with weight = normalised inverse variance.
+    (arXiv 2508.01669) with weight = the normalised inverse variance.
     """
-    deviation = weight[y] if weight.dim() == 2 else weight                                     # (B, p) or (p,)
-    return (has[y].unsqueeze(1) * deviation * (z - prototypes[y]).square()).mean()
+    weights = weight[y] if weight.dim() == 2 else weight                                     # (B, p) or (p,)
+    return (has[y].unsqueeze(1) * weights * (z - prototypes[y]).square()).mean()
 
 
 def divergence(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p || q) of log-probabilities (n, C), mean over the rows; spelled out, because torch's own has no rule for vmap."""
+    """KL(p || q) of log-probabilities (n, C), mean over the rows; written out, because torch's own has no rule for vmap."""
     return (p.exp() * (p - q)).sum(1).mean()

@@ -1,4 +1,4 @@
-"""Optimizer: an update rule as data; torch's fused functional kernels do the work, and its state lies in Trees."""
+"""Optimizer: an update rule as data; torch's fused kernels do the work, and its state lies in Trees."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -14,6 +14,7 @@ from hpcfl.errors import JobError
 from hpcfl.settings.job import Training
 
 Slots = dict[str, list[Tensor]]                                    # slot -> one tensor per parameter, in the parameters' order
+EPSILON = 1e-8                                                     # of adam; Kingma and Ba, 2015
 STEP = "step"                                                      # the slot that counts updates: a float32 scalar, whatever the parameter's shape
 
 
@@ -31,9 +32,8 @@ class Optimizer:
     betas: tuple[float, float] = (0.9, 0.999)                      # adam; Kingma and Ba, 2015
     weight_decay: float = 0.0                                      # coupled: added to the gradient, in both rules
     clip: float = 0.0
-    epsilon: float = 1e-8                                          # adam
-    rate_setting: str = field(default="", compare=False)           # the setting of the job that `lr` comes from and its value, and
-    clip_setting: str = field(default="", compare=False)           # the one that `clip` comes from, where there is any: for advice
+    rate_setting: str = field(default="", compare=False)           # for advice: the setting of the job that `lr` comes from, and its value,
+    clip_setting: str = field(default="", compare=False)           # and that of `clip`, where there is one
 
     def __post_init__(self) -> None:
         if self.name not in RULES:
@@ -41,14 +41,14 @@ class Optimizer:
 
     @staticmethod
     def from_settings(training: Training, **changes: Any) -> Optimizer:
-        """The Optimizer of a job's [training] section, some of its settings changed."""
+        """The Optimizer of a job's [training] section, with some settings changed."""
         settings = {"name": training.optimizer, "lr": training.lr, "momentum": training.momentum, "weight_decay": training.weight_decay,
                     "clip": training.clip, "rate_setting": f"training.lr = {training.lr:g}", "clip_setting": f"training.clip = {training.clip:g}"}
         return Optimizer(**{**settings, **changes})
 
     @property
     def advice(self) -> str:
-        """What to do where training by this rule diverges."""
+        """What a user can do where training by this rule diverges."""
         lower = f"lower the learning rate ({self.rate_setting or f'{self.lr:g}'})"
         return lower + (f" or bound the gradient norm ({self.clip_setting}{'' if self.clip else ': not at all'})" if self.clip_setting else "")
 
@@ -59,18 +59,18 @@ class Optimizer:
 
     @property
     def elementwise(self) -> bool:
-        """Whether the rule treats every number alike, so that the stacked leaves of many clients are updated as one tensor each."""
+        """Whether the rule treats every number alike; then the stacked leaf of many clients is updated as one tensor."""
         return STEP not in self.slots
 
     def update_out(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor], slots: Slots) -> None:
-        """One update of parameters and slots in place; the kernels read memory flat, so gradients are first laid out like their parameters."""
+        """Update parameters and slots once, in place. The kernels read memory flat, so gradients are first laid out like their parameters."""
         if parameters:
-            aligned = [_laid_out_like(parameter, gradient) for parameter, gradient in zip(parameters, gradients, strict=True)]
+            aligned = [_lay_out_like(parameter, gradient) for parameter, gradient in zip(parameters, gradients, strict=True)]
             RULES[self.name][1](self, list(parameters), aligned, slots)
 
 
-def begin(slot: str, parameter: Tensor, rows: int | None = None) -> Tensor:
-    """A slot before the first update: zeros laid out like the parameter, or for STEP a counter () or, for a stacked parameter, (rows,)."""
+def begin_slot(slot: str, parameter: Tensor, rows: int | None = None) -> Tensor:
+    """A slot before the first update: zeros laid out like the parameter; for STEP a counter (), or (rows,) for a stacked parameter."""
     return parameter.new_zeros(() if rows is None else (rows,), dtype=torch.float32) if slot == STEP else torch.zeros_like(parameter)
 
 
@@ -81,7 +81,7 @@ def clip_gradients(gradients: Sequence[Tensor], limit: float) -> list[Tensor]:
     return [gradient * scale for gradient in gradients]
 
 
-def _laid_out_like(parameter: Tensor, gradient: Tensor) -> Tensor:
+def _lay_out_like(parameter: Tensor, gradient: Tensor) -> Tensor:
     return gradient if gradient.stride() == parameter.stride() else torch.empty_like(parameter).copy_(gradient)
 
 
@@ -93,7 +93,7 @@ def _sgd(optimizer: Optimizer, parameters: list[Tensor], gradients: list[Tensor]
 
 def _adam(optimizer: Optimizer, parameters: list[Tensor], gradients: list[Tensor], slots: Slots) -> None:
     adam(parameters, gradients, slots["exp_avg"], slots["exp_avg_sq"], [], slots[STEP], fused=True, lr=optimizer.lr, beta1=optimizer.betas[0],
-         beta2=optimizer.betas[1], weight_decay=optimizer.weight_decay, eps=optimizer.epsilon, amsgrad=False, maximize=False)
+         beta2=optimizer.betas[1], weight_decay=optimizer.weight_decay, eps=EPSILON, amsgrad=False, maximize=False)
 
 
 RULES: dict[str, tuple[Callable[[Optimizer], tuple[str, ...]], Callable[[Optimizer, list[Tensor], list[Tensor], Slots], None]]] = {

@@ -1,4 +1,4 @@
-"""Synthetic data: class-balanced batches drawn from a generator on the fly."""
+"""Synthetic batches: a generator draws the images of each batch when it is asked for, as many of every class."""
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -12,11 +12,11 @@ Draw = Callable[[Tensor, torch.Generator], Tensor]                 # (labels (B,
 
 
 def draw_synthetic_epochs(draw: Draw, classes: Tensor, per_class: int, batch: int, count: int, stream: Stream, *, resample: bool = True,
-                     real: Callable[[int], Iterable[Tree]] | None = None) -> Iterator[Tree]:
+                          real: Callable[[int], Iterable[Tree]] | None = None) -> Iterator[Tree]:
     """`count` passes over `per_class` images of each of `classes` (n,), shuffled, as batches {"x": (B, C, H, W), "y": (B,)}.
 
-    Images are drawn batch by batch and never stored as a whole; batches are sized as by `epochs`. With `resample` every pass draws anew, without it the first pass repeats.
-    `real(epoch)` gives batches of real images that follow each pass.
+    Images are drawn batch by batch and never stored as a whole; `list_batch_sizes` sizes the batches. With `resample` every pass draws anew, without it the
+    first pass repeats. `real(epoch)` gives batches of real images that follow each pass.
     """
     for epoch in range(count):
         generator = stream.branch(str(epoch if resample else 0)).torch(classes.device)

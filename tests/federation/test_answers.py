@@ -26,7 +26,7 @@ def answers(row: int, cohort=range(1000), seed: int = 0, **settings) -> Answers:
 
 
 def lost_at(*rows: int):
-    """World.answers of a job in which nobody answers in some rounds."""
+    """World.ask of a job in which nobody answers in some rounds."""
     asked = World.ask
 
     def patched(self, phase, row):
@@ -73,18 +73,18 @@ def test_the_server_waits_for_the_last_answer_or_until_the_deadline():
 def test_without_such_settings_everybody_answers_and_nothing_is_simulated():
     observed = world(job("fedavg", federation={"clients": 5, "participation": 0.6}))
     phase = observed.plan[0]
-    assert all(observed.answers(phase, row) == Answers(observed.cohort(phase, row), observed.cohort(phase, row)) for row in range(3))
+    assert all(observed.ask(phase, row) == Answers(observed.cohort(phase, row), observed.cohort(phase, row)) for row in range(3))
 
 
 def test_all_ranks_know_who_answers():
     described = job("fedavg", federation=UNRELIABLE)
     seen = [World(described, SimpleNamespace(rank=rank, size=3, is_server=rank == 0, spread=None), torch.device("cpu")) for rank in range(3)]
-    assert all(seen[0].answers(seen[0].plan[0], row) == other.answers(other.plan[0], row) for row in range(20) for other in seen[1:])
+    assert all(seen[0].ask(seen[0].plan[0], row) == other.ask(other.plan[0], row) for row in range(20) for other in seen[1:])
 
 
 def test_a_round_in_which_nobody_is_awaited_loses_nobody():
     observed = world(job("fedvtc", {"latent": "common"}, federation=UNRELIABLE | {"dropout": 1.0}))
-    found = {phase.name: observed.answers(phase, row) for row, phase in enumerate(observed.plan)}
+    found = {phase.name: observed.ask(phase, row) for row, phase in enumerate(observed.plan)}
     assert found["finetune"].answered == found["finetune"].cohort == tuple(range(5)) and not found["finetune"].simulated
     assert found["statistics"].cohort == tuple(range(5)) and found["statistics"].answered == found["rounds"].answered == ()
 
@@ -139,7 +139,7 @@ def test_no_method_minds_a_round_without_answers(case):
     first = [place.row for place in places if place.round == 0 and place.phase.asks]
     for rows in {(*first,), (max(row for row in range(len(places)) if places[row].phase.asks),)}:
         with pytest.MonkeyPatch.context() as patch, undisturbed():
-            patch.setattr(World, "answers", lost_at(*rows))
+            patch.setattr(World, "ask", lost_at(*rows))
             found = run(World(described, alone, torch.device("cpu")))
         assert len(found.states) == len(places) + 1
         for row in rows:
@@ -167,7 +167,7 @@ def test_the_record_says_who_answered_and_when(unreliable):
     described, folder = unreliable
     observed, metrics = World(described, Communicator(Alone()), torch.device("cpu")), outcome(folder).metrics
     for row in range(6):
-        happened = observed.answers(observed.plan[0], row)
+        happened = observed.ask(observed.plan[0], row)
         expected = [1 if client in happened.answered else 0 if client in happened.cohort else -1 for client in range(5)]
         assert metrics["conditions/answered"][row].tolist() == expected and metrics["conditions/duration_s"][row] == happened.duration_s
         delays = metrics["conditions/delay_s"][row]

@@ -133,7 +133,7 @@ def watched(monkeypatch) -> Iterator[list[int]]:
             seen.append(bytes_of_tensors())
             yield each
     with monkeypatch.context() as patch:
-        patch.setattr(Group, "updated", before(Group.with_rows))
+        patch.setattr(Group, "with_rows", before(Group.with_rows))
         patch.setattr(examination, "bind", before(examination.bind))
         patch.setattr(checkpoint, "_iterate_clients", clients)
         yield seen
@@ -196,10 +196,10 @@ def test_what_is_summed_is_kept_once_unless_its_order_matters(exact, monkeypatch
     world, brought = in_memory.world(in_memory.job("fedavg", federation={"clients": 6}, residency={"chunk": 1}, models={"names": ["mlp2"]})), []
     world.comm = Communicator(in_memory.Alone(), deterministic=exact)
     combine = Communicator.combine
-    monkeypatch.setattr(Communicator, "combine", lambda self, statistics: brought.append(statistics) or combine(self, statistics))
+    monkeypatch.setattr(Communicator, "combine", lambda self, uplink: brought.append(uplink) or combine(self, uplink))
     followed = in_memory.run(world)
-    for statistics, account in zip(brought, followed.accounts, strict=True):
-        sums = statistics.pieces["mlp2"]
+    for uplink, account in zip(brought, followed.accounts, strict=True):
+        sums = uplink.pieces["mlp2"]
         assert (len(sums.contributions), len(sums.partial)) == ((6, 0) if exact else (0, 1))
         assert account["up"] == sums.simulated_bytes() and len(set(account["up"].values())) == 1
     model = sum(leaf.nbytes for path, leaf in followed.state(0).items() if leaf.is_floating_point())
@@ -249,8 +249,8 @@ def test_groups_on_the_device_are_what_they_are():
 
 def test_models_that_did_not_change_are_not_evaluated_again(tmp_path, monkeypatch):
     """GeFL's clients train a generator first; their own models, put away meanwhile, are those of the evaluation before."""
-    evaluated, asked = [], Examination._ask
-    monkeypatch.setattr(Examination, "_asked", lambda self, group, known: evaluated.extend(group.clients) or asked(self, group, known))
+    evaluated, ask = [], Examination._ask
+    monkeypatch.setattr(Examination, "_ask", lambda self, group, known: evaluated.extend(group.clients) or ask(self, group, known))
     job = tiny("gefl", algorithm={"generator_rounds": 3, "generator_epochs": 1, "latent": 4}, evaluation={"every": 1},
                federation={"participation": 1.0, "rounds": 1})
     counts = []

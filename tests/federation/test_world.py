@@ -240,7 +240,7 @@ def test_the_networks_of_a_group_are_its_own():
 
 def test_a_message_is_read_once_for_all_groups_and_chunks(monkeypatch):
     """Four clients, each in a chunk of its own: two rounds of learning, and one of fine-tuning."""
-    read, of = [], AnnouncedGaussians.from_message.__func__
-    monkeypatch.setattr(AnnouncedGaussians, "of", classmethod(lambda cls, message, *rest: read.append(message) or of(cls, message, *rest)))
+    read, build = [], AnnouncedGaussians.from_message.__func__
+    monkeypatch.setattr(AnnouncedGaussians, "from_message", classmethod(lambda cls, message, *rest: read.append(message) or build(cls, message, *rest)))
     found = run(world(job("fedvtc", {"finetune_epochs": 1, "per_class": 2, "vtc_steps": 1}, residency={"chunk": 1}, federation={"clients": 4, "rounds": 2})))
     assert len(found.places) == 3 and len(read) == 3

@@ -17,7 +17,7 @@ from hpcfl.federation.exchange import Exchange
 from hpcfl.federation.ledger import Ledger
 from hpcfl.federation.loop import rounds
 from hpcfl.federation.state import begin
-from hpcfl.streams import Stream, find_generators, kept, sow
+from hpcfl.streams import Stream, find_generators, keeping_generators, sow
 from hpcfl.training import compiling
 from hpcfl.training.evaluate import apply_in_batches, count_correct
 from hpcfl.training.fit import fit
@@ -227,7 +227,7 @@ def went(start=None, **sections):
     """The states of a run of Noisy, from its beginning or from one of them."""
     found = world(job("fedavg", **{"models": {"names": ["mlp2", "cnn1"], "feature_size": 6}, "federation": {"clients": 4, "rounds": 3}, **sections}))
     found.plan = (Phase("rounds", 3, (Noisy(Config(), found.problem),)),)
-    with kept():
+    with keeping_generators():
         sow(random.SystemRandom().randrange(2 ** 32))
         exchange = Exchange(found, Ledger(found.problem.device), lambda state, place: None)
         return [state for state, _ in rounds(exchange, start or begin(found))]

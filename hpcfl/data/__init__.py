@@ -1,1 +1,1 @@
-"""Samples: corpora, their partition among clients, and batches."""
+"""Data sets: where they come from, their partition among clients, and batches of them."""

@@ -1,4 +1,4 @@
-"""Arrays: a data set of one's own in an .npz file, with every change to it noted."""
+"""Arrays: a user's own data set from an .npz file, with a note of every change to it."""
 import zipfile
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from hpcfl.data.sources import DAMAGED, Labelled, build_labelled
 from hpcfl.errors import DataError
 from hpcfl.wording import cause_text
 
-NEAR = 1e-3 / 255                                                  # closer to a level than this is that level
+NEAR = 1e-3 / 255                                                  # a number this close to a level is that level
 
 
 def read_npz(path: Path) -> Labelled:
@@ -42,7 +42,7 @@ def read_npz(path: Path) -> Labelled:
 
 
 def _to_pixels(array: np.ndarray, where: str) -> tuple[np.ndarray, str]:
-    """Images as uint8 (N, C, H, W) and what was done to them, or DataError."""
+    """Images as uint8 (N, C, H, W), and a note of what was done to them. Raises: DataError."""
     note = ""
     if np.issubdtype(array.dtype, np.floating):
         array, note = _from_unit(array, where)

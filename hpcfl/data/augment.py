@@ -1,7 +1,7 @@
 """Augmentation of training images: what an image becomes follows from a Stream and its place in the shard, not from the images beside it.
 
-Every image has a row of uniform random numbers. Images that are due the same operation go through it together: a call of torchvision's own policies, which
-draw once per call, for each image takes 7 to 10 times as long (2,500 of 3x32x32 on a CPU).
+Every image has a row of uniform random numbers, and images that draw the same operation go through it together. torchvision's own policies draw once per
+call; a call for each image takes 7 to 10 times as long (2,500 of 3x32x32 on a CPU).
 """
 import functools
 import math
@@ -42,17 +42,17 @@ class Operation:
         return self.act(functional, images, -magnitude if negative else magnitude, interpolation)
 
 
-def _affine(v2: Any, images: Tensor, interpolation: str, shift: tuple[int, int] = (0, 0), shear: tuple[float, float] = (0.0, 0.0)) -> Tensor:
-    """Shifted by pixels, or sheared about the upper left corner by slopes."""
+def _shift_or_shear(v2: Any, images: Tensor, interpolation: str, shift: tuple[int, int] = (0, 0), shear: tuple[float, float] = (0.0, 0.0)) -> Tensor:
+    """Images shifted by pixels, or sheared about the upper left corner by slopes."""
     degrees = [math.degrees(math.atan(slope)) for slope in shear]
     return v2.affine(images, 0.0, list(shift), 1.0, degrees, interpolation=interpolation, center=[0, 0] if any(shear) else None)
 
 
 AUTOAUGMENT = {                                                    # magnitudes of Cubuk et al., table 6; shifts in sides of the image, angles in degrees
-    "ShearX": Operation(lambda v2, x, m, how: _affine(v2, x, how, shear=(m, 0.0)), 0.0, 0.3, signed=True),
-    "ShearY": Operation(lambda v2, x, m, how: _affine(v2, x, how, shear=(0.0, m)), 0.0, 0.3, signed=True),
-    "TranslateX": Operation(lambda v2, x, m, how: _affine(v2, x, how, shift=(int(m * x.shape[3]), 0)), 0.0, 150 / 331, signed=True),
-    "TranslateY": Operation(lambda v2, x, m, how: _affine(v2, x, how, shift=(0, int(m * x.shape[2]))), 0.0, 150 / 331, signed=True),
+    "ShearX": Operation(lambda v2, x, m, how: _shift_or_shear(v2, x, how, shear=(m, 0.0)), 0.0, 0.3, signed=True),
+    "ShearY": Operation(lambda v2, x, m, how: _shift_or_shear(v2, x, how, shear=(0.0, m)), 0.0, 0.3, signed=True),
+    "TranslateX": Operation(lambda v2, x, m, how: _shift_or_shear(v2, x, how, shift=(int(m * x.shape[3]), 0)), 0.0, 150 / 331, signed=True),
+    "TranslateY": Operation(lambda v2, x, m, how: _shift_or_shear(v2, x, how, shift=(0, int(m * x.shape[2]))), 0.0, 150 / 331, signed=True),
     "Rotate": Operation(lambda v2, x, m, how: v2.rotate(x, m, interpolation=how), 0.0, 30.0, signed=True),
     "Brightness": Operation(lambda v2, x, m, how: v2.adjust_brightness(x, 1.0 + m), 0.0, 0.9, signed=True),
     "Color": Operation(lambda v2, x, m, how: v2.adjust_saturation(x, 1.0 + m), 0.0, 0.9, signed=True),
@@ -108,9 +108,9 @@ def augmix(images: Tensor, draws: np.ndarray) -> Tensor:
     (1 - m) x + m sum_i w_i chain_i(x) with m ~ Beta(1, 1) and w ~ Dirichlet(1, 1, 1), each chain of one to three operations; severity and operations as in
     torchvision, but fractions of the result are rounded: cut off, as there, they make every image darker by half a level.
     """
-    m, apart, depth, steps = np.split(draws, (1, 1 + CHAINS, 1 + 2 * CHAINS), axis=1)
+    m, weights, depth, steps = np.split(draws, (1, 1 + CHAINS, 1 + 2 * CHAINS), axis=1)
     steps = steps.reshape(len(images), CHAINS, DEPTH, 3)
-    exponential = -np.log1p(-apart)                                # (B, CHAINS): normalised, they are Dirichlet(1, 1, 1)
+    exponential = -np.log1p(-weights)                                # (B, CHAINS): normalised, they are Dirichlet(1, 1, 1)
     shares = np.concatenate([1 - m, m * exponential / exponential.sum(1, keepdims=True)], axis=1)
     shares = torch.from_numpy(shares.astype(np.float32)).to(images.device)[:, :, None, None, None]         # (B, 1 + CHAINS, 1, 1, 1)
     mixed = shares[:, 0] * images
@@ -119,7 +119,7 @@ def augmix(images: Tensor, draws: np.ndarray) -> Tensor:
         for step in range(DEPTH):
             operation, level, sign = steps[:, chain, step].T
             changed = _change(changed, AUGMIX, _to_whole(operation, len(AUGMIX)), _to_whole(level, SEVERITY), sign < 0.5,
-                               step <= _to_whole(depth[:, chain], DEPTH), "bilinear")
+                              step <= _to_whole(depth[:, chain], DEPTH), "bilinear")
         mixed.addcmul_(shares[:, 1 + chain], changed.to(mixed.dtype))
     return mixed.round_().clamp_(0, 255).to(torch.uint8)
 
@@ -143,7 +143,7 @@ class Augmentation:
 
     @property
     def unmixed(self) -> "Augmentation":
-        """What it does to single images alone."""
+        """The Augmentation without the words that mix images."""
         return replace(self, words=tuple(word for word in self.words if word in OF_IMAGES))
 
     def images(self, images: Tensor, stream: Stream) -> Tensor:
@@ -153,17 +153,17 @@ class Augmentation:
         """
         for word in self.words:
             if word in OF_IMAGES and len(images):
-                images = self._each(word, images, stream.branch(word).numpy())
+                images = self._augment(word, images, stream.branch(word).numpy())
         return images
 
-    def _each(self, word: str, images: Tensor, generator: np.random.Generator) -> Tensor:
+    def _augment(self, word: str, images: Tensor, generator: np.random.Generator) -> Tensor:
         if images.dtype != torch.uint8:
             raise DataError(f"training.augment = {list(self.words)}: '{word}' of {images.dtype} images; wanted uint8, before they are scaled")
         augment, count = OF_IMAGES[word]
         return torch.cat([augment(block, generator.random((len(block), count))) for block in images.split(BLOCK)])
 
-    def mixed(self, x: Tensor, y: Tensor, stream: Stream) -> tuple[Tensor, Tensor]:
-        """A batch (B, C, H, W) as the classifier reads it and its labels (B,): as they are, or each image mixed with the one before it and labels (B, classes).
+    def mix(self, x: Tensor, y: Tensor, stream: Stream) -> tuple[Tensor, Tensor]:
+        """A batch (B, C, H, W) and its labels (B,) as they are, or each image mixed with the one before it, and labels (B, classes).
 
         mixup (Zhang et al., ICLR 2018, arXiv 1710.09412): lambda x + (1 - lambda) x'. cutmix (Yun et al., ICCV 2019, arXiv 1905.04899): a box of x' in x.
         One lambda and one box per batch.
@@ -171,28 +171,28 @@ class Augmentation:
         for word in self.words:
             if word in OF_BATCHES:
                 with stream.branch(word).seeding():
-                    x, y = _mixer(OF_BATCHES[word], self.classes, self.alpha)(x, y)
+                    x, y = _build_mixer(OF_BATCHES[word], self.classes, self.alpha)(x, y)
         return x, y
 
 
 @functools.cache
-def _mixer(name: str, classes: int, alpha: float) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def _build_mixer(name: str, classes: int, alpha: float) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     from torchvision.transforms import v2
     return getattr(v2, name)(num_classes=classes, alpha=alpha)
 
 
 def _change(images: Tensor, operations: Mapping[str, Operation], operation: np.ndarray, level: np.ndarray, negative: np.ndarray, acts: np.ndarray,
-             interpolation: str) -> Tensor:
-    """The images after one operation each, (B,) its number, level and sign; where it does not act, as they were. Like cases go together."""
-    kinds = list(operations.values())
-    graded, signed = (np.array(flags)[operation] for flags in ([kind.first != kind.last for kind in kinds], [kind.signed for kind in kinds]))
+            interpolation: str) -> Tensor:
+    """The images after one operation each, given by its number, level and sign, (B,) each; where it does not act, as they were. Like cases go together."""
+    table = list(operations.values())
+    graded, signed = (np.array(flags)[operation] for flags in ([each.first != each.last for each in table], [each.signed for each in table]))
     codes = np.where(acts, (operation * BINS + level * graded) * 2 + (negative & signed), -1)
     order = np.argsort(codes, kind="stable")
     found, starts = np.unique(codes[order], return_index=True)
     there, back = (torch.from_numpy(each).to(images.device) for each in (order, np.argsort(order)))
-    parts = images.index_select(0, there).tensor_split(starts[1:].tolist())
-    changed = [part if code < 0 else kinds[code // (2 * BINS)](part, code // 2 % BINS, bool(code % 2), interpolation)
-               for code, part in zip(found.tolist(), parts, strict=True)]
+    blocks = images.index_select(0, there).tensor_split(starts[1:].tolist())
+    changed = [block if code < 0 else table[code // (2 * BINS)](block, code // 2 % BINS, bool(code % 2), interpolation)
+               for code, block in zip(found.tolist(), blocks, strict=True)]
     return torch.cat(changed).index_select(0, back)
 
 

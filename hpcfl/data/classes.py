@@ -1,4 +1,4 @@
-"""Classes: how the labels of a data set become numbers from 0, what the classes are called, and what a reader of accuracies should know of them."""
+"""Classes: the labels of a data set as numbers from 0, the names of its classes, and what a reader of accuracies should know of them."""
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -7,7 +7,7 @@ from hpcfl.errors import DataError
 from hpcfl.wording import count_text
 
 SHOWN = 12                                                         # labels or names that are spelled out at most
-Counts = Mapping[str, Sequence[int]]                               # part -> images of each class, (C,)
+Counts = Mapping[str, Sequence[int]]                               # split -> images of each class, (C,)
 
 
 def number_labels(where: str, train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple[str, ...], tuple[str, ...]]:
@@ -15,17 +15,18 @@ def number_labels(where: str, train: np.ndarray, test: np.ndarray) -> tuple[np.n
 
     Raises: DataError for a negative label and for a test label that no training image has.
     """
-    found = sorted(set(train.tolist()))                            # of Python, which no label is too large for
+    found = sorted(set(train.tolist()))                            # numbers of Python: no label is too large for them
     if found[0] < 0:
         raise DataError(f"{where}: training label {found[0]} is negative; classes are numbered from 0: leave out images without a class, or number it anew")
     absent = {label: int((test == label).sum()) for label in sorted(set(test.tolist()) - set(found))}
     if absent:
-        raise DataError(f"{where}: {count_text(sum(absent.values()), 'test image')} of class {list_text(absent)}, which has no training images (those are of class "
-                        f"{list_text(found)}); leave them out of the test part, or add such images to the training part")
+        images = count_text(sum(absent.values()), "test image")
+        raise DataError(f"{where}: {images} of class {list_text(absent)}, which has no training images (those are of class {list_text(found)}); leave them "
+                        "out of the test part, or add such images to the training part")
     number = {label: index for index, label in enumerate(found)}
-    parts = [np.array([number[label] for label in labels.tolist()], dtype=np.int64) for labels in (train, test)]
+    numbered = [np.array([number[label] for label in labels.tolist()], dtype=np.int64) for labels in (train, test)]
     note = f"labels {list_text(found)} became the numbers 0 to {len(found) - 1}, in this order; the classes keep their labels as names"
-    return *parts, tuple(map(str, found)), () if found == list(range(len(found))) else (note,)
+    return *numbered, tuple(map(str, found)), () if found == list(range(len(found))) else (note,)
 
 
 def name_classes(names: Sequence[str], classes: int) -> tuple[str, ...]:
@@ -34,8 +35,8 @@ def name_classes(names: Sequence[str], classes: int) -> tuple[str, ...]:
 
 
 def list_remarks(names: Sequence[str], counts: Counts) -> list[str]:
-    """What is to be known of the classes before an accuracy is believed."""
-    untrained, untested = ({name: count for name, count in zip(names, counts[part], strict=True) if not count} for part in ("train", "test"))
+    """What a reader should know of the classes before he believes an accuracy, a sentence each."""
+    untrained, untested = ({name: count for name, count in zip(names, counts[split], strict=True) if not count} for split in ("train", "test"))
     found = []
     if len(names) == 1:
         found.append(f"all images are of one class, '{names[0]}': the accuracy of every model is 100")

@@ -1,4 +1,4 @@
-"""Corpora: a data set by name, its labels in memory and its images read when asked for."""
+"""Corpora: a data set by its name, its labels in memory, its images read when somebody asks for them."""
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -23,8 +23,8 @@ class Corpus:
     test_labels: np.ndarray                                        # (M,) int64
     sha256: str                                                    # of all pixels and labels: the identity of the data
     source: str                                                    # where they come from
-    remarks: tuple[str, ...]                                       # what is to be known of them before a result is believed
-    read: Callable[[str, np.ndarray | None], np.ndarray]           # (part, indices or None for all) -> images
+    remarks: tuple[str, ...]                                       # what a reader should know of them before he believes a result
+    read: Callable[[str, np.ndarray | None], np.ndarray]           # (split, indices or None for all) -> images
 
     def train_images(self, indices: np.ndarray | None = None) -> np.ndarray:
         """Training images in the order of the indices, (n, C, H, W) uint8; all by default. Raises DataError where the file is damaged."""
@@ -41,17 +41,17 @@ def open_corpus(name: str) -> Corpus:
     Raises: DataError where it is not in the cache (with the command that brings it there) or its file is truncated, damaged or was changed.
     """
     if name in EMBEDDED:
-        return _in_memory(name, EMBEDDED[name]())
+        return _hold_in_memory(name, EMBEDDED[name]())
     path = store.find_path(name)
     if not path.exists():
-        raise DataError(_absent(name))
+        raise DataError(_absence_text(name))
     header = store.check(path)
-    train_labels, test_labels = (archive.read_labels(path, part) for part in archive.PARTS)
+    train_labels, test_labels = (archive.read_labels(path, split) for split in archive.SPLITS)
     return Corpus(name, header.classes, header.shape, train_labels, test_labels, header.sha256, header.source,
                   (*header.notes, *list_remarks(header.names, header.counts)), partial(archive.read_images, path))
 
 
-def _absent(name: str) -> str:
+def _absence_text(name: str) -> str:
     where = f"data set '{name}' is not in the cache {store.find_folder()}"
     if name in PUBLISHED:
         return f"{where}; get it with: hpcfl data get {name} [--from DIR]"
@@ -59,8 +59,8 @@ def _absent(name: str) -> str:
             f"a published one comes with: hpcfl data get NAME [--from DIR], your own with: hpcfl data import {name} --npz FILE")
 
 
-def _in_memory(name: str, data: Labelled) -> Corpus:
-    def read(part: str, indices: np.ndarray | None) -> np.ndarray:
-        images = getattr(data, f"{part}_images")
+def _hold_in_memory(name: str, data: Labelled) -> Corpus:
+    def read(split: str, indices: np.ndarray | None) -> np.ndarray:
+        images = getattr(data, f"{split}_images")
         return images.copy() if indices is None else images[np.asarray(indices, dtype=np.int64)]
     return Corpus(name, data.classes, data.train_images.shape[1:], data.train_labels, data.test_labels, archive.compute_digest(data), "built in", (), read)

@@ -1,4 +1,4 @@
-"""Embedded: the data sets that need no file of their own."""
+"""Embedded: the data sets that need no file in the cache."""
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -31,8 +31,8 @@ def load_digits() -> Labelled:
 
 def draw_random() -> Labelled:
     """Noise for benchmarks: 1,000 training and 200 test images of 3x32x32 in 10 balanced classes, the same everywhere."""
-    train, test = (Stream(0, f"random/{part}").numpy().integers(0, 256, (count, 3, 32, 32), dtype=np.uint8)
-                   for part, count in (("train", 1000), ("test", 200)))
+    train, test = (Stream(0, f"random/{split}").numpy().integers(0, 256, (count, 3, 32, 32), dtype=np.uint8)
+                   for split, count in (("train", 1000), ("test", 200)))
     return Labelled(train, np.arange(1000) % 10, test, np.arange(200) % 10, 10)
 
 

@@ -25,16 +25,16 @@ class Partition:
     public_validation: np.ndarray
 
     def counts(self, labels: np.ndarray, classes: int, split: str = "train") -> np.ndarray:
-        """How many images of each class each client has in a part ("train", "validation" or "test"), (K, C) int64."""
+        """How many images of each class each client has in a split ("train", "validation" or "test"), (K, C) int64."""
         return np.stack([np.bincount(labels[indices], minlength=classes) for indices in getattr(self, split)]).astype(np.int64)
 
 
 def partition_samples(labels: np.ndarray, clients: int, data: Data, seed: int) -> Partition:
     """Deal the training set with labels (N,) to the clients and the server.
 
-    In order: the federation owns the share `fraction`; the server takes `public_fraction` of it, of which the share `validation` only selects; the
-    rest goes to the clients by `data.partition`; each client keeps the shares `test` and `validation` of its shard apart. Every share is drawn
-    evenly over the classes. A class that no client has is allowed.
+    In order: the federation owns the share `data.fraction`; the server takes `public_fraction` of it, and keeps the share `validation_fraction` of that for
+    selection; the rest goes to the clients by `data.partition`; each client sets the shares `test_fraction` and `validation_fraction` of its shard
+    apart. Every share is drawn evenly over the classes. A class that no client has is allowed.
 
     Raises: DataError for what cannot be: more clients than images, a floor out of reach, an empty shard (naming the client).
     """
@@ -47,8 +47,8 @@ def partition_samples(labels: np.ndarray, clients: int, data: Data, seed: int) -
     if clients > len(private):
         raise DataError(f"{clients} clients share {len(private)} images; wanted one each at least: fewer federation.clients or more data.fraction")
     dealt = SCHEMES[data.partition](labels[private], clients, data, stream.branch("clients").numpy())
-    parts = [_divide_holding(labels, private[positions], client, data, stream) for client, positions in enumerate(dealt)]
-    train, validation, test = zip(*parts, strict=True)
+    holdings = [_divide_holding(labels, private[positions], client, data, stream) for client, positions in enumerate(dealt)]
+    train, validation, test = zip(*holdings, strict=True)
     return Partition(train, validation, test, public, public_validation)
 
 
@@ -74,14 +74,14 @@ def _carve(labels: np.ndarray, indices: np.ndarray, count: int, stream: Stream) 
     return np.sort(ordered[chosen]), np.sort(ordered[~chosen])
 
 
-def _iid(labels: np.ndarray, clients: int, data: Data, generator: np.random.Generator) -> list[np.ndarray]:
+def _deal_iid(labels: np.ndarray, clients: int, data: Data, generator: np.random.Generator) -> list[np.ndarray]:
     """Equal shards (to within one image) of a random order."""
     return np.array_split(generator.permutation(len(labels)), clients)
 
 
-def _dirichlet(labels: np.ndarray, clients: int, data: Data, generator: np.random.Generator) -> list[np.ndarray]:
+def _deal_dirichlet(labels: np.ndarray, clients: int, data: Data, generator: np.random.Generator) -> list[np.ndarray]:
     """Each class is divided by its own draw from Dir(alpha) over the clients (Yurochkin et al., arXiv 1905.12022)."""
-    _reachable(len(labels), clients, data)
+    _check_floor(len(labels), clients, data)
     members = [generator.permutation(np.flatnonzero(labels == y)) for y in np.unique(labels)]
     totals = np.array([len(member) for member in members])                         # (C,)
 
@@ -93,7 +93,7 @@ def _dirichlet(labels: np.ndarray, clients: int, data: Data, generator: np.rando
     return [np.concatenate([piece[client] for piece in pieces]) for client in range(clients)]
 
 
-def _shards(labels: np.ndarray, clients: int, data: Data, generator: np.random.Generator) -> list[np.ndarray]:
+def _deal_shards(labels: np.ndarray, clients: int, data: Data, generator: np.random.Generator) -> list[np.ndarray]:
     """Images in order of class, cut into clients x classes_per_client equal pieces, equally many to each client.
 
     Source: McMahan et al., arXiv 1602.05629. A piece that straddles two classes brings a client one class more.
@@ -108,7 +108,7 @@ def _shards(labels: np.ndarray, clients: int, data: Data, generator: np.random.G
     return [np.concatenate([cut[piece] for piece in hand]) for hand in hands]
 
 
-def _disjoint(labels: np.ndarray, clients: int, data: Data, generator: np.random.Generator) -> list[np.ndarray]:
+def _deal_disjoint(labels: np.ndarray, clients: int, data: Data, generator: np.random.Generator) -> list[np.ndarray]:
     """Every class belongs to one client, with all its images; the numbers of classes differ by at most one."""
     classes = generator.permutation(np.unique(labels))
     if clients > len(classes):
@@ -117,9 +117,9 @@ def _disjoint(labels: np.ndarray, clients: int, data: Data, generator: np.random
     return [np.flatnonzero(np.isin(labels, own)) for own in np.array_split(classes, clients)]
 
 
-def _lognormal(labels: np.ndarray, clients: int, data: Data, generator: np.random.Generator) -> list[np.ndarray]:
-    """Shards of a random order whose sizes are proportional to exp(spread * N(0, 1)): unequal amounts, equal distributions."""
-    _reachable(len(labels), clients, data)
+def _deal_lognormal(labels: np.ndarray, clients: int, data: Data, generator: np.random.Generator) -> list[np.ndarray]:
+    """Shards of a random order whose sizes are proportional to exp(data.spread * N(0, 1)): unequal amounts, equal distributions."""
+    _check_floor(len(labels), clients, data)
 
     def draw() -> np.ndarray:
         logs = data.spread * generator.standard_normal(clients)
@@ -151,10 +151,10 @@ def _redraw(draw: Callable[[], np.ndarray], clients: int, data: Data, setting: s
                     f"{way_out}, lower data.minimum, or use fewer clients")
 
 
-def _reachable(total: int, clients: int, data: Data) -> None:
+def _check_floor(total: int, clients: int, data: Data) -> None:
     if clients * data.minimum > total:
         raise DataError(f"{clients} clients with data.minimum = {data.minimum} images each need {clients * data.minimum}, there are {total}; "
                         "lower data.minimum, use fewer clients, or raise data.fraction")
 
 
-SCHEMES = {"iid": _iid, "dirichlet": _dirichlet, "shards": _shards, "disjoint": _disjoint, "lognormal": _lognormal}
+SCHEMES = {"iid": _deal_iid, "dirichlet": _deal_dirichlet, "shards": _deal_shards, "disjoint": _deal_disjoint, "lognormal": _deal_lognormal}

@@ -23,8 +23,8 @@ PLAIN = Augmentation()                                             # leaves ever
 class Scale:
     """From uint8 images to the classifier's range and between ranges; `normalization` is "symmetric" [-1, 1], "unit" [0, 1] or "standard".
 
-    In every range x = (brightness - centre) / spread with brightness in [0, 1]; "standard" takes the data's mean and standard deviation per
-    channel (see `fit`) for them. `size` resizes to size x size, 0 leaves images as they are.
+    In every range x = (brightness - centre) / deviation with brightness in [0, 1]; "standard" takes the data's mean and standard deviation per
+    channel for them (see `from_images`). `size` resizes to size x size, 0 leaves images as they are.
 
     Raises: DataError for "standard" without mean and std, and for one that does not exist.
     """
@@ -38,7 +38,7 @@ class Scale:
         if self.normalization not in RANGES and self.normalization != "standard":
             raise DataError(f"normalization = {self.normalization!r} does not exist; there are {', '.join(RANGES)}, standard")
         if self.normalization == "standard" and not (len(self.mean) == len(self.std) > 0 and min(self.std) > 0):
-            raise DataError(f"normalization = 'standard' with mean {self.mean} and std {self.std}; wanted one positive std per channel: use Scale.fit")
+            raise DataError(f"normalization = 'standard' with mean {self.mean} and std {self.std}; wanted one positive std per channel: use Scale.from_images")
 
     @classmethod
     def from_images(cls, images: np.ndarray, normalization: str, size: int = 0) -> "Scale":
@@ -65,8 +65,8 @@ class Scale:
         x = images.to(torch.float32)
         if self.size and x.shape[-2:] != (self.size, self.size):
             x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True)
-        centre, spread = self._affine(x, 255.0)
-        return x.sub_(centre).div_(spread)                         # x is ours: a fresh float tensor
+        centre, deviation = self._affine(x, 255.0)
+        return x.sub_(centre).div_(deviation)                         # x is ours: a fresh float tensor
 
     def from_symmetric(self, x: Tensor) -> Tensor:
         """Images in [-1, 1] (a generator's output, (B, C, H, W)) in the classifier's range; gradients pass."""
@@ -84,12 +84,12 @@ class Scale:
         return (x * deviation + centre).clamp(0.0, 1.0)
 
     def _affine(self, x: Tensor, unit: float = 1.0) -> tuple[float | Tensor, float | Tensor]:
-        """Centre and spread in multiples of `unit`: numbers, or (C, 1, 1) tensors beside x, filled there: a copy from the host would wait for the device."""
+        """Centre and deviation in multiples of `unit`: numbers, or (C, 1, 1) tensors beside x, filled there: a copy from the host would wait for the device."""
         if self.normalization in RANGES:
-            centre, spread = RANGES[self.normalization]
-            return centre * unit, spread * unit
-        centre, spread = (torch.stack([x.new_full((1, 1), value * unit) for value in values]) for values in (self.mean, self.std))
-        return centre, spread
+            centre, deviation = RANGES[self.normalization]
+            return centre * unit, deviation * unit
+        centre, deviation = (torch.stack([x.new_full((1, 1), value * unit) for value in values]) for values in (self.mean, self.std))
+        return centre, deviation
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,12 +123,12 @@ class Shard:
         return replace(self, **tree.to({"images": self.images, "labels": self.labels}, device))
 
 
-def load(corpus: Corpus, parts: Sequence[np.ndarray], scale: Scale, device: torch.device | str) -> tuple[Shard, ...]:
-    """Training images on a device, one Shard for each array of indices, all by one pass over the file: a pass per client would read it K times.
+def load(corpus: Corpus, owned: Sequence[np.ndarray], scale: Scale, device: torch.device | str) -> tuple[Shard, ...]:
+    """Training images on a device, one Shard for each array of indices; one pass over the file serves all, where a pass per client would read it K times.
 
     Raises: DataError where the file is damaged.
     """
-    indices, sizes = np.concatenate(parts), [len(part) for part in parts]
+    indices, sizes = np.concatenate(owned), [len(own) for own in owned]
     images = torch.from_numpy(corpus.train_images(indices)).to(device).split(sizes)
     labels = torch.from_numpy(corpus.train_labels[indices]).to(device).split(sizes)
     return tuple(Shard(own, y, scale) for own, y in zip(images, labels, strict=True))
@@ -147,7 +147,7 @@ def iterate_epochs(shard: Shard, batch: int, epochs: int, stream: Stream, augmen
         seen = replace(shard, images=augmentation.images(shard.images, own))
         order = torch.randperm(len(shard), generator=generator).to(shard.labels.device)
         for step, chosen in enumerate(order.split(list_batch_sizes(len(shard), batch))):
-            x, y = augmentation.mixed(seen.pixels(chosen), shard.labels.index_select(0, chosen), own.branch(f"batch {step}"))
+            x, y = augmentation.mix(seen.pixels(chosen), shard.labels.index_select(0, chosen), own.branch(f"batch {step}"))
             yield {"x": x, "y": y, "index": chosen}
 
 

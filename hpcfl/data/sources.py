@@ -20,7 +20,7 @@ from hpcfl.wording import cause_text, count_text
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 GREY_MODES = ("1", "L")                                            # Pillow's names; a data set of only these keeps one channel
-HIDDEN = ("__MACOSX", "Thumbs.db", "desktop.ini")                  # what systems leave in folders and archives, beside names that begin with a dot
+HIDDEN = ("__MACOSX", "Thumbs.db", "desktop.ini")                  # systems leave these in folders and archives, beside names that begin with a dot
 COLOUR_MODES = ("RGB", "P", "RGBA", "CMYK", "YCbCr", "LA")         # become RGB; transparency is dropped
 DAMAGED = (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error, struct.error, tokenize.TokenError, MemoryError, SyntaxError)
 
@@ -35,7 +35,7 @@ class Labelled:
     test_labels: np.ndarray                                        # (M,) int64
     classes: int
     names: tuple[str, ...] = ()                                    # (classes,); empty: their numbers
-    notes: tuple[str, ...] = ()                                    # what is otherwise than in the source, a clause each
+    notes: tuple[str, ...] = ()                                    # what differs from the source, a clause each
 
 
 @dataclass(frozen=True)
@@ -55,30 +55,30 @@ def read_folder(path: Path) -> Labelled:
 
     Raises: DataError naming the file that is damaged, of another size, or of a class that has no training images.
     """
-    with _files(path) as files:
+    with _opening_files(path) as files:
         test = "test" if any(name.startswith("test/") for name in files.names) else "val"
-        return _decode_all(files, files.by_class("train"), files.by_class(test), _find_left_out(files, test))
+        return _decode_all(files, files.list_by_class("train"), files.list_by_class(test), _find_left_out(files, test))
 
 
 def read_tiny_imagenet(path: Path) -> Labelled:
-    """Tiny-ImageNet in its official layout, a folder or the .zip; the labelled val part is the test set (the official test images have no labels).
+    """Tiny-ImageNet in its official layout, a folder or the .zip; the labelled val split is the test set (the official test images have no labels).
 
     Raises: DataError naming the file that is missing or damaged.
     """
     archive = path / "tiny-imagenet-200.zip"
-    with _files(archive if archive.is_file() else path) as files:
+    with _opening_files(archive if archive.is_file() else path) as files:
         annotations = "val/val_annotations.txt"
         if annotations not in files.names:
             raise DataError(f"{path}: has no {annotations}; wanted the official layout of tiny-imagenet-200 (train/, val/)")
         rows = [line.split("\t") for line in files.read(annotations).decode("utf-8", "replace").splitlines() if line]
         if any(len(row) < 2 for row in rows):
             raise DataError(f"{path}: {annotations} is damaged: every line should hold a file name and a class, separated by a tab")
-        return _decode_all(files, files.by_class("train"), [(f"val/images/{row[0]}", row[1]) for row in rows])
+        return _decode_all(files, files.list_by_class("train"), [(f"val/images/{row[0]}", row[1]) for row in rows])
 
 
 def _find_left_out(files: "_Files", test: str) -> tuple[str, ...]:
-    """What of a folder is not read, with the folders that look like a class and are none."""
-    read = {name for part in ("train", test) for name, _ in files.by_class(part)}
+    """What of a folder is not read, and which folders look like a class but hold no image, a clause each."""
+    read = {name for split in ("train", test) for name, _ in files.list_by_class(split)}
     held = {name.rpartition("/")[0] for name in read}
     empty = sorted(folder for folder in files.folders if folder.count("/") == 1 and folder.split("/")[0] in ("train", test)
                    and not any(f"{below}/".startswith(f"{folder}/") for below in held))
@@ -90,9 +90,9 @@ def _find_left_out(files: "_Files", test: str) -> tuple[str, ...]:
 
 def _decode_all(files: "_Files", train: Sequence[tuple[str, str]], test: Sequence[tuple[str, str]], notes: tuple[str, ...] = ()) -> Labelled:
     """Labelled from lists of (file name, class name)."""
-    for part, samples in (("train/", train), ("test/ or val/", test)):
+    for folder, samples in (("train/", train), ("test/ or val/", test)):
         if not samples:
-            raise DataError(f"{files.where}: no images in {part}; wanted {part.split()[0]}CLASS/*.png or *.jpg")
+            raise DataError(f"{files.where}: no images in {folder}; wanted {folder.split()[0]}CLASS/*.png or *.jpg")
     number = {name: index for index, name in enumerate(sorted({name for _, name in train}))}
     for file, name in test:
         if name not in number:
@@ -141,17 +141,17 @@ class _Files:
     folders: frozenset[str]
     read: Callable[[str], bytes]
 
-    def by_class(self, split: str) -> list[tuple[str, str]]:
-        """The image files part/CLASS/... with their CLASS, in order of class and name."""
+    def list_by_class(self, split: str) -> list[tuple[str, str]]:
+        """The image files SPLIT/CLASS/... with their CLASS, in order of class and name."""
         found = [name for name in self.names if name.startswith(f"{split}/") and name.count("/") >= 2 and name.lower().endswith(IMAGE_SUFFIXES)]
         return sorted(((name, name.split("/")[1]) for name in found), key=lambda sample: (sample[1], sample[0]))
 
 
 @contextmanager
-def _files(path: Path) -> Iterator[_Files]:
+def _opening_files(path: Path) -> Iterator[_Files]:
     if path.is_dir():
         found = [(entry.relative_to(path).as_posix(), entry.is_dir()) for entry in path.rglob("*")]
-        root, names, folders = _below_train(path, (f"{name}/" if is_folder else name for name, is_folder in found))
+        root, names, folders = _find_below_train(path, (f"{name}/" if is_folder else name for name, is_folder in found))
         yield _Files(path, names, folders, lambda name: (path / root / name).read_bytes())
         return
     try:
@@ -159,11 +159,11 @@ def _files(path: Path) -> Iterator[_Files]:
     except DAMAGED as error:
         raise DataError(f"{path}: is neither a folder nor a readable .zip ({cause_text(error)})") from error
     with archive:
-        root, names, folders = _below_train(path, archive.namelist())
+        root, names, folders = _find_below_train(path, archive.namelist())
         yield _Files(path, names, folders, lambda name: archive.read(root + name))
 
 
-def _below_train(where: Path, entries: Iterable[str]) -> tuple[str, frozenset[str], frozenset[str]]:
+def _find_below_train(where: Path, entries: Iterable[str]) -> tuple[str, frozenset[str], frozenset[str]]:
     """The prefix before the outermost train/ and the files and folders (entries that end in /) behind it: archives often hold one folder around everything."""
     entries = [entry for entry in entries if not any(part.startswith(".") or part in HIDDEN for part in entry.split("/"))]
     roots = [f"/{entry}".partition("/train/")[0] for entry in entries if "/train/" in f"/{entry}"]
@@ -180,8 +180,8 @@ def _read_idx_set(kind: str, path: Path) -> Labelled:
     from torchvision import datasets
     official = {name.removesuffix(".gz"): md5 for name, md5 in getattr(datasets, kind).resources}
     arrays = {name: _read_idx(_find_idx(path, kind, name), md5) for name, md5 in official.items()}
-    images = {part: arrays[f"{part}-images-idx3-ubyte"][:, None] for part in ("train", "t10k")}      # (N, 1, H, W)
-    labels = {part: arrays[f"{part}-labels-idx1-ubyte"].astype(np.int64) for part in ("train", "t10k")}
+    images = {split: arrays[f"{split}-images-idx3-ubyte"][:, None] for split in ("train", "t10k")}      # (N, 1, H, W)
+    labels = {split: arrays[f"{split}-labels-idx1-ubyte"].astype(np.int64) for split in ("train", "t10k")}
     return build_labelled(f"{path} ({kind})", images["train"], labels["train"], images["t10k"], labels["t10k"])
 
 
@@ -213,13 +213,13 @@ def _read_torchvision(kind: str, train: dict, test: dict, path: Path) -> Labelle
     """CIFAR and SVHN from torchvision's folder; torchvision opens a file only after checking its official MD5 sum."""
     from torchvision import datasets
     try:
-        parts = [getattr(datasets, kind)(path, download=False, **which) for which in (train, test)]
+        splits = [getattr(datasets, kind)(path, download=False, **which) for which in (train, test)]
     except DAMAGED as error:
         raise DataError(f"{path}: {kind} is not there or not whole ({cause_text(error)}); --from wants the folder that torchvision calls root, "
                         "with the unpacked official files") from error
-    images = [part.data if part.data.shape[1] == 3 else part.data.transpose(0, 3, 1, 2) for part in parts]
-    labels = [np.asarray(part.labels if hasattr(part, "labels") else part.targets, dtype=np.int64) for part in parts]
-    return build_labelled(f"{path} ({kind})", images[0], labels[0], images[1], labels[1], tuple(getattr(parts[0], "classes", ())))
+    images = [split.data if split.data.shape[1] == 3 else split.data.transpose(0, 3, 1, 2) for split in splits]
+    labels = [np.asarray(split.labels if hasattr(split, "labels") else split.targets, dtype=np.int64) for split in splits]
+    return build_labelled(f"{path} ({kind})", images[0], labels[0], images[1], labels[1], tuple(getattr(splits[0], "classes", ())))
 
 
 def _download_torchvision(kind: str, wanted: Sequence[dict], folder: Path) -> None:
@@ -234,13 +234,13 @@ def _download_tiny_imagenet(folder: Path) -> None:
 
 
 def build_labelled(where: str, train_images: np.ndarray, train_labels: np.ndarray, test_images: np.ndarray, test_labels: np.ndarray,
-            names: tuple[str, ...] = (), notes: tuple[str, ...] = ()) -> Labelled:
+                   names: tuple[str, ...] = (), notes: tuple[str, ...] = ()) -> Labelled:
     """The data set with its classes numbered; `names`: of classes that are numbered already, else their labels."""
-    for part, images, labels in (("training", train_images, train_labels), ("test", test_images, test_labels)):
+    for split, images, labels in (("training", train_images, train_labels), ("test", test_images, test_labels)):
         if len(images) != len(labels) or len(images) == 0:
-            raise DataError(f"{where}: {len(images)} {part} images and {len(labels)} {part} labels; wanted equally many, at least one")
+            raise DataError(f"{where}: {len(images)} {split} images and {len(labels)} {split} labels; wanted equally many, at least one")
         if images.shape[1:] != train_images.shape[1:] or 0 in images.shape:
-            raise DataError(f"{where}: {part} images are {images.shape[1:]}, training images {train_images.shape[1:]}; wanted one size, not empty")
+            raise DataError(f"{where}: {split} images are {images.shape[1:]}, training images {train_images.shape[1:]}; wanted one size, not empty")
     train_labels, test_labels, labels, renumbered = classes.number_labels(where, train_labels, test_labels)
     brightest = max(train_images.max(), test_images.max())
     dark = [f"no value is above {brightest} of 255: the images are nearly black; save them as 0 to 255, or as floats in [0, 1]"] if brightest < 2 else []

@@ -1,4 +1,4 @@
-"""Store: the cache of data sets: fetch or import once, however many processes ask, and list what is there.
+"""Store: the cache of data sets: fetch or import each once, however many processes ask, and list them.
 
 Integrity is checked in two steps, so that starting a run costs no second reading of the data: the SHA-256 over all pixels and labels is compared
 when a file is written and whenever its size or modification time is not that of the last comparison (kept in a stamp beside it); and every chunk
@@ -10,7 +10,7 @@ import fcntl
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from hpcfl.files.atomic import replacing
 from hpcfl.files.places import expand_home
 from hpcfl.wording import printable_text
 
-OWN_TERMS = "as the source says"                                   # of data that somebody imported
+OWN_TERMS = "as the source says"                                   # the licence of data that somebody imported
 ROWS = 20                                                          # classes that are shown one by one
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)          # a file system without locks: two conversions then do the same work twice
 
@@ -59,7 +59,7 @@ def get(name: str, source: str | Path | None = None) -> Path:
                         + ("It is built in: just use it" if name in EMBEDDED else f"Own data: hpcfl data import {name} --npz FILE"))
     target, published = find_path(name), PUBLISHED[name]
     if not target.exists():
-        with _alone(name):
+        with _locking(name):
             if not target.exists():                                # another process may have been faster
                 origin = published.origin if source is None else f"{published.origin} ({source})"
                 _install(target, _fetch(name, published, source), origin, published.licence)
@@ -92,16 +92,16 @@ def list_data_sets() -> list[dict[str, Any]]:
     Keys: name and status ("embedded", "cached", "damaged", "absent"); for the first two also train, test, classes, shape, names and counts of the classes; for
     cached ones file_bytes, sha256, notes, path; source and licence where known; problem for damaged ones.
     """
-    rows: list[dict[str, Any]] = [{"name": name, "status": "embedded", **_sizes(make())} for name, make in EMBEDDED.items()]
+    rows: list[dict[str, Any]] = [{"name": name, "status": "embedded", **_describe_sizes(make())} for name, make in EMBEDDED.items()]
     cached = {file.stem: file for file in sorted(find_folder().glob("*.h5"))}
-    rows += [_row(name, file) for name, file in cached.items()]
+    rows += [_describe_cached(name, file) for name, file in cached.items()]
     absent = {name: published for name, published in PUBLISHED.items() if name not in cached}
     rows += [{"name": name, "status": "absent", "source": published.origin, "licence": published.licence} for name, published in absent.items()]
     return rows
 
 
 def describe_file(target: Path) -> str:
-    """What a file in the cache holds, for people: images, values, classes with their counts, and what is otherwise than in the source."""
+    """What a file in the cache holds, for people: images, values, classes with their counts, and what differs from the source."""
     header = check(target)
     low, high = archive.read_value_range(target)
     width = max(len("class"), *map(len, header.names[:ROWS]))
@@ -110,7 +110,8 @@ def describe_file(target: Path) -> str:
              f"uint8 from {low} to {high}, from {header.source}", f"  {'class':<{width}}  train  test"]
     lines += [f"  {name:<{width}}  {train:>5}  {test:>4}" for name, train, test in rows[:ROWS]]
     if rest := rows[ROWS:]:
-        lines.append(f"  and {len(rest)} more, with {range_text([row[1] for row in rest])} training and {range_text([row[2] for row in rest])} test images each")
+        train, test = (range_text([row[column] for row in rest]) for column in (1, 2))
+        lines.append(f"  and {len(rest)} more, with {train} training and {test} test images each")
     lines += [f"note: {note}" for note in (*header.notes, *list_remarks(header.names, header.counts))]
     return "\n".join(map(printable_text, lines))
 
@@ -128,14 +129,14 @@ def check(target: Path) -> archive.Header:
     if published and not (header.name == target.stem and header.source.startswith(published.origin)):
         raise DataError(f"{target}: is not the published '{target.stem}': it was made as '{header.name}' from {header.source}; to keep it, import it under "
                         f"another name. Delete the file and run: hpcfl data get {target.stem} [--from DIR]")
-    stamp, current = target.with_name(f".{target.stem}.verified"), _stamp(target)
+    stamp, current = target.with_name(f".{target.stem}.verified"), _stamp_text(target)
     if not stamp.is_file() or stamp.read_text(encoding="utf-8") != current:
         archive.verify(target)
         _write_stamp(stamp, current)
     return header
 
 
-def suggest_name(name: str, known) -> str:
+def suggest_name(name: str, known: Iterable[str]) -> str:
     """"; did you mean 'NAME'?" or nothing."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean '{close[0]}'?" if close else ""
@@ -161,7 +162,7 @@ def _import(name: str, source: Path, read: Callable[[Path], Labelled]) -> Path:
                         f"The published one: hpcfl data get {name} [--from DIR]")
     target = find_path(name)
     data = read(_require_existing(source))
-    with _alone(name):
+    with _locking(name):
         if not target.exists():
             _install(target, data, str(source.resolve()), OWN_TERMS)
     header = check(target)
@@ -178,8 +179,8 @@ def _require_existing(source: Path) -> Path:
 
 
 @contextmanager
-def _alone(name: str) -> Iterator[None]:
-    """No other process converts the same data set meanwhile; the lock ends with the process, however that ends."""
+def _locking(name: str) -> Iterator[None]:
+    """Inside the block no other process converts the same data set; the lock ends with the process, however that ends."""
     try:
         find_folder().mkdir(parents=True, exist_ok=True)
         lock = open(find_folder() / f".{name}.lock", "w", encoding="utf-8")
@@ -204,10 +205,11 @@ def _install(target: Path, data: Labelled, source: str, licence: str) -> None:
 
 
 def _explain_unwritable(error: OSError) -> DataError:
-    return DataError(f"the cache {find_folder()} cannot be written ({error.strerror or error}); free space there, or name another folder: export HPCFL_DATA=FOLDER")
+    return DataError(f"the cache {find_folder()} cannot be written ({error.strerror or error}); free space there, or name another folder: "
+                     "export HPCFL_DATA=FOLDER")
 
 
-def _stamp(target: Path) -> str:
+def _stamp_text(target: Path) -> str:
     status = target.stat()
     return f"{status.st_size} {status.st_mtime_ns}"
 
@@ -221,17 +223,17 @@ def _write_stamp(stamp: Path, content: str) -> None:
         return                                                     # a cache for reading only: the next start verifies again
 
 
-def _sizes(data: Labelled) -> dict[str, Any]:
-    counts = {part: np.bincount(getattr(data, f"{part}_labels"), minlength=data.classes).tolist() for part in archive.PARTS}
+def _describe_sizes(data: Labelled) -> dict[str, Any]:
+    counts = {split: np.bincount(getattr(data, f"{split}_labels"), minlength=data.classes).tolist() for split in archive.SPLITS}
     return {"train": len(data.train_labels), "test": len(data.test_labels), "classes": data.classes, "shape": list(data.train_images.shape[1:]),
             "names": list(name_classes(data.names, data.classes)), "counts": counts}
 
 
-def _row(name: str, file: Path) -> dict[str, Any]:
+def _describe_cached(name: str, file: Path) -> dict[str, Any]:
     try:
         header = check(file)
     except DataError as error:
         return {"name": name, "status": "damaged", "problem": str(error), "path": str(file)}
     return {"name": name, "status": "cached", "train": header.train, "test": header.test, "classes": header.classes, "shape": list(header.shape),
-            "names": list(header.names), "counts": {part: list(counts) for part, counts in header.counts.items()}, "notes": list(header.notes),
+            "names": list(header.names), "counts": {split: list(counts) for split, counts in header.counts.items()}, "notes": list(header.notes),
             "file_bytes": file.stat().st_size, "sha256": header.sha256, "source": header.source, "licence": header.licence, "path": str(file)}

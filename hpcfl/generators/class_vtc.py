@@ -8,24 +8,24 @@ import torch
 from torch import Tensor, nn
 
 from hpcfl.errors import LayoutError
-from hpcfl.generators.generative import Call, Loss, Rule, one_hot, require
+from hpcfl.generators.generative import Call, Loss, Rule, check_model, one_hot
 from hpcfl.generators.vtc import VTC
 from hpcfl.models import fixed_maps
 from hpcfl.models.classifier import Shape
 from hpcfl.tree import Tree
 
-UNIT = 32.0                  # of the classes' parameters: Adam's 1e-3 is then a step of 0.03, and means of up to 20 are reached in hundreds of steps
-FIRST_DEVIATION = 16.0       # as wide as the means are far: from 1 the first gradients are so large that Adam, which remembers them, crawls for 1,000 steps
-LEAST_DEVIATION = 0.1        # FedVTC's floor: a coefficient that is the same in all images of a class would make its likelihood grow without end
+UNIT = 32.0                  # of the classes' parameters: Adam's 1e-3 is then a step of 0.03, so that means of up to 20 take hundreds of steps
+FIRST_DEVIATION = 16.0       # as wide as the means are far: from 1, Adam crawls for 1,000 steps, for it remembers large first gradients
+LEAST_DEVIATION = 0.1        # FedVTC's floor: without it the likelihood of a coefficient that all images of a class share would grow without end
 OUTPUT = {"symmetric": torch.tanh, "features": torch.relu}         # features: >= 0, no upper bound
 
 
 @dataclass(frozen=True)
 class Vtc:
-    """z = phi(x), the coarsest `latent` cosine coefficients (hpcfl.models.fixed_maps), is decoded; each class has a diagonal Gaussian of z (FedVTC, arXiv 2508.01669).
+    """A decoder of z = phi(x), the coarsest `latent` cosine coefficients (hpcfl.models.fixed_maps), and a diagonal Gaussian of z for each class.
 
-    The map is no network: it has nothing to learn and is the same at all clients, so their Gaussians and decoders mean the same and may be averaged.
-    `blur` is the share of a class's deviation that training adds to z: 1 is FedVTC's, less decodes sharper and wider spread samples.
+    The map learns nothing and is the same at all clients, so their Gaussians and decoders mean the same and may be averaged (FedVTC, arXiv 2508.01669).
+    `blur` is the share of a class's deviation that training adds to z: 1 is FedVTC's; with less, samples are sharper and vary more.
     Raises: LayoutError for data that are not square, other ranges, and a latent of more coefficients than there are.
     """
 
@@ -39,7 +39,7 @@ class Vtc:
     calls: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        require(self, lambda side: side > 0, "of at least 1", tuple(OUTPUT), latent=1, blur=0)
+        check_model(self, lambda side: side > 0, "of at least 1", tuple(OUTPUT), latent=1, blur=0)
         if self.latent > prod(self.shape):
             raise LayoutError(f"Vtc: latent = {self.latent} is too large; data of {tuple(self.shape)} have {prod(self.shape)} coefficients")
 
@@ -50,7 +50,7 @@ class Vtc:
         """z of the data, and eps."""
         x = batch["x"]
         eps = torch.randn(len(x), self.latent, generator=generator, device=x.device, dtype=x.dtype)
-        return {**batch, "z": common_map(self.shape, self.latent, x.device, x.dtype)(x), "eps": eps}
+        return {**batch, "z": build_common_map(self.shape, self.latent, x.device, x.dtype)(x), "eps": eps}
 
     def losses(self) -> tuple[tuple[tuple[str, ...], Loss], ...]:
         return ((("generator",), self.decoding_loss),)
@@ -101,6 +101,6 @@ class ClassDecoder(nn.Module):
 
 
 @functools.cache
-def common_map(shape: Shape, size: int, device: torch.device, dtype: torch.dtype) -> fixed_maps.CommonMap:
+def build_common_map(shape: Shape, size: int, device: torch.device, dtype: torch.dtype) -> fixed_maps.CommonMap:
     """phi on a device, built once."""
     return fixed_maps.build("dct", shape, size).to(device, dtype)

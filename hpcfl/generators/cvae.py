@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from hpcfl.generators.generative import Call, Loss, Rule, one_hot, planes, power_of_two, require
+from hpcfl.generators.generative import Call, Loss, Rule, check_model, is_power_of_two, one_hot, planes
 from hpcfl.models.classifier import Shape
 from hpcfl.tree import Tree
 
@@ -30,11 +30,11 @@ class Cvae:
     width: int = 64                                                # channels of the first block; each next one doubles them
     value_range: str = "unit"                                      # or "symmetric", "features"
     decay: ClassVar[str] = "none"
-    channels_last: ClassVar[bool | None] = False                     # kernels of a million weights on maps of a few pixels: laying them out anew takes a third of a step
+    channels_last: ClassVar[bool | None] = False                   # kernels of a million weights on maps of a few pixels: a new layout costs a third of a step
     calls: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        require(self, lambda side: power_of_two(side, 2), "a power of two of at least 2", RANGES, latent=1, width=1)
+        check_model(self, lambda side: is_power_of_two(side, 2), "a power of two of at least 2", RANGES, latent=1, width=1)
 
     @property
     def widths(self) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpcfl.errors import LayoutError
-from hpcfl.generators.generative import Call, Loss, Rule, one_hot, planes, power_of_two, require
+from hpcfl.generators.generative import Call, Loss, Rule, check_model, is_power_of_two, one_hot, planes
 from hpcfl.models.classifier import Shape
 from hpcfl.tree import Tree
 
@@ -42,7 +42,7 @@ class Dcgan:
     calls: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        require(self, lambda side: power_of_two(side, 8), "a power of two of at least 8", tuple(OUTPUT), width_g=2, width_d=2, noise_size=1)
+        check_model(self, lambda side: is_power_of_two(side, 8), "a power of two of at least 8", tuple(OUTPUT), width_g=2, width_d=2, noise_size=1)
         if self.width_g % 2 or self.width_d % 2:
             raise LayoutError(f"Dcgan: got width_g {self.width_g} and width_d {self.width_d}; wanted even numbers, half for the data and half for the class")
 

@@ -1,4 +1,4 @@
-"""What GeFL asks of a generative model, and what its three kinds share: update rules as data, the shapes they take, labels as inputs."""
+"""GenerativeModel: what GeFL asks of a kind of generator, and what its kinds share: rules as data, checks of settings, labels as inputs."""
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -27,8 +27,8 @@ class Rule:
 class GenerativeModel(Protocol):
     """A kind of generative model with its widths and settings; a frozen value without weights, which are the clients' states.
 
-    `value_range` says what the training data x (B, *shape) are and what samples are meant for: images in [0, 1] ("unit") or [-1, 1]
-    ("symmetric"), or maps of a common extractor ("features"). Nothing clips samples to it: as in GeFL, CVAE and DDPM may leave it.
+    `value_range` says what training data x (B, *shape) and samples are: images in [0, 1] ("unit") or [-1, 1] ("symmetric"), or maps of a common
+    extractor ("features"). Nothing clips samples to the range: as in GeFL, CVAE and DDPM may leave it.
     """
 
     shape: Shape
@@ -36,10 +36,10 @@ class GenerativeModel(Protocol):
     value_range: str
     decay: str                                                     # of the rate over the rounds of training: "none", or "linear" to zero
     channels_last: bool | None                                     # memory format of training on a CPU, as `fit` takes it
-    calls: int                                                     # of "generator" in drawing one batch of samples
+    calls: int                                                     # of the network "generator" for one batch of samples
 
     def networks(self) -> dict[str, nn.Module]:
-        """New networks, initialised from torch's global generator: "generator", which is what sampling needs, and what trains it."""
+        """New networks, initialised from torch's global generator: "generator", which samples need, and those that help to train it."""
 
     def noise(self, batch: Tree, generator: torch.Generator) -> Tree:
         """The batch {"x": (B, *shape), "y": int64 (B,), ...} with the random draws of one step; the generator is on the batch's device."""
@@ -51,14 +51,14 @@ class GenerativeModel(Protocol):
         """The update rule of each loss."""
 
     def data_loss(self) -> Loss:
-        """What the generator thinks of data, low for what it knows: a loss that depends on nothing but the data and the noise of a step."""
+        """A loss that is low for data that the generator knows; it depends on nothing but the data and the noise of a step."""
 
     def sample(self, call: Call, y: Tensor, generator: torch.Generator) -> Tensor:
         """Samples (B, *shape) of classes y int64 (B,); `call` is the forward of "generator", the generator is on the device of y."""
 
 
-def require(model: GenerativeModel, sides: Callable[[int], bool], wanted: str, ranges: tuple[str, ...], **least: int) -> None:
-    """Refuse settings that no network of this kind has; `wanted` are the sides that `sides` takes, in words, `least` bounds fields from below.
+def check_model(model: GenerativeModel, sides: Callable[[int], bool], wanted: str, ranges: tuple[str, ...], **least: int) -> None:
+    """Refuse settings that this kind has no network for. `wanted` says in words which sides `sides` takes; `least` bounds fields from below.
 
     Raises: LayoutError with what was given and what would do.
     """
@@ -72,8 +72,8 @@ def require(model: GenerativeModel, sides: Callable[[int], bool], wanted: str, r
             raise LayoutError(f"{kind}: {name} = {getattr(model, name)} is too small; wanted at least {bound}")
 
 
-def power_of_two(side: int, least: int) -> bool:
-    """Whether a side halves down to `least` without a remainder; `least` is a power of two itself."""
+def is_power_of_two(side: int, least: int) -> bool:
+    """Whether a side is a power of two and at least `least`."""
     return side >= least and side.bit_count() == 1
 
 

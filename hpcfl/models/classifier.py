@@ -1,4 +1,4 @@
-"""Model: a classifier cut where federated methods cut it: extractor -> maps -> body -> projection -> features -> head -> logits."""
+"""Model: a classifier, cut where federated methods cut it: extractor -> maps -> body -> projection -> features -> head -> logits."""
 import math
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,7 +12,7 @@ Shape = tuple[int, int, int]         # (channels, height, width)
 
 @dataclass(frozen=True)
 class Trunk:
-    """What a family builds: the extractor (B, C, H, W) -> (B, *maps), the body (B, *maps) -> (B, size), which ends in a ReLU."""
+    """What a family builds: the extractor (B, C, H, W) -> (B, *maps), and the body (B, *maps) -> (B, size), which ends in a ReLU."""
 
     extractor: nn.Module
     maps: tuple[int, ...]
@@ -23,11 +23,11 @@ class Trunk:
 class Family(Protocol):
     """A kind of network whose fields are its widths and depths; one frozen instance is one entry of the zoo."""
 
-    def smallest(self) -> int:
+    def find_smallest(self) -> int:
         """The smallest height and width in pixels that the network can take."""
 
     def build_trunk(self, shape: Shape, norm: str, width: float) -> Trunk:
-        """Extractor and body for images of `shape`, every hidden width c being `scaled(c, width)`; what is not shrunk is named there."""
+        """Extractor and body for images of `shape`, every hidden width c being `scale_width(c, width)`; a family says which widths it does not shrink."""
 
 
 class Model(nn.Module):
@@ -35,21 +35,21 @@ class Model(nn.Module):
 
     `features` (B, C, H, W) -> (B, p), `head` (B, p) -> (B, classes), `forward` = head(features). GeFL-F enters at the maps of the common
     extractor: `extractor` (B, C, H, W) -> (B, *maps_shape), `header` (B, *maps_shape) -> (B, classes); families without a common
-    extractor have an empty one, so maps are images. The body goes to p by Linear and ReLU; where its own size is p already it goes
-    as it is, because every body ends in a ReLU (FedVTC, specification of section 6: one global switch, the same for all clients).
+    extractor have an empty one, so maps are images. Linear and ReLU lead from the body to p; a body of size p needs neither, because
+    every body ends in a ReLU (FedVTC, specification section 6: `feature_relu` is one switch, the same for all clients).
     No module draws random numbers when it runs.
 
     Raises: LayoutError for images of another shape than the model was built for.
     """
 
-    def __init__(self, parts: Trunk, shape: Shape, classes: int, features: int = 0, feature_relu: bool = True) -> None:
+    def __init__(self, trunk: Trunk, shape: Shape, classes: int, features: int = 0, feature_relu: bool = True) -> None:
         super().__init__()
-        keeps = features == 0 or (feature_relu and features == parts.size)
+        keeps = features == 0 or (feature_relu and features == trunk.size)
         self.shape, self.classes = tuple(shape), classes
-        self.maps_shape, self.feature_size = parts.maps, parts.size if keeps else features
-        self.extractor = parts.extractor
-        self.body = parts.body
-        self.projection = nn.Identity() if keeps else nn.Linear(parts.size, features)
+        self.maps_shape, self.feature_size = trunk.maps, trunk.size if keeps else features
+        self.extractor = trunk.extractor
+        self.body = trunk.body
+        self.projection = nn.Identity() if keeps else nn.Linear(trunk.size, features)
         self.activation = nn.ReLU() if feature_relu and not keeps else nn.Identity()
         self.head = nn.Linear(self.feature_size, classes)
 

@@ -33,8 +33,8 @@ class Cnn:
     padding: int = 1
     hidden: int = 0                          # width of a linear layer with ReLU after the convs; 0: none
 
-    def smallest(self) -> int:
-        """The smallest height and width in pixels that leave something for every conv."""
+    def find_smallest(self) -> int:
+        """The smallest height and width in pixels that leave a pixel for every conv."""
         return next(side for side in range(1, 1000) if self._fits(side))
 
     def build_trunk(self, shape: Shape, norm: str, width: float) -> Trunk:

@@ -1,4 +1,4 @@
-"""Common maps: features of images that need no training and are the same on all clients, for generators that share one latent space."""
+"""Common maps: features of images without training, the same on all clients, for generators that share one latent space."""
 from collections.abc import Callable
 from math import ceil, pi, prod, sqrt
 
@@ -10,9 +10,9 @@ from hpcfl.errors import JobError, LayoutError
 from hpcfl.models.classifier import Shape
 from hpcfl.streams import Stream
 
-COSINE_SCALE = 24.0          # makes low-frequency coefficients of images in [-1, 1] spread over about 1: above any floor of the covariance
-ROOT_SCALE = 6.0             # same for the rotated roots; a quarter of the other measured best for Gaussian class models
-COSINE_SHARE = 4             # one feature in 4 is a cosine coefficient of the image itself, which keeps joined maps decodable
+COSINE_SCALE = 24.0          # gives low-frequency coefficients of images in [-1, 1] a deviation of about 1: above any floor of the covariance
+ROOT_SCALE = 6.0             # the same for the rotated roots; a quarter of the other measured best for class Gaussians
+COSINE_SHARE = 4             # one feature in 4 is a cosine coefficient of the image itself, so that joined maps can be decoded
 ORIENTATIONS = 8
 FILTERS = 16                 # of random_conv
 GRID = 6                     # pooling windows per side; more where the wanted size needs them
@@ -58,9 +58,9 @@ class Cosines(CommonMap):
         sooner = torch.tensor([1.0] + [2.0] * (channels - 1), dtype=torch.float64)                                           # (C,)
         chosen = (sooner[:, None, None] * order).flatten().argsort(stable=True)[:size]
         channel, row, column = chosen // (height * side), chosen // side % height, chosen % side
-        self.keep("colours", cosines(channels))      # (C, C): of three channels sum, red - blue and red + blue - 2 green
-        self.keep("rows", cosines(height)[:int(row.max()) + 1] * (COSINE_SCALE / sqrt(height)))  # (h, H)
-        self.keep("columns", cosines(side)[:int(column.max()) + 1] / sqrt(side))                 # (w, W)
+        self.keep("colours", build_cosines(channels))      # (C, C): of three channels sum, red - blue and red + blue - 2 green
+        self.keep("rows", build_cosines(height)[:int(row.max()) + 1] * (COSINE_SCALE / sqrt(height)))  # (h, H)
+        self.keep("columns", build_cosines(side)[:int(column.max()) + 1] / sqrt(side))                 # (w, W)
         self.keep("chosen", (channel * len(self.rows) + row) * len(self.columns) + column)       # (size,)
 
     def measure(self, x: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ class Roots(CommonMap):
         self.keep("across", build_windows(shape[2], windows))                                         # (g, W)
         frequency = torch.arange(windows).double()
         order = 0.75 * bank.pitch[:, None, None] + torch.hypot(frequency[:, None], frequency[None])
-        rotation = torch.kron(bank.mixing, torch.kron(cosines(windows), cosines(windows)))       # (O g g, O g g)
+        rotation = torch.kron(bank.mixing, torch.kron(build_cosines(windows), build_cosines(windows)))       # (O g g, O g g)
         self.keep("rotation", ROOT_SCALE * rotation[order.flatten().argsort(stable=True)[:size]])
 
     def measure(self, x: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ class RandomFilters(nn.Module):
         filters = torch.randn(FILTERS, channels, 5, 5, generator=Stream(seed, "maps/random_conv").torch())
         filters = filters - filters.mean((1, 2, 3), keepdim=True)
         self.register_buffer("filters", filters / filters.abs().sum((1, 2, 3), keepdim=True) * 2, persistent=False)
-        self.mixing, self.pitch = cosines(FILTERS), torch.zeros(FILTERS).double()
+        self.mixing, self.pitch = build_cosines(FILTERS), torch.zeros(FILTERS).double()
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, 16, H, W)."""
@@ -150,11 +150,11 @@ class Joined(CommonMap):
     def __init__(self, bank: nn.Module, shape: Shape, size: int) -> None:
         super().__init__(shape, size)
         low = min(ceil(size / COSINE_SHARE), prod(shape))
-        self.parts = nn.ModuleList([Cosines(shape, low)] + ([Roots(bank, shape, size - low)] if size > low else []))
+        self.maps = nn.ModuleList([Cosines(shape, low)] + ([Roots(bank, shape, size - low)] if size > low else []))
 
     def measure(self, x: Tensor) -> Tensor:
         """Cosine coefficients, then roots."""
-        return torch.cat([part(x) for part in self.parts], 1)
+        return torch.cat([each(x) for each in self.maps], 1)
 
 
 MAPS: dict[str, tuple[Callable[[Shape, int, int], CommonMap], Callable[[Shape], int]]] = {       # constructor, largest size
@@ -181,7 +181,7 @@ def build(kind: str, shape: Shape, size: int, seed: int = 0) -> CommonMap:
     return constructor(tuple(shape), size, seed)
 
 
-def cosines(count: int) -> Tensor:
+def build_cosines(count: int) -> Tensor:
     """The orthonormal cosine transform (type 2), lowest frequency first: (count, count), float64."""
     frequency, place = torch.arange(count).double()[:, None], torch.arange(count).double()[None] + 0.5
     waves = torch.cos(pi * frequency * place / count) * sqrt(2 / count)

@@ -1,4 +1,4 @@
-"""flops: the floating-point operations of a block of code, counted where torch carries out matrix products and convolutions."""
+"""Flops: counts the floating-point operations of a block of code, where torch carries out matrix products and convolutions."""
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
@@ -15,9 +15,9 @@ PRODUCTS = {aten.mm: 0, aten.bmm: 0, aten.mv: 0, aten.dot: 0, aten.addmm: 1, ate
 class Counter(TorchDispatchMode):
     """Adds to `flops` what runs inside its `with` block: two for each multiply-add of matrix products and convolutions, nothing for the rest.
 
-    Each gradient of a convolution, by its input or by its weights, takes as many as the convolution, and only those are counted that are computed.
-    torch.utils.flop_counter counts less truly: grouped convolutions, which vmap makes of those of many clients, have their backward pass taken for
-    that of a dense one; and it keeps 2 kB for each call of a module until the block ends.
+    Each gradient of a convolution, by its input or by its weights, takes as many operations as the convolution; only gradients that are computed count.
+    torch.utils.flop_counter is less exact: it counts the backward pass of a grouped convolution, which vmap makes of many clients' ones, as that of a
+    dense one; and it keeps 2 kB for each call of a module until the block ends.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class Counter(TorchDispatchMode):
 
 @contextmanager
 def counting(wanted: bool) -> Iterator[Counter | None]:
-    """A Counter for the block, or None; compiled code, which shows no operators, runs uncompiled in a block that is counted."""
+    """A Counter for the block, or None. Compiled code shows no operators, so it runs uncompiled in a block that is counted."""
     if not wanted:
         yield None
         return
@@ -49,5 +49,5 @@ def counting(wanted: bool) -> Iterator[Counter | None]:
 
 
 def _count_convolution(positions: Tensor, weight: Tensor) -> int:
-    """Every weight is used once at each of the positions (B, C, ...): those of the output, of the input where the convolution is transposed."""
+    """Each weight is used once at each of the positions (B, C, ...): of the output, or of the input of a transposed convolution."""
     return 2 * len(positions) * prod(positions.shape[2:]) * weight.numel()

@@ -21,7 +21,7 @@ class Mlp:
     depth: int
     hidden: int = 128
 
-    def smallest(self) -> int:
+    def find_smallest(self) -> int:
         """2 pixels: the extractor keeps a quarter of the values."""
         return 2
 

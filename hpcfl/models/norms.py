@@ -4,7 +4,7 @@ from collections.abc import Callable
 from torch import nn
 
 MOST_GROUPS = 8              # the usual GroupNorm(8) of small generators and classifiers
-FEWEST_CHANNELS = 4          # per group: a group of one channel on a 1x1 map would normalise everything to zero
+FEWEST_CHANNELS = 4          # in a group: a group of one channel on a 1x1 map would normalise everything to zero
 
 
 def choose_groups(channels: int) -> int:
@@ -13,7 +13,7 @@ def choose_groups(channels: int) -> int:
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm with `groups(channels)` groups, which is GroupNorm(8) from 32 channels in powers of two on."""
+    """GroupNorm with `choose_groups(channels)` groups: GroupNorm(8) for powers of two from 32 channels on."""
     return nn.GroupNorm(choose_groups(channels), channels)
 
 

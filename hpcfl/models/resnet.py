@@ -29,7 +29,7 @@ class BasicBlock(nn.Module):
 
 @dataclass(frozen=True)
 class ResNet:
-    """A stage of `blocks[i]` basic blocks of width `widths[i]` after the other, each stage but the first halving height and width.
+    """Stages one after the other, of `blocks[i]` basic blocks of width `widths[i]`; each stage but the first halves height and width.
 
     FedVTC's `resnet_sizes` (specification section 6) and FedConv's ResNet-18 for CIFAR-10.
     """
@@ -37,7 +37,7 @@ class ResNet:
     blocks: tuple[int, ...]
     widths: tuple[int, ...] = (64, 128, 256, 512)
 
-    def smallest(self) -> int:
+    def find_smallest(self) -> int:
         """1 pixel: padded convs of stride 2 never shrink a map to nothing."""
         return 1
 

@@ -18,7 +18,7 @@ class MobileNetV2:
     stem: int = 32                           # `settings` has (expansion, width, blocks, stride) for each stage
     last: int = 1280
 
-    def smallest(self) -> int:
+    def find_smallest(self) -> int:
         """1 pixel: padded convs of stride 2 never shrink a map to nothing."""
         return 1
 
@@ -51,7 +51,7 @@ class GoogLeNet:
          (256, 160, 320, 32, 128, 128)),
         ((256, 160, 320, 32, 128, 128), (384, 192, 384, 48, 128, 128)))
 
-    def smallest(self) -> int:
+    def find_smallest(self) -> int:
         """1 pixel: padded pools of stride 2 never shrink a map to nothing."""
         return 1
 

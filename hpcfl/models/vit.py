@@ -92,7 +92,7 @@ class Vit:
     head: int = 16                           # values in one head: D = 64
     hidden: int = 128                        # of the two-layer network in each block
 
-    def smallest(self) -> int:
+    def find_smallest(self) -> int:
         """1 pixel: a patch is padded."""
         return 1
 

@@ -1,4 +1,4 @@
-"""Zoo: the classifiers that a job can name, as data, and what each of them costs."""
+"""Zoo: the classifiers that a job can name, as data, and what each costs."""
 import difflib
 import math
 from dataclasses import replace
@@ -47,35 +47,33 @@ ENTRIES: dict[str, Family] = {
 }
 
 
-def build(name: str, shape: Shape, classes: int, features: int = 64, norm: str = "batch", feature_relu: bool = True, width: float = 1.0) -> Model:
+def build(name: str, shape: Shape, classes: int, features: int = 64, norm: str = "batch", feature_relu: bool = True) -> Model:
     """A freshly initialised classifier (PyTorch's defaults, drawn from torch's global CPU generator: call it inside `Stream.seeding`).
 
-    `shape` is that of one image (C, H, W); `features` the common feature size p, 0 for the model's own; `norm` "batch" or "group";
-    `width` in (0, 1] shrinks every hidden width c to int(c * width), p, image and classes excepted (FedConv, HeteroFL); a name may carry its own,
-    "cnn5@0.75", by which `width` is multiplied.
-    Raises: JobError as `entry`, for an unknown norm, sizes that are not positive, images too small for the model, and a width that leaves some
+    `name`: an entry of the zoo, "cnn5", or an entry and its width, "cnn5@0.75": a width in (0, 1] shrinks every hidden width c to int(c * width), but not
+    p, images and classes (FedConv, HeteroFL). `shape` is that of one image (C, H, W); `features` the common feature size p, 0 for the model's own; `norm`
+    "batch" or "group".
+    Raises: JobError as `find_entry`, for an unknown norm, sizes that are not positive, images too small for the model, and a width that leaves some
     hidden layer no channel.
     """
-    family, own_width = find_entry(name)
+    family, width = find_entry(name)
     if norm not in NORMS:
         raise JobError(f"models.norm = {norm!r} is not known; wanted one of {', '.join(NORMS)}")
     if len(shape) != 3 or min(shape) < 1 or classes < 1 or features < 0:
         raise JobError(f"model '{name}': got images {tuple(shape)}, {classes} classes, {features} features; wanted (C, H, W) and classes of "
                        "at least 1, features of at least 0")
-    if not 0 < width <= 1:
-        raise JobError(f"model '{name}': got width {width}; wanted a number above 0 and at most 1")
-    if min(shape[1:]) < family.smallest():
-        raise JobError(f"models.names: '{name}' got images of {shape[1]}x{shape[2]} pixels, wanted at least {family.smallest()}x{family.smallest()}; "
+    if min(shape[1:]) < family.find_smallest():
+        raise JobError(f"models.names: '{name}' got images of {shape[1]}x{shape[2]} pixels, wanted at least {family.find_smallest()}x{family.find_smallest()}; "
                        "choose another model or enlarge the images by data.image_size")
     try:
-        parts = family.build_trunk(tuple(shape), norm, own_width * width)
+        trunk = family.build_trunk(tuple(shape), norm, width)
     except JobError as error:
         raise JobError(f"models.names: '{name}': {error}") from error
-    return Model(parts, shape, classes, features, feature_relu)
+    return Model(trunk, shape, classes, features, feature_relu)
 
 
 def find_entry(name: str) -> tuple[Family, float]:
-    """The entry of that name and the width behind its @, 1 where there is none.
+    """The family behind a name and the width behind its @, 1 where there is none.
 
     Raises: JobError as `split_name`, and with the nearest name for one that does not exist.
     """
@@ -105,13 +103,13 @@ def split_name(architecture: str) -> tuple[str, float]:
 
 
 @lru_cache(maxsize=None)
-def count_flops(name: str, shape: Shape, classes: int, features: int = 64, norm: str = "batch", feature_relu: bool = True, width: float = 1.0) -> int:
+def count_flops(name: str, shape: Shape, classes: int, features: int = 64, norm: str = "batch", feature_relu: bool = True) -> int:
     """Floating-point operations of one forward pass of one image, as flops.Counter counts them. Arguments and errors as of `build`.
 
-    On an image of zeros: torch's meta device imports its compiler, a second of every start.
+    A real image of zeros passes: torch's meta device would import its compiler, a second of every start.
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        model = build(name, shape, classes, features, norm, feature_relu, width).eval()
+        model = build(name, shape, classes, features, norm, feature_relu).eval()
         with Counter() as counter:
             model(torch.zeros(1, *shape))
     return counter.flops
@@ -119,11 +117,11 @@ def count_flops(name: str, shape: Shape, classes: int, features: int = 64, norm:
 
 @lru_cache(maxsize=None)
 def count_training_bytes(name: str, shape: Shape, classes: int, features: int, norm: str, feature_relu: bool, batch: int, slots: int) -> int:
-    """Bytes that training one model takes: parameters, gradients, `slots` optimiser states of each parameter, buffers, and what is kept for backward.
+    """Bytes that training one model takes: parameters, gradients, `slots` optimiser states of each parameter, buffers, and what is kept for the backward pass.
 
-    Arguments and errors as of `build`; `batch` in images. What is kept is measured on the CPU in float32, on two and on three images (one alone is
-    refused by BatchNorm on 1x1 maps), and continued along the straight line through both: a kept tensor has a row for each image, or none.
-    Not counted: temporary memory inside a layer and gaps of the allocator.
+    Arguments and errors as of `build`; `batch` in images. The kept bytes are measured on the CPU in float32, for two and for three images (BatchNorm on 1x1
+    maps refuses one alone), and continued along the straight line through both: a kept tensor has a row for each image, or none. Not counted:
+    temporary memory inside a layer and gaps of the allocator.
     """
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         model = build(name, shape, classes, features, norm, feature_relu)
@@ -136,7 +134,7 @@ def count_training_bytes(name: str, shape: Shape, classes: int, features: int, n
 def count_kept_bytes(model: Model, images: int) -> int:
     """Bytes that a forward pass and its cross-entropy keep for the backward pass: each storage once, parameters and buffers not at all."""
     owned = {leaf.untyped_storage().data_ptr() for leaf in model.state_dict().values()}
-    storages: dict[int, torch.UntypedStorage] = {}                 # held, lest a freed address be met again
+    storages: dict[int, torch.UntypedStorage] = {}                 # held, so that no freed address is used again
 
     def keep(leaf: Tensor) -> Tensor:
         storage = leaf.untyped_storage()

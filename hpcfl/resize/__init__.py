@@ -1,1 +1,1 @@
-"""Networks whose weights are made of other networks' weights."""
+"""Networks whose weights are computed from other networks' weights."""

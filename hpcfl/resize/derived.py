@@ -1,4 +1,4 @@
-"""Made: a classifier whose weights are computed from other weights, so that training it is learning on models (FedConv, arXiv 2502.20639)."""
+"""Derived: a classifier whose weights are computed from other weights, so that training it is learning on models (FedConv, arXiv 2502.20639)."""
 import copy
 from abc import abstractmethod
 
@@ -7,20 +7,20 @@ from torch.func import functional_call
 
 from hpcfl.tree import Tree
 
-BUFFER = "buffer"                                                  # prefix of the classifier's own buffers among those of a Made
+BUFFER = "buffer"                                                  # prefix of the classifier's own buffers among those of a Derived
 
 
 class Derived(nn.Module):
-    """A classifier f(x; w(parameters)): what computes the weights is learned, what they are computed from are parameters that require no gradient.
+    """A classifier f(x; w(parameters)): it learns how its weights are computed; the weights that they are computed from need no gradient and stay as they are.
 
-    Any loss of logits will do, and the weights computed from stay what they are. In train mode norm layers use and
-    update the classifier's running statistics as usual. The forward pass is a functional call: no module is ever patched.
+    Any loss of logits will do. In train mode norm layers use and update the classifier's running statistics as usual. The forward pass is a functional
+    call: no module is ever patched.
     """
 
     def __init__(self, structure: nn.Module) -> None:
-        """`structure`: the classifier, of which only the shapes count."""
+        """`structure`: the classifier; only its shapes count."""
         super().__init__()
-        self.structure = (copy.deepcopy(structure),)               # in a tuple: its parameters are computed, none of them is one of this module
+        self.structure = (copy.deepcopy(structure),)               # in a tuple: its parameters are computed, and are none of this module's
         for layer in self.structure[0].modules():
             if hasattr(layer, "reset_running_stats"):
                 layer.reset_running_stats()
@@ -32,7 +32,7 @@ class Derived(nn.Module):
         """The classifier's parameters by their paths in its state_dict, differentiable."""
 
     def weights(self) -> Tree:
-        """The classifier's state_dict: parameters made, and buffers as they are."""
+        """The classifier's state_dict: computed parameters, and buffers as they are."""
         return self.derive_parameters() | {path: self.get_buffer(f"{BUFFER}:{to_name(path)}") for path, _ in self.structure[0].named_buffers()}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ class Derived(nn.Module):
         return functional_call(structure, self.weights(), (x,))
 
     def derive_buffers(self, source: Tree) -> Tree:
-        """The classifier's buffers for a state_dict of another size: floating ones keep the leading part; what grows begins as in a new layer, counters at 0."""
+        """The classifier's buffers from a state_dict of another size: the leading part of floating ones; larger ones begin as in a new layer, counters at 0."""
         own = {}
         for path, buffer in self.structure[0].named_buffers():
             given = source.get(path)
@@ -53,7 +53,7 @@ class Derived(nn.Module):
 
 
 def to_name(path: str) -> str:
-    """A path of a state_dict as a name that a module may give to a part of itself."""
+    """A path of a state_dict as a name that a module may give to one of its own tensors or modules."""
     return path.replace(".", ":")
 
 
@@ -63,7 +63,7 @@ def to_channels_last(weight: Tensor) -> Tensor:
 
 
 def from_channels_last(flat: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """What `to_channels_last` made of a parameter of this shape, with any axes, undone; the conv weight lies in memory channels last, as the fast kernels want it."""
+    """A parameter of this shape from what `to_channels_last` gave, with any axes; a conv weight lies in memory channels last, for the fast kernels."""
     if len(shape) != 4:
         return flat.reshape(shape)
     return flat.contiguous().view(shape[0], *shape[2:], shape[1]).permute(0, 3, 1, 2)

@@ -39,10 +39,11 @@ class WeightFilter(nn.Module):
         self.grows = prod(wanted) > prod(given)
         small, large = (given, wanted) if self.grows else (wanted, given)
         if small[0] != large[0] or small[1] > large[1] or small[2] > large[2]:
-            raise LayoutError(f"a weight of {tuple(source)} cannot be resized to {tuple(target)}; wanted all channels to shrink or all to grow, and one kernel size")
+            raise LayoutError(f"a weight of {tuple(source)} cannot be resized to {tuple(target)}; wanted all channels to shrink or all to grow, "
+                              "and one kernel size")
         kernel = tuple(many - few + 1 for few, many in zip(small[1:], large[1:], strict=True))
         self.axes = tuple(axis for axis in (1, 2) if kernel[axis - 1] > 1)
-        self.lengths = tuple(large[axis] for axis in self.axes)    # of the transforms: what the convolution reaches, no more
+        self.lengths = tuple(large[axis] for axis in self.axes)    # of the transforms: as far as the convolution reaches
         self.wanted = wanted
         self.gain, self.bias = nn.Parameter(torch.empty(small[0], 1, 1)), nn.Parameter(torch.empty(small[0], 1, 1))
         self.direction = nn.Parameter(torch.empty(small[0], *kernel)) if self.axes else None           # v; of one number only the norm counts
@@ -50,14 +51,14 @@ class WeightFilter(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self, init: str = "slice") -> None:
-        """New parameters by the way of INITS."""
+        """New parameters; `init` is a key of INITS."""
         with torch.no_grad():
             INITS[init](self)
             if self.direction is not None:
                 self.norm.copy_(torch.linalg.vector_norm(self.direction, dim=(1, 2), keepdim=True))
 
     def become_slice(self) -> None:
-        """Ours: compression begins as the leading channels and dilation as these among zeros, but for a little noise, so that tuning starts from what W knows."""
+        """Ours: compression begins as the leading channels, dilation as these among zeros, both with a little noise; so tuning starts from what W knows."""
         self.gain.fill_(1.0 - self.is_convolution)                 # with the residual u = W
         self.bias.zero_()
         self.norm.fill_(1.0)
@@ -89,10 +90,10 @@ class WeightFilter(nn.Module):
 
 
 class Filtered(Derived):
-    """A classifier f(x; filters(W)): the filters are what it learns, the source model's weights W are fixed. Layers are recognised by their type."""
+    """A classifier f(x; filters(W)): it learns the filters, and the source model's weights W are fixed. A layer's type says whether it is a convolution."""
 
     def __init__(self, source: nn.Module, target: nn.Module, mlr_passes: int = 1) -> None:
-        """`source`, `target`: one architecture at two widths, of which only the shapes count."""
+        """`source`, `target`: one model at two widths; only their shapes count."""
         super().__init__(target)
         shapes = {path: parameter.shape for path, parameter in target.named_parameters()}
         convolutions = {f"{name}.weight" for name, layer in source.named_modules() if isinstance(layer, nn.Conv2d)}
@@ -103,7 +104,7 @@ class Filtered(Derived):
             self.register_parameter(f"{SOURCE}:{to_name(path)}", nn.Parameter(torch.zeros_like(parameter), requires_grad=False))
 
     def reset_parameters(self, init: str = "slice") -> None:
-        """New filters by the way of INITS."""
+        """New filters; `init` is a key of INITS."""
         for each in self.filters.values():
             each.reset_parameters(init)
 

@@ -1,4 +1,4 @@
-"""Slices: which channels of a full-size network a narrower one keeps, leading ones or a rolling window, and the way there and back."""
+"""Slices: the channels of a full-size network that a narrower one keeps (leading ones or a rolling window), and leaves cut out and put back."""
 import copy
 from functools import partial
 from math import prod
@@ -30,9 +30,9 @@ def mark_window(full: int, kept: int, shift: int = 0, blocks: int = 1) -> Tensor
 def find_axes(full: Model, small: Model, shift: int = 0) -> Axes:
     """The channels that `small` keeps of every leaf of `full`, two widths of one model.
 
-    Every layer that makes channels keeps a window of them. What the next layers read follows from one image passed through the full-size network:
-    each such layer gives out 1 in the channels that it keeps and 0 in the others, and a kept input is one that arrives positive. So concatenations,
-    flattened maps and residual sums need no rule of their own.
+    Every layer that makes channels keeps a window of them. To find what the next layers read, one image passes through the full-size network: each such layer
+    gives out 1 in the channels that it keeps and 0 in the others, and the inputs that arrive positive are kept. So concatenations, flattened maps and
+    residual sums need no rule of their own.
     Raises: JobError where only one width has a projection to models.feature_size; LayoutError where windows do not meet, in a sum for example.
     """
     sizes, wanted = ({path: tuple(leaf.shape) for path, leaf in model.state_dict().items()} for model in (full, small))
@@ -62,18 +62,18 @@ def find_axes(full: Model, small: Model, shift: int = 0) -> Axes:
 
 
 def take(state: Tree, kept: Axes) -> Tree:
-    """The slices of those leaves that `state` has; a leaf that is kept whole is shared, not copied."""
+    """The slices of the leaves of `state`; a leaf that is kept whole is shared, not copied."""
     return {path: _take(leaf, kept[path]) for path, leaf in state.items()}
 
 
 def add_to(out: Tree, slices: Tree, kept: Axes) -> None:
-    """Add slices to the full-size leaves of `out`, each to where it came from."""
+    """Add slices to the full-size leaves of `out`, each where it came from."""
     for path, leaf in slices.items():
         out[path][_to_index(kept[path])] += leaf
 
 
 def put(into: Tree, slices: Tree, kept: Axes) -> Tree:
-    """A copy of the full-size leaves with slices written over where they came from."""
+    """A copy of the full-size leaves with the slices written in where they came from."""
     full = tree.clone(into)
     for path, leaf in slices.items():
         full[path][_to_index(kept[path])] = leaf.to(full[path].dtype)
@@ -93,7 +93,7 @@ def _mix(found: dict, prefix: str, size: int, shift: int, blocks: int, layer: nn
 
 def _pass(found: dict, prefix: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     for own, leaf in layer.state_dict().items():
-        found[prefix + own] = (_find_arrived(inputs[0]),) * leaf.dim()  # a count of batches has no axis
+        found[prefix + own] = (_find_arrived(inputs[0]),) * leaf.dim()  # the count of batches has no axis
     return inputs[0]
 
 

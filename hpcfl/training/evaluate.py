@@ -13,7 +13,7 @@ from hpcfl.training.compiling import compile_forward
 from hpcfl.training.group import Group
 from hpcfl.tree import Tree
 
-BATCH = 250                                                        # images per forward pass, for the cache of a CPU: at 1000 an image takes 1.3 to 2.7 times as long
+BATCH = 250                                                        # images per forward pass: fit a CPU's cache; at 1000 an image takes 1.3 to 2.7 times as long
 
 
 class _Method(nn.Module):

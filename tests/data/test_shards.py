@@ -97,7 +97,7 @@ def test_scaling_leaves_the_uint8_images_as_they_were():
 def test_a_range_that_does_not_exist_is_refused():
     with pytest.raises(DataError, match="signed"):
         Scale("signed")
-    with pytest.raises(DataError, match="Scale.fit"):
+    with pytest.raises(DataError, match="Scale.from_images"):
         Scale("standard")
     with pytest.raises(DataError, match="at least one image"):
         Scale.from_images(np.empty((0, 1, 2, 2), dtype=np.uint8), "standard")

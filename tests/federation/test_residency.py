@@ -13,9 +13,7 @@ import torch
 
 from hpcfl.doctor.estimate import count_model_bytes, measure_load
 from hpcfl.errors import EnvironmentFault
-from hpcfl.federation.loop import regroup
 from hpcfl.federation.residency import RESIDENCIES, Disk, Host
-from hpcfl.federation.state import begin
 from hpcfl.files.scratch import Scratch
 from hpcfl.runs import checkpoint, examination
 from hpcfl.runs.examination import Examination
@@ -96,17 +94,6 @@ def test_ranks_with_states_on_disk_agree_with_one_that_has_them_on_the_device(ca
     agree(comm, tmp_path / "usual", tmp_path / "alone", tolerance=1e-5)
     carry_out(lying(deterministic(job), "host", 2), tmp_path / "from one to ranks", exact, resume=checkpoint_of(tmp_path / "alone", 2))
     agree(comm, tmp_path / "from one to ranks", tmp_path / "alone")
-
-
-def test_a_group_has_at_most_a_chunk_of_clients_of_one_architecture_in_every_round():
-    world = in_memory.world(in_memory.job("fedrolex", federation={"clients": 7}, models={"size_schedule": "rotate"}, residency={"chunk": 2, "location": "disk"}))
-    state = begin(world)
-    for row in range(3):
-        state = regroup(world, state, row)
-        assert sorted(client for group in state.groups for client in group.clients) == list(range(7))
-        assert {client: group.architecture for group in state.groups for client in group.clients} == {k: world.problem.architecture(k, row) for k in range(7)}
-        assert all(len(group.clients) <= 2 and group.clients == group.fetch().clients for group in state.groups)
-        assert [(group.architecture, group.clients) for group in state.groups] == sorted((group.architecture, group.clients) for group in state.groups)
 
 
 # memory

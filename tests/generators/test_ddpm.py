@@ -118,7 +118,7 @@ def test_an_ancestral_step_is_that_of_the_paper():
     x, eps = drawn.normal(size=(2, 2, 1, 4, 4))
     beta, signal = schedule(10)
     for t in (1, 6, 10):
-        mean, deviation = model.ancestral(torch.from_numpy(x), torch.from_numpy(eps), t)
+        mean, deviation = model.step_ancestral(torch.from_numpy(x), torch.from_numpy(eps), t)
         assert close(mean, (x - beta[t] / math.sqrt(1 - signal[t]) * eps) / math.sqrt(1 - beta[t]))
         assert deviation == pytest.approx(math.sqrt(beta[t]), rel=1e-12)
 
@@ -137,17 +137,17 @@ def test_the_last_ancestral_step_adds_no_noise():
     model = Ddpm((1, 4, 4), steps=1)
     start = torch.randn(3, 1, 4, 4, generator=Stream(0, "sample").torch())
     samples = model.sample(lambda x, time, known: 0.5 * x, torch.zeros(3, dtype=torch.int64), Stream(0, "sample").torch())
-    assert torch.equal(samples, model.ancestral(start, 0.5 * start, 1)[0])
+    assert torch.equal(samples, model.step_ancestral(start, 0.5 * start, 1)[0])
 
 
 def test_ddim_with_all_steps_and_full_noise_has_the_ancestral_mean_and_the_posterior_variance():
     model, drawn = Ddpm((1, 4, 4), steps=10, ddim_steps=10, eta=1.0), np.random.default_rng(0)
     x, eps = torch.from_numpy(drawn.normal(size=(2, 2, 1, 4, 4)))
     beta, signal = schedule(10)
-    assert model.times() == list(range(10, 0, -1))
+    assert model.list_times() == list(range(10, 0, -1))
     for t in range(10, 1, -1):
-        mean, deviation = model.ddim(x, eps, t, t - 1)
-        assert close(mean, model.ancestral(x, eps, t)[0].numpy())
+        mean, deviation = model.step_ddim(x, eps, t, t - 1)
+        assert close(mean, model.step_ancestral(x, eps, t)[0].numpy())
         assert deviation ** 2 == pytest.approx(beta[t] * (1 - signal[t - 1]) / (1 - signal[t]), rel=1e-9)
 
 
@@ -155,9 +155,9 @@ def test_ddim_without_noise_keeps_data_and_noise_and_changes_their_shares():
     model, (_, signal) = Ddpm((1, 4, 4), steps=10, ddim_steps=2), schedule(10)
     x, eps = torch.from_numpy(np.random.default_rng(0).normal(size=(2, 2, 1, 4, 4)))
     noisy = math.sqrt(signal[10]) * x + math.sqrt(1 - signal[10]) * eps
-    mean, deviation = model.ddim(noisy, eps, 10, 5)
+    mean, deviation = model.step_ddim(noisy, eps, 10, 5)
     assert deviation == 0 and close(mean, (math.sqrt(signal[5]) * x + math.sqrt(1 - signal[5]) * eps).numpy())
-    assert close(model.ddim(noisy, eps, 10, 0)[0], x.numpy())
+    assert close(model.step_ddim(noisy, eps, 10, 0)[0], x.numpy())
 
 
 @pytest.mark.parametrize("count, eta", [(1, 0.0), (3, 0.0), (3, 1.0), (10, 0.5)])
@@ -172,7 +172,7 @@ def test_ddim_with_a_network_that_knows_the_data_ends_at_the_data(count, eta):
     y = torch.tensor([2, 0, 1])
     samples = model.sample(knowing, y, Stream(0, "sample").torch())
     torch.testing.assert_close(samples, y.float().view(3, 1, 1, 1).expand(3, 1, 4, 4), rtol=0, atol=1e-4)
-    assert calls == model.times() and len(calls) == count and calls[0] == 10
+    assert calls == model.list_times() and len(calls) == count and calls[0] == 10
 
 
 def test_guidance_pushes_away_from_what_the_network_says_without_a_class():
@@ -183,7 +183,7 @@ def test_guidance_pushes_away_from_what_the_network_says_without_a_class():
         return x * time.view(-1, 1, 1, 1) + (known @ torch.tensor([1.0, 3.0, 5.0], dtype=x.dtype)).view(-1, 1, 1, 1)
     x, y = torch.rand(2, 1, 4, 4, dtype=torch.float64), torch.tensor([2, 1])
     for w in (0.0, 2.0):
-        got = Ddpm((1, 4, 4), 3, 10, guidance=w).estimate(network, x, 4, y)
+        got = Ddpm((1, 4, 4), 3, 10, guidance=w).estimate_noise(network, x, 4, y)
         with_class, without = 0.4 * x + torch.tensor([5.0, 3.0], dtype=x.dtype).view(2, 1, 1, 1), 0.4 * x
         assert close(got, ((1 + w) * with_class - w * without).numpy())
     assert asked == [2, 4]

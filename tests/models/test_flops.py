@@ -7,7 +7,6 @@ from torch.nn import functional as F
 
 from hpcfl import tree
 from hpcfl.algorithms.fedvtc import FedVTCBySums
-from hpcfl.federation.ledger import Ledger
 from hpcfl.models.flops import Counter
 from hpcfl.models.vit import Attention
 from hpcfl.training import compiling
@@ -126,14 +125,6 @@ def test_operations_are_counted_in_the_first_round_of_each_phase_and_change_noth
 def test_clients_outside_the_first_cohort_have_no_count():
     found = in_memory.run(in_memory.world(in_memory.job("fedavg", federation={"rounds": 1, "participation": 0.4}, **COUNTED)))
     assert set(found.metric("flops", 0)) == set(found.world.cohort(found.places[0].phase, 0)) and len(found.metric("flops", 0)) == 1
-
-
-def test_costs_of_all_steps_of_a_round_add_up_and_measurements_do_not():
-    ledger = Ledger(torch.device("cpu"))
-    for value in (1.0, 10.0):
-        ledger.book_costs("refine", (0, 2), {"seconds": torch.tensor([value, 2 * value])})
-        ledger.book_metrics("refine", (0, 2), {"loss": torch.tensor([value, 2 * value])})
-    assert ledger.close()["metrics"] == {"refine_seconds": {0: 11.0, 2: 22.0}, "refine_loss": {0: 10.0, 2: 20.0}}
 
 
 def test_a_step_with_little_to_do_does_not_hide_what_the_one_before_it_took():

@@ -64,7 +64,7 @@ def test_positions_alone_tell_where_a_patch_is():
 
 @pytest.mark.parametrize("width", [1.0, 0.75, 0.5625, 0.42, 0.25])
 def test_a_width_shrinks_the_size_of_a_head_and_keeps_their_number(width):
-    block = zoo.build("vit", COLOUR, 10, width=width).body.block3
+    block = zoo.build(f"vit@{width}", COLOUR, 10).body.block3
     assert block.attention.heads == 4 and block.attention.q.out_features == block.norm1.normalized_shape[0] == 4 * int(16 * width)
     assert block.mlp.linear1.out_features == int(128 * width)
 

@@ -117,7 +117,7 @@ def test_compression_has_the_shapes_of_the_smaller_architecture_and_dilation_giv
 def test_every_model_of_the_zoo_can_be_compressed_and_dilated(name):
     large = zoo.build(name, COLOUR, 10, 0)
     for ratio in RATIOS:
-        small = zoo.build(name, COLOUR, 10, 0, width=ratio)
+        small = zoo.build(f"{name}@{ratio}", COLOUR, 10, 0)
         for source, target in ((large, small), (small, large)):
             module = Filtered(source, target)
             assert {path: module.filters[path.replace(".", ":")].shape for path in module.paths} == \

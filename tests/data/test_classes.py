@@ -32,7 +32,7 @@ def as_an_earlier_hpcfl_wrote_it(path, lowest=0):
     with h5py.File(path, "r+", libver="v110") as file:
         del file["classes"], file.attrs["notes"]
         file.attrs["classes"] = int(file.attrs["classes"]) + lowest
-        for part in archive.PARTS:
+        for part in archive.SPLITS:
             file[f"{part}/labels"][:] += lowest
     return path
 

@@ -1,11 +1,12 @@
 """Streams: the same four fields give the same draws, any other field gives others, and no global generator moves."""
+import random
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from hpcfl.streams import Stream
+from hpcfl.streams import Stream, find_generators, keeping_generators, sow, sow_and_watch
 
 STREAM = Stream(seed=7, purpose="batches", client=3, round=5)
 OTHERS = [replace(STREAM, seed=8), replace(STREAM, purpose="noise"), replace(STREAM, client=4), replace(STREAM, round=6), Stream(7, "batches", 5, 3),
@@ -84,6 +85,54 @@ def test_neighbouring_clients_are_uncorrelated():
     rows = np.stack([Stream(0, "noise", client).numpy().standard_normal(20_000) for client in range(4)])
     correlation = np.corrcoef(rows) - np.eye(4)
     assert np.abs(correlation).max() < 0.03                        # four standard deviations of 1 / sqrt(20,000)
+
+
+def test_seeding_sets_the_gpus_generators_where_cuda_is_in_use_and_gives_them_back(monkeypatch):
+    gpu = torch.Generator().manual_seed(5)
+    wanted = torch.rand(3, generator=torch.Generator().manual_seed(5))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "default_generators", (gpu,))
+    drawn = []
+    for _ in range(2):
+        with Stream(0, "init").seeding():
+            drawn.append(torch.rand(3, generator=gpu))
+    assert torch.equal(*drawn) and torch.equal(torch.rand(3, generator=gpu), wanted)
+
+
+def test_seeding_leaves_a_cuda_that_nobody_uses_alone(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", asked.append)
+    with Stream(0, "init").seeding():
+        torch.rand(1)
+    assert not asked and len(find_generators()) == 1
+
+
+def test_the_block_leaves_no_trace_in_any_global_generator():
+    def drawn():
+        return torch.rand(2).tolist(), np.random.random(), random.random()
+    sow(3)
+    wanted = drawn()
+    sow(3)
+    with pytest.raises(ValueError), keeping_generators():
+        drawn()
+        raise ValueError
+    assert drawn() == wanted
+
+
+@pytest.mark.parametrize("draw", [lambda: torch.rand(1), np.random.random, random.random])
+def test_a_draw_from_any_global_generator_is_noticed(draw):
+    with keeping_generators():
+        has_drawn = sow_and_watch(5)
+        assert not has_drawn()
+        has_drawn = sow_and_watch(5)
+        draw()
+        assert has_drawn()
+
+
+def test_seeds_are_endless_and_those_of_the_stream():
+    one, other = STREAM.seeds(), STREAM.seeds()
+    found = [next(one) for _ in range(50)]
+    assert found == [next(other) for _ in range(50)] and len(set(found)) == 50 and all(0 <= seed < 2**63 for seed in found)
 
 
 @pytest.mark.gpu

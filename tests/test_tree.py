@@ -122,6 +122,35 @@ def test_equal_sees_paths_types_shapes_and_values():
         assert not tree.equal(one, other)
 
 
+def test_rows_of_the_same_bits_have_the_same_fingerprint_and_no_others():
+    stacked = {"a": torch.tensor([[1.0, 2.0], [1.0, 2.0], [1.0, -2.0]]), "n": torch.tensor([3, 3, 3])}
+    one, same, other = tree.fingerprints(stacked)
+    assert one == same != other == tree.fingerprint(tree.row(stacked, 2))
+    wider = {"a": stacked["a"].double(), "n": stacked["n"]}
+    assert len({*tree.fingerprints(stacked), *tree.fingerprints(wider), tree.fingerprint({"b": stacked["a"][0], "n": stacked["n"][0]})}) == 5
+    assert tree.fingerprint({"x": torch.tensor(0.0)}) != tree.fingerprint({"x": torch.tensor(-0.0)}), "bits, not values"
+
+
+def test_a_leaf_that_was_written_replaced_added_or_dropped_has_changed():
+    before = {name: torch.zeros(2, 2) for name in ("same", "written", "viewed", "replaced", "dropped")}
+    marks, after = tree.marks(before), dict(before)
+    after["written"].add_(1)
+    after["viewed"][0].fill_(2)
+    after |= {"replaced": after["replaced"].clone(), "added": torch.zeros(1)}
+    del after["dropped"]
+    assert tree.find_changed(marks, after) == {"written", "viewed", "replaced", "dropped", "added"}
+    assert tree.find_changed(tree.marks(after), after) == set()
+
+
+def test_a_number_of_what_is_said_fits_into_int64():
+    numbers = {tree.number(said) for said in (["a"], ["b"], ["a", "b"], [("a", 1)])}
+    assert len(numbers) == 4 and all(0 <= number < 2**63 for number in numbers) and tree.number(["a"]) == tree.number(["a"])
+
+
+def test_the_root_of_a_path_is_its_part():
+    assert [tree.root(path) for path in ("model/head.weight", "w", "optimizer/model/step/w")] == ["model", "w", "optimizer"]
+
+
 def test_to_shares_what_is_already_there():
     leaf = torch.ones(2)
     assert tree.to({"a": leaf}, "cpu")["a"].data_ptr() == leaf.data_ptr()
@@ -130,5 +159,5 @@ def test_to_shares_what_is_already_there():
 @pytest.mark.gpu
 def test_packing_brings_leaves_of_a_gpu_to_the_host(sample):
     there = tree.to(sample, "cuda")
-    buffer = tree.pack(there)
+    buffer = pack([there])
     assert buffer.device.type == "cpu" and tree.equal(tree.unpack(buffer, tree.layout(there)), sample)

@@ -12,14 +12,12 @@ from torch.nn import functional as F
 from hpcfl import tree
 from hpcfl.algorithms.fedavg import Config, FedAvg
 from hpcfl.contract import Phase, Update
-from hpcfl.data.shards import Scale, Shard
 from hpcfl.federation.exchange import Exchange
 from hpcfl.federation.ledger import Ledger
 from hpcfl.federation.loop import rounds
 from hpcfl.federation.state import begin
-from hpcfl.streams import Stream, find_generators, keeping_generators, sow
+from hpcfl.streams import Stream, keeping_generators, sow
 from hpcfl.training import compiling
-from hpcfl.training.evaluate import apply_in_batches, count_correct
 from hpcfl.training.fit import fit
 from hpcfl.training.group import Group
 from hpcfl.training.optimizers import Optimizer
@@ -167,38 +165,6 @@ def test_only_losses_that_draw_are_computed_client_by_client(loss, calls):
         return loss(modules, batch, context)
     fit(group(), {"model": Dropping()}, [Turn(("model",), counted, SGD)], lambda client: list(batches(0))[:2], engine="vmap")
     assert len(seen) == calls
-
-
-def test_seeding_sets_the_gpus_generators_where_cuda_is_in_use_and_gives_them_back(monkeypatch):
-    gpu = torch.Generator().manual_seed(5)
-    wanted = torch.rand(3, generator=torch.Generator().manual_seed(5))
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "default_generators", (gpu,))
-    drawn = []
-    for _ in range(2):
-        with Stream(0, "init").seeding():
-            drawn.append(torch.rand(3, generator=gpu))
-    assert torch.equal(*drawn) and torch.equal(torch.rand(3, generator=gpu), wanted)
-
-
-def test_seeding_leaves_a_cuda_that_nobody_uses_alone(monkeypatch):
-    asked = []
-    monkeypatch.setattr(torch.cuda, "manual_seed_all", asked.append)
-    with Stream(0, "init").seeding():
-        torch.rand(1)
-    assert not asked and len(find_generators()) == 1
-
-
-def test_a_network_that_draws_in_eval_mode_answers_alike_in_every_run_and_on_every_rank():
-    shard = Shard(torch.zeros(40, 1, 2, 2), torch.arange(40) % 4, Scale())
-
-    def guess(x):
-        return torch.rand(len(x), 4)
-    whole = apply_in_batches(guess, shard, 8)
-    sow(9)
-    assert torch.equal(apply_in_batches(guess, shard, 8), whole) and len(torch.unique(whole)) > 100
-    shares = [count_correct(guess, shard, 4, 8, rank, 3) for rank in range(3)]
-    assert torch.equal(sum(shares), count_correct(guess, shard, 4, 8)) and 0 < int(sum(shares).sum()) < 40
 
 
 # In a run

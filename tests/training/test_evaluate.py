@@ -11,6 +11,7 @@ from hpcfl import tree
 from hpcfl.data.shards import Scale, Shard
 from hpcfl.errors import NonFiniteError
 from hpcfl.models import zoo
+from hpcfl.streams import sow
 from hpcfl.training import compiling
 from hpcfl.training.evaluate import apply_in_batches, bind, bind_model, count_correct, extract_features
 from hpcfl.training.group import Group
@@ -152,3 +153,15 @@ def test_features_that_are_not_finite_name_the_client():
     assert bool(torch.isfinite(extract_features(spoiled, modules, 2, shard())).all())
     with pytest.raises(NonFiniteError, match=r"round 7: client 5 \(cnn1\).*; lower training\.lr = 3$"):
         extract_features(spoiled, modules, 5, shard(), "round 7", "lower training.lr = 3")
+
+
+def test_a_network_that_draws_in_eval_mode_answers_alike_in_every_run_and_on_every_rank():
+    black = Shard(torch.zeros(40, 1, 2, 2), torch.arange(40) % 4, Scale())
+
+    def guess(x):
+        return torch.rand(len(x), 4)
+    whole = apply_in_batches(guess, black, 8)
+    sow(9)
+    assert torch.equal(apply_in_batches(guess, black, 8), whole) and len(torch.unique(whole)) > 100
+    shares = [count_correct(guess, black, 4, 8, rank, 3) for rank in range(3)]
+    assert torch.equal(sum(shares), count_correct(guess, black, 4, 8)) and 0 < int(sum(shares).sum()) < 40

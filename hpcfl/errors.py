@@ -86,8 +86,8 @@ def error_text(error: BaseException, rank: int) -> str:
     """An error in one line, as in STATUS: type, rank, whose work failed if that is noted, and the message; of an HpcflError the message alone."""
     if isinstance(error, HpcflError):
         return str(error)
-    said = f": {error}" if str(error) else ""
-    return f"{type(error).__name__} on {', '.join([f'rank {rank}', *_read_whom(error)])}{said}"
+    message = f": {error}" if str(error) else ""
+    return f"{type(error).__name__} on {', '.join([f'rank {rank}', *_read_whom(error)])}{message}"
 
 
 def _read_whom(error: BaseException) -> list[str]:

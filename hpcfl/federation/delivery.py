@@ -41,7 +41,7 @@ class Message:
     version: int                                                   # of the server's state
     whole: Tree | None                                             # at the server
     downloads: dict[str, Download] = field(default_factory=dict)   # by architecture
-    trees: dict[str, Tree] = field(default_factory=dict)           # the same, at the server
+    trees: dict[str, Tree] = field(default_factory=dict)           # the leaves of each download, at the server
     ranks: dict[str, set[int]] = field(default_factory=dict)       # where each download has arrived, by architecture
 
 
@@ -77,7 +77,7 @@ class Delivery:
         self._move({architecture: (ranks, len(readers[architecture])) for architecture, ranks in wanted.items()}, message.downloads, message.trees)
         for architecture, ranks in wanted.items():
             message.ranks.setdefault(architecture, set()).update(ranks)
-        self._keep(lambda key: not key.startswith(DERIVED))
+        self._drop_unread(lambda key: not key.startswith(DERIVED))
         return message
 
     def download(self, message: Message, architecture: str) -> Tree:
@@ -106,13 +106,13 @@ class Delivery:
         if self.messages.keys() <= set(steps):
             return
         self.messages = {step: message for step, message in self.messages.items() if step in steps}
-        self._keep(lambda key: False)
+        self._drop_unread(lambda key: False)
 
-    def _keep(self, also: Callable[[str], bool]) -> None:
-        """Let go of leaves that no message has any more, unless `also(key)`; the server and the holders let go of the same leaves."""
+    def _drop_unread(self, keeps: Callable[[str], bool]) -> None:
+        """Let go of leaves that no message has any more, unless `keeps(key)`; the server and the holders let go of the same leaves."""
         read = {key for message in self.messages.values() for download in message.downloads.values() for key in download.keys.values()}
-        self.held = {key: leaf for key, leaf in self.held.items() if key in read or also(key)}
-        self.places = {key: place for key, place in self.places.items() if key in read or also(key)}
+        self.held = {key: leaf for key, leaf in self.held.items() if key in read or keeps(key)}
+        self.places = {key: place for key, place in self.places.items() if key in read or keeps(key)}
 
     def _take(self, download: Download) -> Tree:
         return {path: self.held[key] for path, key in download.keys.items()}

@@ -44,8 +44,9 @@ class Exchange:
         if step.overrides("prepare"):
             state = self.serve(step, "prepare", state, place)
         if step.overrides("train"):
-            message = self.publish(step, state, self.world.architectures(answers.cohort if step is place.phase.asks else answers.answered, place.row))
-            if step is place.phase.asks:
+            asks = step is place.phase.asks                        # then its message goes to the whole cohort, lost clients included
+            message = self.publish(step, state, self.world.architectures(answers.cohort if asks else answers.answered, place.row))
+            if asks:
                 self.ask_in_vain(message, state, frozenset(answers.lost))
             state, uplink = self.work(step, "train", message, state, place, frozenset(answers.answered))
             self.wait()

@@ -42,8 +42,8 @@ class Meter:
             self.first = torch.full_like(self.totals["loss"], math.nan) if self.first is None else self.first
             self.first[chosen] = self.totals["loss"][chosen]
 
-    def read(self, changed: Tree, setup: Setup, begun: Callable[[], Tree]) -> list[dict[str, float]]:
-        """Each client's means; training made `changed` (K, ...) of `begun()` (K, ...).
+    def read(self, changed: Tree, setup: Setup, read_start: Callable[[], Tree]) -> list[dict[str, float]]:
+        """Each client's means; training made `changed` (K, ...) of `read_start()` (K, ...).
 
         Raises: NonFiniteError naming the clients whose sums or changed leaves hold NaN or infinity, or whose weights are so large that their squares do.
         """
@@ -52,16 +52,16 @@ class Meter:
         table = torch.stack([*self.totals.values(), torch.stack(checks).sum(0)], dim=1).tolist()    # (K, names + 1): the one synchronisation
         broken = [row for row, numbers in enumerate(table) if not all(map(math.isfinite, numbers))]
         if broken:
-            raise NonFiniteError(self.diagnosis_text(broken, setup, begun(), changed))
+            raise NonFiniteError(self.diagnosis_text(broken, setup, read_start(), changed))
         return [{name: total / counts[row] for (name, counts), total in zip(self.counts.items(), totals) if counts[row]}
                 for row, totals in enumerate(table)]
 
-    def diagnosis_text(self, broken: Sequence[int], setup: Setup, begun: Tree, changed: Tree) -> str:
+    def diagnosis_text(self, broken: Sequence[int], setup: Setup, start: Tree, changed: Tree) -> str:
         """What went wrong with the clients at these rows, and what to do; that depends on whether it was there before their first step."""
         who = f"{setup.where}: training of {setup.member} {', '.join(str(self.clients[row]) for row in broken)}"
         firsts = self.first.tolist() if self.first is not None else [math.nan] * len(self.clients)
         for row in broken:
-            own = {path: leaf[row] for path, leaf in tree.select_floating(begun).items() if path in setup.own}
+            own = {path: leaf[row] for path, leaf in tree.select_floating(start).items() if path in setup.own}
             spoiled = next((path for path, leaf in own.items() if not bool(torch.isfinite(leaf).all())), None)
             if spoiled or not abs(firsts[row]) < BLAMELESS_LOSS:
                 one, way_out = f"{setup.member} {self.clients[row]}", f"; {setup.origin}" if setup.origin else ""

@@ -75,7 +75,8 @@ def test_a_client_whose_architecture_changes_begins_anew_with_nothing_downloaded
 
 
 def test_a_group_has_at_most_a_chunk_of_clients_of_one_architecture_in_every_round():
-    world = in_memory.world(in_memory.job("fedrolex", federation={"clients": 7}, models={"size_schedule": "rotate"}, residency={"chunk": 2, "location": "disk"}))
+    changing = {"federation": {"clients": 7}, "models": {"size_schedule": "rotate"}, "residency": {"chunk": 2, "location": "disk"}}
+    world = in_memory.world(in_memory.job("fedrolex", **changing))
     state = begin(world)
     for row in range(3):
         state = regroup(world, state, row)

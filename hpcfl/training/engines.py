@@ -42,7 +42,7 @@ def run_sequential(setup: Setup, group: Group, batches: Batches) -> Trained:
             row.copy_(group.state[path][index]) if path in group.state else row.zero_()
         meter, seeds = Meter([client]), setup.streams(client).seeds()
         for batch in setup.draw_batches(batches, client, seeds):
-            batch = tree.transform(batch, _channels_last) if setup.images_last else batch
+            batch = tree.transform(batch, _to_channels_last) if setup.images_last else batch
             for bound in bounds:
                 with setup.naming(bound.turn, [client]):
                     sow(next(seeds))
@@ -155,8 +155,8 @@ class Losses:
         setup, found = self.setup, []
         split = {name: leaf.unbind() if leaf.requires_grad else leaf for name, leaf in bound.own.items()}      # one backward step for all rows
         for row, (client, seed) in enumerate(zip(clients, seeds, strict=True)):
-            own = {name: _channels_last(rows[row]) if name in self.laid_out else rows[row] for name, rows in split.items()}
-            images = tree.transform(tree.row(batch, row), _channels_last) if setup.images_last else tree.row(batch, row)
+            own = {name: _to_channels_last(rows[row]) if name in self.laid_out else rows[row] for name, rows in split.items()}
+            images = tree.transform(tree.row(batch, row), _to_channels_last) if setup.images_last else tree.row(batch, row)
             with setup.naming(bound.turn, [client]):
                 sow(seed)
                 found.append(setup.forward_one(setup.modules, bound.turn.loss, own, setup.shared, images, setup.context))
@@ -234,8 +234,8 @@ def _copy_all(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def _allocate_row(stacked: Tensor, channels_last: bool) -> Tensor:
     row = torch.empty(stacked.shape[1:], dtype=stacked.dtype, device=stacked.device)
-    return _channels_last(row) if channels_last else row
+    return _to_channels_last(row) if channels_last else row
 
 
-def _channels_last(leaf: Tensor) -> Tensor:
+def _to_channels_last(leaf: Tensor) -> Tensor:
     return leaf.to(memory_format=torch.channels_last) if leaf.dim() == 4 else leaf     # not `contiguous`, which leaves what has one channel as it is

@@ -17,7 +17,8 @@ KINDS = [Cvae((1, 8, 8)), Dcgan((1, 8, 8)), Ddpm((1, 8, 8), width=8), Vtc((1, 8,
 
 @pytest.mark.parametrize("model", KINDS, ids=lambda model: type(model).__name__)
 def test_every_kind_has_a_generator_a_rule_for_each_loss_and_trains_what_it_has(model):
-    assert all(hasattr(model, name) for name in GenerativeModel.__protocol_attrs__) if hasattr(GenerativeModel, "__protocol_attrs__") else True
+    promised = {*GenerativeModel.__annotations__, *(name for name in vars(GenerativeModel) if not name.startswith("_"))}
+    assert {"shape", "sample", "rules"} <= promised and all(hasattr(model, name) for name in promised)
     with torch.device("meta"):
         networks = model.networks()
     trained = [name for names, _ in model.losses() for name in names]
@@ -64,5 +65,5 @@ def test_labels_become_rows_of_zeros_and_a_one_and_planes_beside_maps():
     y, maps = torch.tensor([2, 0]), torch.zeros(2, 5, 3, 4, dtype=torch.float64)
     rows = one_hot(y, 3, maps)
     assert rows.tolist() == [[0, 0, 1], [1, 0, 0]] and rows.dtype == torch.float64
-    spread_out = planes(rows, maps)
-    assert spread_out.shape == (2, 3, 3, 4) and torch.equal(spread_out[:, :, 2, 1], rows) and torch.equal(spread_out[:, :, 0, 3], rows)
+    filled = planes(rows, maps)
+    assert filled.shape == (2, 3, 3, 4) and torch.equal(filled[:, :, 2, 1], rows) and torch.equal(filled[:, :, 0, 3], rows)

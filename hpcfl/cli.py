@@ -9,7 +9,7 @@ import hpcfl
 from hpcfl.arguments import Parser, expand_homes, parse_numbers, parse_residencies
 from hpcfl.errors import EnvironmentFault, HpcflError, Interrupted
 from hpcfl.files.places import expand_home
-from hpcfl.runs import outlets, signals
+from hpcfl.runs import devices, guard, outlets, signals
 
 DATA_COLUMNS = ("name", "status", "train", "test", "classes", "image", "MB", "")
 
@@ -51,7 +51,7 @@ def _run(arguments: argparse.Namespace) -> int:
     comm = connect(checked=not arguments.dry_run, alone=arguments.alone)
     if arguments.dry_run and not arguments.alone and _one_of_many(comm):
         return 0
-    return launch.run_guarded(body, comm)
+    return guard.run_guarded(body, comm)
 
 
 def _one_of_many(comm) -> bool:
@@ -65,8 +65,7 @@ def _dry_run(job, comm, refused: str) -> int:
     """Check everything that can be checked without training, and say what would run, and why it would be `refused`."""
     from hpcfl.federation.world import World
     from hpcfl.report import averaging
-    from hpcfl.runs import launch
-    world = World(job, comm, launch.choose_job_device(job, comm))
+    world = World(job, comm, devices.choose_job_device(job, comm))
     if comm.is_server:
         print(job.to_toml())
         for remark in world.corpus.remarks:
@@ -190,7 +189,6 @@ def _data_import(arguments: argparse.Namespace) -> int:
 
 def _bench(arguments: argparse.Namespace) -> int:
     from hpcfl.bench import w1_vtc
-    from hpcfl.runs import launch
     from hpcfl.wire.communicator import connect
 
     def body() -> int:
@@ -199,12 +197,11 @@ def _bench(arguments: argparse.Namespace) -> int:
             print(json.dumps(figures, indent=1) if arguments.json else w1_vtc.render(figures))
         return 0
     comm = connect()
-    return launch.run_guarded(body, comm)
+    return guard.run_guarded(body, comm)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
     from hpcfl.doctor import examine
-    from hpcfl.runs import launch
     from hpcfl.wire.communicator import connect
     from hpcfl.wire.launchers import read_launch
 
@@ -218,7 +215,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     comm, told = connect(checked=False), read_launch()
     if _one_of_many(comm):
         return 0
-    return launch.run_guarded(body, comm)
+    return guard.run_guarded(body, comm)
 
 
 def _speaking(command):

@@ -20,7 +20,7 @@ from hpcfl.errors import CheckpointError, JobError, LayoutError
 from hpcfl.federation.world import World
 from hpcfl.report import summary
 from hpcfl.report.measures import REFINING
-from hpcfl.runs import devices, launch, simulation
+from hpcfl.runs import devices, simulation
 from hpcfl.runs.examination import Examination
 from hpcfl.wire.communicator import Alone, Communicator, connect
 from tests.support.tiny_runs import carry_out, checkpoint_of, outcome, tiny, undisturbed, write_job

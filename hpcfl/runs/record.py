@@ -5,12 +5,11 @@ from typing import Any
 
 import numpy as np
 
+from hpcfl.accounts import EXCHANGES, RECORD_VERSION, SECONDS
 from hpcfl.errors import CheckpointError
 from hpcfl.federation.answers import Answers
-from hpcfl.federation.ledger import SECONDS
 from hpcfl.files import metrics
-from hpcfl.files.metrics import RECORD_VERSION, Arrays, DamagedFile, RecordFile
-from hpcfl.wire.communicator import EXCHANGES
+from hpcfl.files.metrics import Arrays, DamagedFile, RecordFile
 
 ACCURACIES = ("generalization", "personal", "validation")               # of right answers, by the images that they are out of
 GLOBAL = "evaluation/global_correct"

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from hpcfl.accounts import EXCHANGES
 from hpcfl.errors import CheckpointError, Stopped
 from hpcfl.federation.exchange import Exchange
 from hpcfl.federation.ledger import Ledger
@@ -21,7 +22,6 @@ from hpcfl.runs.examination import Examination
 from hpcfl.runs.pace import Pace
 from hpcfl.runs.record import Record
 from hpcfl.runs.signal_lead import Lead
-from hpcfl.wire.communicator import EXCHANGES
 
 log = logging.getLogger("hpcfl")
 

@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> None:
         code = arguments.command(arguments)
     except SystemExit as end:                                      # argparse has printed what was asked for, or what is wrong
         code = end.code
-    failure = outlets.lost(sys.stdout)
+    failure = outlets.find_failure(sys.stdout)
     if failure and failure.errno not in outlets.GONE:
         print(f"hpcfl: standard output takes nothing any more: {failure.strerror}; what is missing there is lost", file=sys.stderr)
         code = code or EnvironmentFault.exit_code

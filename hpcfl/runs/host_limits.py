@@ -6,7 +6,7 @@ from pathlib import Path
 
 import psutil
 
-from hpcfl.settings.job import Run
+from hpcfl.settings.sections import Run
 from hpcfl.wire.launchers import parse_whole_number
 
 GROUPS = Path("/sys/fs/cgroup")

@@ -4,7 +4,7 @@ from pathlib import Path
 from hpcfl.runs.choices import CHOICES
 from hpcfl.settings import manual
 
-PAPER = Path(__file__).resolve().parent.parent / "jobs" / "README.md"
+PAPER = Path(__file__).resolve().parents[2] / "jobs" / "README.md"
 BEGIN, END = "<!-- settings -->", "<!-- end of settings -->"
 
 

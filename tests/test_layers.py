@@ -24,7 +24,7 @@ FLOORS = (                                                         # an import g
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS, start=1) for name in names}
 DOOR = FLOORS[-1]                                                  # files of one room, though they have no folder
-TOP_LEVEL = {"setup.py", "hpcfl", "jobs", "tests", "slurm", "README.md", ".ci", "pyproject.toml", "LICENSE", ".gitignore"}
+TOP_LEVEL = {"setup.py", "hpcfl", "jobs", "tests", "slurm", "README.md", "CITATION.cff", ".ci", "pyproject.toml", "LICENSE", ".gitignore"}
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "PIL": "pillow"}       # import name -> name in setup.py, where they differ
 
 

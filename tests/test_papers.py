@@ -313,6 +313,11 @@ def test_every_mark_and_every_helper_of_the_tests_is_listed():
     assert set(re.findall(r"^\| `tests/support/(\w+\.py)`", text, re.MULTILINE)) == helpers
 
 
+def test_the_limit_of_a_suite_is_the_scripts():
+    limit = re.search(r"HPCFL_TEST_LIMIT_S:-(\d+)", (REPOSITORY / "tests" / "run").read_text())[1]
+    assert f"`HPCFL_TEST_LIMIT_S` ({limit})" in (REPOSITORY / "tests" / "README.md").read_text()
+
+
 def test_the_picture_of_a_round_speaks_the_codes_own_words():
     texts = ElementTree.parse(REPOSITORY / "hpcfl" / "round.svg").iter("{http://www.w3.org/2000/svg}text")
     verbs = {text.text for text in texts if text.get("class") == "verb"} - {"evaluate", "record", "checkpoint"}

@@ -230,18 +230,20 @@ def test_examples_of_jobs_are_jobs(block):
 
 @pytest.mark.parametrize("paper", PAPERS, ids=lambda paper: str(paper.relative_to(REPOSITORY)))
 def test_files_that_are_named_exist(paper):
-    links = {paper.parent / link for link in re.findall(r"\]\(([^)#:]+)\)", paper.read_text())}
-    paths = {REPOSITORY / found for words in quoted(paper) for found in words.split() if PLACES.fullmatch(found)}
-    modules = {REPOSITORY.joinpath(*found.split(".")) for found in quoted(paper) if re.fullmatch(r"hpcfl(\.[a-z_0-9]+)+", found)}
-    missing = [path for path in links | paths if not path.exists()] + [path for path in modules if not path.is_dir() and not path.with_suffix(".py").exists()]
-    assert sorted(str(path.relative_to(REPOSITORY)) for path in missing if str(path.relative_to(REPOSITORY)) not in {block.path() for block in blocks("python")}) == []
+    links = [paper.parent / link for link in re.findall(r"\]\(([^)#:]+)\)", paper.read_text())]
+    words = [word for span in quoted(paper) for word in span.split()]
+    named = [REPOSITORY / word for word in words if PLACES.fullmatch(word)]
+    modules = [REPOSITORY.joinpath(*word.split(".")) for word in words if re.fullmatch(r"hpcfl(\.[a-z_0-9]+)+", word)]
+    shown = [REPOSITORY / block.path() for block in blocks("python")]
+    assert [path for path in links + named if not path.exists() and path not in shown] == []
+    assert [path for path in modules if not path.is_dir() and not path.with_suffix(".py").exists()] == []
 
 
 def test_settings_that_are_named_exist():
     keys = {f"{section}.{key}" for section, kind in SECTIONS.items() if kind for key in kind.__dataclass_fields__}
     keys |= {f"algorithm.{key}" for config in CONFIGS.values() for key in config.__dataclass_fields__} | {"algorithm.name"}
-    named = {found for paper in PAPERS for words in quoted(paper) for found in re.findall(rf"(?:^|--set |['\"])((?:{'|'.join(SECTIONS)})\.[a-z_]+)(?=[= ]|$)", words)}
-    assert named - keys == set()
+    setting = re.compile(rf"(?:^|--set |['\"])((?:{'|'.join(SECTIONS)})\.[a-z_]+)(?=[= ]|$)")
+    assert {found for paper in PAPERS for words in quoted(paper) for found in setting.findall(words)} - keys == set()
 
 
 def test_jobs_that_are_named_with_settings_can_be_carried_out():

@@ -113,7 +113,7 @@ def imported(name: str, path: Path) -> ModuleType:
 def examples(tmp_path_factory) -> Iterator[Path]:
     """A folder with every file that a paper shows whole; methods and models of them are known as their paper says."""
     folder, patches = tmp_path_factory.mktemp("examples"), pytest.MonkeyPatch()
-    for block in blocks("python"):
+    for block in filter(Block.path, blocks("python")):
         path = folder / block.path()
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(block.text)

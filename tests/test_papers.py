@@ -23,7 +23,9 @@ from hpcfl import accounts, cli, errors
 from hpcfl.algorithms import CONFIGS, PLANS
 from hpcfl.contract import Algorithm
 from hpcfl.models.zoo import ENTRIES
-from hpcfl.settings.job import SECTIONS, load, resolve
+from hpcfl.runs.choices import CHOICES
+from hpcfl.settings.job import load, resolve
+from hpcfl.settings.sections import SECTIONS
 from hpcfl.wire.communicator import Communicator
 from tests.support.tiny_runs import carry_out, tiny, undisturbed
 
@@ -33,7 +35,6 @@ MARKS = ("run", "network", "slurm", "gpu", "long")                 # of commands
 LONGEST = 120
 PLACES = re.compile(r"(?:hpcfl|jobs|tests|slurm|\.ci)/[\w./-]*")   # what is taken for a path, where it stands in quotes
 OPERATORS = {"&&", "||", "|", ">", ";"}
-TABLES = CONFIGS                                                   # where a job's names are looked up
 METHODS = frozenset(PLANS)                                         # without those of examples
 QUICK = {"fedvtc": ["algorithm.finetune_epochs=1", "algorithm.per_class=10", "algorithm.vtc_steps=1", "data.fraction=0.3"]}         # prints the same form
 
@@ -156,7 +157,7 @@ def test_commands_are_understood(block, examples):
     for words in filter(None, map(arguments, commands(block.text))):
         given = parsed(words)
         if getattr(given, "job", None):
-            load(REPOSITORY / given.job, TABLES, given.set)
+            load(REPOSITORY / given.job, CHOICES, given.set)
 
 
 @pytest.mark.parametrize("block", [block for block in blocks("sh") if not all(map(arguments, commands(block.text)))], ids=str)
@@ -196,7 +197,7 @@ def printed(words: list[str], capsys: pytest.CaptureFixture) -> str:
         return ""
     given = arguments(words)
     if given[0] == "run" and "--dry-run" not in given:
-        method = load(given[1], TABLES, parsed(given).set).algorithm_name
+        method = load(given[1], CHOICES, parsed(given).set).algorithm_name
         given += [word for setting in QUICK.get(method, []) for word in ("--set", setting)]
     with undisturbed(), pytest.raises(SystemExit) as end:
         cli.main(given)
@@ -222,7 +223,7 @@ def test_examples_of_tests_pass(block, examples):
 def test_examples_of_jobs_are_jobs(block):
     shown = tomllib.loads(block.text)
     if not block.path():
-        resolve(shown, TABLES)
+        resolve(shown, CHOICES)
         return
     whole = tomllib.loads((REPOSITORY / block.path()).read_text())
     assert {section: {key: whole[section].get(key) for key in table} for section, table in shown.items()} == shown
@@ -251,7 +252,7 @@ def test_jobs_that_are_named_with_settings_can_be_carried_out():
         for words in quoted(paper):
             if found := re.fullmatch(r"(?:hpcfl run )?(jobs/[\w-]+\.toml)((?: --set \S+)+)", words):
                 settings = [setting for setting in shlex.split(found[2]) if setting != "--set" and not setting.endswith("=")]
-                load(REPOSITORY / found[1], TABLES, settings)
+                load(REPOSITORY / found[1], CHOICES, settings)
 
 
 # What must be listed whole

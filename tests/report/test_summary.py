@@ -172,7 +172,7 @@ def test_models_before_the_last_work_are_called_after_what_that_work_is(tmp_path
     assert accuracy["described"]["generalization"] == f"clients' models at the end of the round, after {said}, on the whole test set"
     assert accuracy["described"].keys() == {"generalization", "personal", "absent_classes", key}
     text, line = page.write([folder], tmp_path / "out").read_text(), told([folder]).splitlines()[1]
-    assert f"Clients before and after {said}" in page.replace("&#x27;", "'") and said.split()[0] in line.split()
+    assert f"Clients before and after {said}" in text.replace("&#x27;", "'") and said.split()[0] in line.split()
     assert (word == "finetune") == ("fine-tuning" in text + told([folder])), "only what fine-tunes is called so"
 
 
@@ -439,14 +439,14 @@ def test_page_needs_nothing_but_itself(compared):
     text = (compared / "report.html").read_text()
     assert not re.search(r"https?:|<script|url\(|@import", text)
     sources = re.findall(r'<img src="([^"]*)"', text)
-    assert len(sources) == page.count("<figure>") == 2 + 3 * 8 and all(source.startswith("data:image/png;base64,") for source in sources)
-    assert page.count("prefers-color-scheme: dark)\" srcset=") == len(sources)
+    assert len(sources) == text.count("<figure>") == 2 + 3 * 8 and all(source.startswith("data:image/png;base64,") for source in sources)
+    assert text.count("prefers-color-scheme: dark)\" srcset=") == len(sources)
 
 
 def test_every_figure_has_a_caption_and_words_for_who_cannot_see_it(compared):
     text = (compared / "report.html").read_text()
     alternatives = re.findall(r'alt="([^"]*)"', text)
-    assert len(alternatives) == page.count("<figcaption>") and min(map(len, alternatives)) > 30
+    assert len(alternatives) == text.count("<figcaption>") and min(map(len, alternatives)) > 30
     assert any("last, clients then between 50.0 % and 50.0 %" in text for text in alternatives)
 
 

@@ -162,9 +162,8 @@ def _data_list(arguments: argparse.Namespace) -> int:
 
 def _data_row(row: dict) -> tuple[str, ...]:
     """The few columns of a data set that fit a terminal; --json has the rest."""
-    from hpcfl.data.classes import list_text, range_text
     from hpcfl.data.store import OWN_TERMS
-    from hpcfl.wording import printable_text
+    from hpcfl.wording import list_text, printable_text, range_text
     there = "classes" in row
     numbers = [str(row[key]) if there else "" for key in ("train", "test", "classes")]
     note = {"absent": f"hpcfl data get {row['name']}", "damaged": row.get("problem", "")}.get(row["status"], "")

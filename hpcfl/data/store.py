@@ -19,13 +19,13 @@ import numpy as np
 import platformdirs
 
 from hpcfl.data import archive, arrays, sources
-from hpcfl.data.classes import list_remarks, name_classes, range_text
+from hpcfl.data.classes import list_remarks, name_classes
 from hpcfl.data.embedded import EMBEDDED
 from hpcfl.data.sources import PUBLISHED, Labelled
 from hpcfl.errors import DataError
 from hpcfl.files.atomic import replacing
 from hpcfl.files.places import expand_home
-from hpcfl.wording import printable_text
+from hpcfl.wording import printable_text, range_text
 
 OWN_TERMS = "as the source says"                                   # of data that somebody imported
 ROWS = 20                                                          # classes that are shown one by one

@@ -11,8 +11,8 @@ from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
-from hpcfl.report.hdf5_view import BYTE_UNITS
 from hpcfl.report.recording import average
+from hpcfl.wording import choose_byte_unit
 
 WIDTH = 6.0                                                        # inches: half a laptop page, and ten-point text stays readable on a phone
 DPI = 160
@@ -114,7 +114,7 @@ def draw_overlay(theme: Theme, groups: Mapping[str, Sequence[tuple[np.ndarray, n
     labels = {label: textwrap.fill(label + (f" ({len(runs)} seeds)" if len(runs) > 1 else ""), LEGEND[1]) for label, runs in groups.items()}
     columns = 2 if max(map(len, labels.values()), default=0) <= LEGEND[0] else 1
     figure, axes = _plain(3.3 + 0.17 * -(-sum(label.count("\n") + 1 for label in labels.values()) // columns))
-    unit, factor = choose_byte_scale(max((x.max(initial=0) for runs in groups.values() for x, _ in runs), default=0)) if against == "bytes" else ("", 1)
+    unit, factor = choose_byte_unit(max((x.max(initial=0) for runs in groups.values() for x, _ in runs), default=0)) if against == "bytes" else ("", 1)
     for index, (label, runs) in enumerate(groups.items()):
         style = {"color": theme.series[index % len(theme.series)], "linestyle": ("-", "--", ":")[index // len(theme.series) % 3]}
         for x, y in runs if len(runs) > 1 else ():
@@ -278,7 +278,7 @@ def draw_server(theme: Theme, notes: Mapping[str, np.ndarray], dilated: np.ndarr
 def draw_traffic(theme: Theme, up: np.ndarray, down: np.ndarray, transported: np.ndarray) -> Figure:
     """Bytes per round, each (R,): what the federation would send (bars, up on down) and what the ranks really sent (line)."""
     figure, axes = _plain(3.3)
-    unit, factor = choose_byte_scale(max((up + down).max(initial=0), transported.max(initial=0)))
+    unit, factor = choose_byte_unit(max((up + down).max(initial=0), transported.max(initial=0)))
     rounds, gap = np.arange(len(up)) + 1, 0.2 if len(up) <= 60 else 0.0
     axes.bar(rounds, down / factor, 1 - gap, color=theme.series[5], label="simulated, down to clients")
     axes.bar(rounds, up / factor, 1 - gap, bottom=down / factor, color=theme.series[0], label="simulated, up to server")
@@ -330,12 +330,6 @@ def draw_partition(theme: Theme, counts: np.ndarray, labels: Sequence[str]) -> F
         totals.tick_params(length=0)
         totals.spines["right"].set_visible(False)
     return figure
-
-
-def choose_byte_scale(largest: float) -> tuple[str, float]:
-    """The unit in which a largest number of bytes reads well, and its size in bytes."""
-    power = next((power for power in range(len(BYTE_UNITS) - 1, 0, -1) if largest >= 1000 ** power), 0)
-    return BYTE_UNITS[power], float(1000 ** power)
 
 
 def _plain(height: float) -> tuple[Figure, Axes]:

@@ -13,13 +13,13 @@ from matplotlib.ticker import EngFormatter
 from hpcfl.errors import JobError
 from hpcfl.files.atomic import replacing
 from hpcfl.report import figures, pictures
-from hpcfl.report.hdf5_view import byte_text
 from hpcfl.report.labels import label_groups
 from hpcfl.report.measures import AFTER, MEASURES, Found, after_text
-from hpcfl.report.pictures import NOTHING, Picture, count_text, number_text, seconds_text
+from hpcfl.report.pictures import Picture
 from hpcfl.report.recording import Recording, read
 from hpcfl.report.summary import WAYS, summarise
-from hpcfl.report.tables import average_seeds, list_legend, list_results, mean_sd_text, progress_text
+from hpcfl.report.tables import average_seeds, list_legend, list_results, progress_text
+from hpcfl.wording import NOTHING, byte_text, count_text, duration_text, mean_sd_text, number_text, percent_text
 
 SELECTION = ("Of the accuracies over architectures the one to report is the final one: the number of rounds was fixed beforehand, so that nothing selected it. "
              "Selected by validation is the evaluation at which the validation parts of an architecture's clients were best: those have the clients' own "
@@ -153,10 +153,6 @@ def _flops_text(count: float | None) -> str:
     return NOTHING if count is None else EngFormatter("FLOP", 2)(count)
 
 
-def _duration_text(seconds: float | None) -> str:
-    return NOTHING if seconds is None else seconds_text(seconds)
-
-
 def _accuracy_cell(key: str, run: Run) -> str:
     """Mean of an accuracy, below it the lowest and highest, bold where it is the run's result."""
     accuracy = run.found["accuracy"]
@@ -169,7 +165,7 @@ def _accuracy_cell(key: str, run: Run) -> str:
 
 
 def _mean_sd(key: str, each: Found) -> str:
-    text = escape(mean_sd_text(each["accuracy"][key], NOTHING))
+    text = escape(mean_sd_text(**each["accuracy"][key]))
     return f"<b>{text}</b>" if each["report"] == key else text
 
 
@@ -188,10 +184,6 @@ def _run_heading(run: Run) -> str:
     return f"<a href=#run-{run.number}>{escape(run.label)}</a><small>{escape(', '.join(facts))}</small>"
 
 
-def _percent_text(value: float | None) -> str:
-    return NOTHING if value is None else f"{number_text(value)} %"
-
-
 def _per_client(found: dict[str, Any], direction: str) -> str:
     sent = found["bytes"]["per_client"][f"simulated_{direction}_bytes"]
     return byte_text(sum(sent) / max(1, len(sent)))
@@ -201,14 +193,14 @@ RUN_COLUMNS: dict[str, Callable[[Run], str]] = {
     "Run": _run_heading,
     **_with_after(lambda key: partial(_accuracy_cell, key), lambda run: escape(after_text(run.found["accuracy"]["refine"]))),
     "Bytes per client": lambda run: f"{_per_client(run.found, 'up')} up<small>{_per_client(run.found, 'down')} down</small>",
-    "Time": lambda run: seconds_text(run.found["wall_s"])}
+    "Time": lambda run: duration_text(run.found["wall_s"])}
 SEED_COLUMNS: dict[str, Callable[[Found], str]] = {
     "Runs that differ only in seed": lambda each: f"{escape(each['label'])}<small>seeds {escape(', '.join(map(str, each['seeds'])))}</small>",
     **_with_after(lambda key: partial(_mean_sd, key), lambda each: escape(after_text(each["refine"]))),
-    "Time (s)": lambda each: mean_sd_text(each["wall_s"], NOTHING)}
+    "Time (s)": lambda each: mean_sd_text(**each["wall_s"])}
 WAY_COLUMNS: dict[str, Callable[[Found], str]] = {
     "Runs that differ only in seed": lambda each: escape(each["label"]),
-    **{f"{told} (%)": partial(lambda way, each: mean_sd_text(each["accuracy"][f"over_architectures_{way}"], NOTHING), way) for way, told in WAYS.items()}}
+    **{f"{told} (%)": partial(lambda way, each: mean_sd_text(**each["accuracy"][f"over_architectures_{way}"]), way) for way, told in WAYS.items()}}
 TARGET_COLUMNS: dict[str, Callable[[str, dict[str, int]], str]] = {
     "Mean accuracy of at least (%)": lambda target, _: target,
     "Rounds": lambda _, cost: str(cost["rounds"]),
@@ -219,9 +211,9 @@ ARCHITECTURE_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "Clients": lambda entry: str(entry["clients"]),
     "Parameters": lambda entry: NOTHING if entry["parameters"] is None else f"{entry['parameters']:,}",
     "Forward pass of an image": lambda entry: _flops_text(entry["forward_flops"]),
-    "Memory to train": lambda entry: NOTHING if entry["memory_bytes"] is None else byte_text(entry["memory_bytes"]),
-    "Training": lambda entry: _duration_text(entry["train_s"]),
-    "Refining": lambda entry: _duration_text(entry["refine_s"]),
+    "Memory to train": lambda entry: byte_text(entry["memory_bytes"]),
+    "Training": lambda entry: duration_text(entry["train_s"]),
+    "Refining": lambda entry: duration_text(entry["refine_s"]),
     "Simulated up": lambda entry: byte_text(entry["simulated_up_bytes"]),
     "Simulated down": lambda entry: byte_text(entry["simulated_down_bytes"]),
     "Clients (%)": lambda entry: number_text(entry["generalization"]),
@@ -241,16 +233,16 @@ WORDS = ("After", "Phase", "Architecture")
 def _headline(run: Run, several: bool) -> str:
     recording, found, accuracy, sent = run.recording, run.found, run.found["accuracy"], run.found["bytes"]
     known = {key: measure.select(accuracy) for key, measure in MEASURES.items()}
-    tiles = {name: (_percent_text(known[key]["mean"]), note) for key, (name, note) in _names(accuracy).items() if known[key] and known[key]["mean"] is not None}
-    idle = "wall clock" if found["idle_share"] is None else f"waiting {number_text(100 * found['idle_share'])} %"
+    tiles = {name: (percent_text(known[key]["mean"]), note) for key, (name, note) in _names(accuracy).items() if known[key] and known[key]["mean"] is not None}
+    idle = "wall clock" if found["idle_share"] is None else f"waiting {percent_text(100 * found['idle_share'])}"
     idle += "" if found["load_balance"] is None or recording.ranks == 1 else f", busiest rank {number_text(found['load_balance'], 2)} of the mean"
     tiles |= {"Simulated bytes": (byte_text(sent["simulated_up_bytes"] + sent["simulated_down_bytes"]),
                                   f"{byte_text(sent['simulated_up_bytes'])} up, {byte_text(sent['simulated_down_bytes'])} down"),
               "Transported bytes": (byte_text(sent["transported_bytes"]), f"between {count_text(recording.ranks, 'rank')}"),
-              "Time": (seconds_text(found["wall_s"]), idle)}
+              "Time": (duration_text(found["wall_s"]), idle)}
     if conditions := found["conditions"]:
         share = 100 * conditions["answered"] / max(1, conditions["asked"])
-        tiles["Answers"] = (_percent_text(share), f"{conditions['dropped']} dropped out, {conditions['late']} late; {seconds_text(conditions['simulated_s'])} simulated")
+        tiles["Answers"] = (percent_text(share), f"{conditions['dropped']} dropped out, {conditions['late']} late; {duration_text(conditions['simulated_s'])} simulated")
     cells = "".join(f"<div><dt>{name}</dt><dd>{value[0]}<small>{value[1]}</small></dd></div>" for name, value in tiles.items())
     origin = f" ({found['data_source']}, SHA-256 {found['data_sha256'][:12]})" if found["data_source"] else ""
     facts = f"{recording.algorithm} on {found['data']}{origin}, {count_text(recording.clients, 'client')}, {count_text(recording.ranks, 'rank')}, " \
@@ -310,7 +302,7 @@ def _ranks(recording: Recording, found: dict[str, Any]) -> str:
     if recording.ranks == 1 or not by_rank:
         return ""
     columns = {"Rank": lambda rank: str(rank)}
-    columns |= {name.capitalize(): partial(lambda values, rank: seconds_text(values[rank]), values) for name, values in by_rank.items()}
+    columns |= {name.capitalize(): partial(lambda values, rank: duration_text(values[rank]), values) for name, values in by_rank.items()}
     if "idle" in by_rank and found["wall_s"]:
         columns["Waiting (%)"] = lambda rank: number_text(100 * by_rank["idle"][rank] / found["wall_s"])
     return _table("Seconds of each rank, all rounds", columns, ((rank,) for rank in range(recording.ranks)))

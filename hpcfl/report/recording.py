@@ -12,9 +12,10 @@ import numpy as np
 
 from hpcfl.errors import CheckpointError, JobError
 from hpcfl.files import lock, metrics
-from hpcfl.files.metrics import RECORD_VERSION, SHAPES, rounds_text
+from hpcfl.files.metrics import RECORD_VERSION, SHAPES
 from hpcfl.report.measures import REFINING
 from hpcfl.settings.job import read_recorded
+from hpcfl.wording import numbers_text
 
 NEGATIVE = "negative "                                             # begins the name of a share of negative weights: negative PATH SIZE
 BEFORE = "1"                                                       # its SIZE of the model that was not compressed; of others the architecture
@@ -269,7 +270,7 @@ def _way_out(status: str) -> str:
 def _lost_text(attributes: Mapping[str, Any]) -> str:
     """Words for the rounds whose figures were lost before the run was resumed."""
     rounds = [int(row) + 1 for row in attributes.get("lost_rounds", ())]
-    return f"without the figures of {rounds_text(rounds)}, which were lost" if rounds else ""
+    return f"without the figures of {numbers_text(rounds, 'round', ' to ')}, which were lost" if rounds else ""
 
 
 def _align(arrays: dict[str, np.ndarray], sizes: dict[str, int], path: Path) -> dict[str, np.ndarray]:

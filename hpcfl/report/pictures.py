@@ -5,7 +5,7 @@ from functools import partial
 
 import numpy as np
 
-from hpcfl.report import figures, mosaics
+from hpcfl.report import canvas, figures, mosaics
 from hpcfl.report.measures import after_all_text, after_text
 from hpcfl.report.recording import BEFORE, Recording, average
 from hpcfl.wording import byte_text, count_text, duration_text, number_text, percent_text
@@ -25,7 +25,7 @@ class Picture:
     name: str
     title: str
     alt: str
-    draw: figures.Drawing
+    draw: canvas.Drawing
 
 
 def picture_run(recording: Recording, prefix: str = "") -> list[Picture]:

@@ -17,7 +17,7 @@ import pytest
 from hpcfl import cli
 from hpcfl.errors import CheckpointError, JobError
 from hpcfl.files import lock
-from hpcfl.report import figures, labels, page, recording, summary, tables
+from hpcfl.report import canvas, figures, labels, page, recording, summary, tables
 
 TEXT = h5py.string_dtype()
 JOB = """[run]
@@ -594,7 +594,7 @@ def test_a_run_of_another_host_is_said_to_be_beyond_checking(tmp_path):
 
 
 def test_names_of_phases_do_not_overlap():
-    figure = figures.draw_accuracy(figures.LIGHT, {"clients": (0, np.arange(1, 41), np.full((40, 2), 50.0))}, 10.0,
+    figure = figures.draw_accuracy(canvas.LIGHT, {"clients": (0, np.arange(1, 41), np.full((40, 2), 50.0))}, 10.0,
                               [(0, "statistics"), (1, "warm-up"), (2, "generator"), (3, "rounds"), (38, "finetune"), (39, "calibrate")])
     figure.canvas.draw()
     names = [text for text in figure.axes[0].texts if text.get_text()]
@@ -606,7 +606,7 @@ def test_names_of_phases_do_not_overlap():
 def test_what_is_reached_in_one_exchange_or_for_nothing_is_in_sight_among_costly_runs():
     runs = {"costly": [(np.array([1e6, 6e7]), np.array([20.0, 60.0]))], "one exchange": [(np.array([1e5]), np.array([99.0]))],
             "local": [(np.array([0.0, 0.0]), np.array([10.0, 30.0]))]}
-    figure = figures.draw_overlay(figures.LIGHT, runs, "bytes")
+    figure = figures.draw_overlay(canvas.LIGHT, runs, "bytes")
     figure.canvas.draw()
     axes = figure.axes[0]
     ends = {line.get_color(): line for line in axes.lines if line.get_markersize() == 8}

@@ -64,7 +64,7 @@ def _one_of_many(comm) -> bool:
 def _dry_run(job, comm, refused: str) -> int:
     """Check everything that can be checked without training, and say what would run, and why it would be `refused`."""
     from hpcfl.federation.world import World
-    from hpcfl.report import averaging
+    from hpcfl.report import lone_clients
     from hpcfl.runs import launch
     world = World(job, comm, launch.choose_job_device(job, comm))
     if comm.is_server:
@@ -75,7 +75,7 @@ def _dry_run(job, comm, refused: str) -> int:
             print(f"# phase {phase.name}: {phase.rounds} round(s) of {', '.join(type(step).__name__ for step in phase.steps)}")
         for client, (architecture, rank) in enumerate(zip(world.problem.architectures, world.home, strict=True)):
             print(f"# client {client}: {architecture} on rank {rank}, {len(world.split.train[client])} training images")
-        if warning := averaging.warning_text(job.algorithm_name, world.averages(world.steps)):
+        if warning := lone_clients.warning_text(job.algorithm_name, world.averages(world.steps)):
             print(f"# warning: {warning}")
         if refused:
             print(f"# hpcfl run would not start here: {refused}")

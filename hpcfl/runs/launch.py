@@ -26,7 +26,7 @@ from hpcfl.federation.state import State
 from hpcfl.federation.world import World
 from hpcfl.files import atomic, lock
 from hpcfl.files.places import expand_home
-from hpcfl.report import averaging
+from hpcfl.report import lone_clients
 from hpcfl.runs import checkpoint
 from hpcfl.runs.console import Console, keep_log
 from hpcfl.runs.host_limits import choose_threads, read_quota_cores, read_thread_limit
@@ -68,7 +68,7 @@ def run(job: Job, comm: Communicator, out: str | Path | None, resume: str, may_d
         for remark in world.corpus.remarks:
             console.say(f"{job.data.name}: {remark}")
         console.announce(len(world.corpus.test_labels), world.has_global_models, job.evaluation.personal and any(map(len, world.split.test)))
-        if comm.is_server and (warning := averaging.warning_text(job.algorithm_name, world.averages(world.steps))):
+        if comm.is_server and (warning := lone_clients.warning_text(job.algorithm_name, world.averages(world.steps))):
             log.warning(warning)
         simulation = Simulation(world, folder, console, stop_requested)
         if resume_from:

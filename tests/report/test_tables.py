@@ -5,6 +5,7 @@ import json
 import pytest
 
 from hpcfl import cli
+from hpcfl.report import summary, tables
 from tests.support.recorded_runs import altered, record, told
 
 
@@ -55,3 +56,21 @@ def test_the_command_reports_a_folder_of_runs_and_says_what_it_skipped(tmp_path,
     with pytest.raises(SystemExit) as end:
         cli.main(["report", str(tmp_path / "runs" / "notes")])
     assert end.value.code == 2
+
+
+def test_a_deviation_over_seeds_is_that_of_a_sample_and_needs_two(tmp_path):
+    runs = [summary.summarise(record(tmp_path / str(seed), seed=seed, right=seed)) for seed in range(2)]
+    both, alone = tables.average_seeds("x", runs), tables.average_seeds("x", runs[:1])
+    assert both["seeds"] == [0, 1] and both["accuracy"]["generalization"]["mean"] == 53.75 and both["accuracy"]["generalization"]["sd"] == pytest.approx(7.5 / 2 ** 0.5)
+    assert alone["accuracy"]["generalization"] == {"mean": 50.0, "sd": None} and alone["accuracy"]["global"] == {"mean": None, "sd": None}
+    assert both["simulated_up_bytes_per_client"] == {"mean": 125.0, "sd": 0.0} and both["wall_s"] == {"mean": 10.0, "sd": 0.0}
+
+
+@pytest.mark.parametrize(("rounds", "planned", "text"), [(2, 20, "2/20"), (20, 20, "20"), (20, None, "20"), (0, 3, "0/3")])
+def test_progress_is_of_what_is_planned_where_some_is_to_come(rounds, planned, text):
+    assert tables.progress_text({"rounds": rounds, "planned_rounds": planned}) == text
+
+
+def test_a_status_that_says_more_than_a_word_is_a_note(tmp_path):
+    text = told([record(tmp_path / "a", status="running?: on far-away"), record(tmp_path / "b", lr=0.2, status="failed: disk full")])
+    assert "note: fedvtc, lr 0.1, seed 0: running?: on far-away" in text and "disk full" not in text

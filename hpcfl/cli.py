@@ -96,8 +96,8 @@ def _slurm(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from hpcfl.report import labels, recording, summary, tables
-    runs, skipped = recording.find_runs(arguments.runs)
+    from hpcfl.report import labels, recording, run_folders, summary, tables
+    runs, skipped = run_folders.find_runs(arguments.runs)
     for line in skipped:
         print(f"hpcfl: skipped {line}", file=sys.stderr)
     out = arguments.out or (arguments.runs[0] if len(arguments.runs) == 1 else runs[0])

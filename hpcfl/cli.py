@@ -66,13 +66,14 @@ def _dry_run(job, comm, refused: str) -> int:
     from hpcfl.federation.world import World
     from hpcfl.report import lone_clients
     from hpcfl.runs import launch
+    from hpcfl.wording import count_text
     world = World(job, comm, launch.choose_job_device(job, comm))
     if comm.is_server:
         print(job.to_toml())
         for remark in world.corpus.remarks:
             print(f"# {job.data.name}: {remark}")
         for phase in world.plan:
-            print(f"# phase {phase.name}: {phase.rounds} round(s) of {', '.join(type(step).__name__ for step in phase.steps)}")
+            print(f"# phase {phase.name}: {count_text(phase.rounds, 'round')} of {', '.join(type(step).__name__ for step in phase.steps)}")
         for client, (architecture, rank) in enumerate(zip(world.problem.architectures, world.home, strict=True)):
             print(f"# client {client}: {architecture} on rank {rank}, {len(world.split.train[client])} training images")
         if warning := lone_clients.warning_text(job.algorithm_name, world.averages(world.steps)):

@@ -78,7 +78,7 @@ def highest(values: np.ndarray) -> np.ndarray:
     return np.fmax.reduce(values, axis=1)
 
 
-def rows_inches(count: int, each: float = GROWS) -> float:
+def choose_height(count: int, each: float = GROWS) -> float:
     """How high so many rows are together, in inches, up to a page."""
     return min(max(3, count) * each, 8.5)
 

@@ -89,7 +89,7 @@ def draw_overlay(theme: Theme, groups: Mapping[str, Sequence[tuple[np.ndarray, n
 
 def draw_before_after(theme: Theme, labels: Sequence[str], points: Mapping[str, tuple[int, np.ndarray]]) -> Figure:
     """One row per client with a point for each of {name: (index of its colour, percent (K,))}, joined by a line; dashed lines are the means."""
-    figure, axes = canvas.start_figure(1.5 + canvas.rows_inches(len(labels)))
+    figure, axes = canvas.start_figure(1.5 + canvas.choose_height(len(labels)))
     y, stacked = np.arange(len(labels)), np.stack([values for _, values in points.values()])                             # (points, K)
     axes.hlines(y, canvas.lowest(stacked.T), canvas.highest(stacked.T), color=theme.muted, alpha=0.6, linewidth=1.6 if len(labels) <= LABELS_UP_TO else 0.7)
     for name, (index, values) in points.items():
@@ -106,7 +106,7 @@ def draw_before_after(theme: Theme, labels: Sequence[str], points: Mapping[str, 
 
 def draw_recall(theme: Theme, values: np.ndarray, absent: np.ndarray, labels: Sequence[str]) -> Figure:
     """Heat map of percent (K, C), a dot in the cells of classes the client has no training sample of unless there are too many to see."""
-    figure, axes = canvas.start_figure(1.7 + canvas.rows_inches(len(labels), 0.25))
+    figure, axes = canvas.start_figure(1.7 + canvas.choose_height(len(labels), 0.25))
     ramp = canvas.make_ramp(theme)
     image = axes.imshow(values, cmap=ramp, vmin=0, vmax=100, aspect="auto", interpolation="nearest")
     small = values.shape[1] <= NUMBERS_UP_TO[0] and values.shape[0] <= NUMBERS_UP_TO[1]
@@ -180,7 +180,7 @@ def _negative_panels(theme: Theme, paths: Sequence[str], sizes: Sequence[str], v
 
 def _negative_map(theme: Theme, paths: Sequence[str], sizes: Sequence[str], values: np.ndarray, measured: np.ndarray) -> Figure:
     shown = values[measured[-1]] if len(measured) else np.full(values.shape[1:], np.nan)              # (paths, sizes)
-    each = np.clip(9.0 / len(paths), 0.05, canvas.GROWS)                  # inches a row
+    each = np.clip(9.0 / len(paths), 0.05, canvas.GROWS)           # inches a row
     figure, axes = canvas.start_figure(1.2 + each * len(paths))
     ramp, low, high = canvas.make_ramp(theme), np.nanmin(shown, initial=100), np.nanmax(shown, initial=0)
     image = axes.imshow(shown, cmap=ramp, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
@@ -239,7 +239,7 @@ def draw_traffic(theme: Theme, up: np.ndarray, down: np.ndarray, transported: np
 def draw_seconds(theme: Theme, by_rank: Mapping[str, np.ndarray]) -> Figure:
     """Stacked bars of {phase: seconds (ranks,)}; waiting, called "idle", is hatched."""
     ranks = max((len(values) for values in by_rank.values()), default=0)
-    figure, axes = canvas.start_figure(1.7 + canvas.rows_inches(ranks, 0.32))
+    figure, axes = canvas.start_figure(1.7 + canvas.choose_height(ranks, 0.32))
     start, colours = np.zeros(ranks), iter(theme.series * 2)
     for phase, values in by_rank.items():
         style = {"color": theme.grid, "hatch": "////"} if phase == "idle" else {"color": next(colours)}
@@ -256,7 +256,7 @@ def draw_seconds(theme: Theme, by_rank: Mapping[str, np.ndarray]) -> Figure:
 def draw_partition(theme: Theme, counts: np.ndarray, labels: Sequence[str]) -> Figure:
     """Training samples (K, C): bubbles whose area is the count, with the number where there is room; a heat map when there are very many."""
     clients, classes = counts.shape
-    figure, axes = canvas.start_figure(1.3 + canvas.rows_inches(clients, 0.27))
+    figure, axes = canvas.start_figure(1.3 + canvas.choose_height(clients, 0.27))
     canvas.label_cells(axes, labels, classes)
     if counts.size > BUBBLES_UP_TO:
         image = axes.imshow(np.where(counts > 0, counts, np.nan), cmap=canvas.make_ramp(theme), aspect="auto", interpolation="nearest", vmin=0)

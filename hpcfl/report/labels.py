@@ -7,14 +7,14 @@ from typing import Any
 from hpcfl.report.recording import Recording
 from hpcfl.settings.job import find_differences
 
-Group = list[Recording]
+Repetitions = list[Recording]                                      # runs that differ only in seed
 NAMES = ("run.name", "run.seed")                                   # settings that change nothing but names, and the one that groups are made over
 METHOD = ("algorithm.name", "data.public_fraction")                # what follows from the method
 
 
-def group_by_seed(recordings: Sequence[Recording]) -> list[Group]:
+def group_by_seed(recordings: Sequence[Recording]) -> list[Repetitions]:
     """The runs in groups that differ in nothing but seed (and name), saw the same data and got equally far; a seed met again opens another group."""
-    groups: dict[tuple[str, int], Group] = {}
+    groups: dict[tuple[str, int], Repetitions] = {}
     for recording in recordings:
         tables = {section: {key: value for key, value in table.items() if f"{section}.{key}" not in NAMES} for section, table in recording.job.items()}
         settings = f"{recording.rounds} {recording.data_sha256} {json.dumps(tables, sort_keys=True, default=str)}"
@@ -23,7 +23,7 @@ def group_by_seed(recordings: Sequence[Recording]) -> list[Group]:
     return list(groups.values())
 
 
-def label_groups(recordings: Sequence[Recording]) -> dict[str, Group]:
+def label_groups(recordings: Sequence[Recording]) -> dict[str, Repetitions]:
     """Groups of runs that differ only in seed by their label, in the order of the runs.
 
     A label is the method and the settings in which its runs differ, with the digest of the data where one name of data stood for several; where that is
@@ -53,7 +53,7 @@ def _digest_text(recording: Recording) -> str:
     return f", data {recording.data_sha256[:12]}" if recording.data_sha256 else ", data not noted"
 
 
-def _differ(tell: Callable[[Recording], str], label: str, labels: Sequence[str], groups: Sequence[Group]) -> bool:
+def _differ(tell: Callable[[Recording], str], label: str, labels: Sequence[str], groups: Sequence[Repetitions]) -> bool:
     """Whether what is told of the groups of one label tells any of them apart."""
     return len({tell(group[0]) for other, group in zip(labels, groups, strict=True) if other == label}) > 1
 

@@ -30,8 +30,8 @@ class Picture:
 
 def picture_run(recording: Recording, prefix: str = "") -> list[Picture]:
     """The pictures of one run, those left out that it has no data for; file names start with `prefix`."""
-    made = (make(recording) for make in (_accuracy, _before_after, _recall, _losses, _server, _negatives, _traffic, _seconds, _partition, _samples))
-    return [replace(picture, name=prefix + picture.name) for picture in made if picture is not None]
+    found = (make(recording) for make in (_accuracy, _before_after, _recall, _losses, _server, _negatives, _traffic, _seconds, _partition, _samples))
+    return [replace(picture, name=prefix + picture.name) for picture in found if picture is not None]
 
 
 def compare_runs(groups: Mapping[str, Sequence[Recording]]) -> list[Picture]:

@@ -86,4 +86,4 @@ def test_of_very_many_clients_every_so_many_has_a_label(clients, labels):
 
 
 def test_rows_grow_up_to_a_page():
-    assert canvas.rows_inches(1) == canvas.rows_inches(3) == 3 * canvas.GROWS and canvas.rows_inches(1000) == 8.5
+    assert canvas.choose_height(1) == canvas.choose_height(3) == 3 * canvas.GROWS and canvas.choose_height(1000) == 8.5

@@ -17,7 +17,7 @@ def test_load_balance_and_waiting_are_on_the_page(undrawn, tmp_path):
 
 
 @pytest.mark.parametrize(("layers", "title"), [(3, "Share of negative weights"), (11, "Share of negative weights, round 2")])
-def test_page_shows_what_the_server_measured(tmp_path, layers, title):
+def test_page_shows_what_the_server_measured(undrawn, tmp_path, layers, title):
     text = page.write([altered(tmp_path / "run", compressing(layers))], tmp_path / "out").read_text()
     assert text.count("<figure>") == 8 + 2 and f"<figcaption>{title}</figcaption>" in text
     assert f"before compression {50 + (layers + 1) / 2:.1f} %; cnn1@0.75 {40 + (layers + 1) / 2:.1f} %" in text

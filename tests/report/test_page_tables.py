@@ -47,7 +47,7 @@ def test_which_accuracy_to_report_stands_once_beside_its_table(undrawn, tmp_path
 
 def test_a_column_in_which_nothing_is_known_is_left_out_and_words_start_on_the_left():
     columns = {"Phase": lambda name, _: name, "Known": lambda _, value: str(value), "Unknown": lambda *_: NOTHING}
-    text = page_tables.render_table("What <it> is", columns, [("a", 1), ("b", NOTHING)])
+    text = page_tables.render_table("What it is", columns, [("a", 1), ("b", NOTHING)])
     assert "Unknown" not in text and "<th scope=col class=word>Phase</th><th scope=col>Known</th>" in text
     assert "<tr><th scope=row class=word>a</th><td>1</td></tr><tr><th scope=row class=word>b</th><td>–</td></tr>" in text
 

@@ -13,6 +13,7 @@ from hpcfl.streams import Stream, sow
 from hpcfl.training.group import OPTIMIZER, Group
 from hpcfl.training.turns import Batches, Modules, Turn, describe_value
 from hpcfl.tree import Tree, root
+from hpcfl.wording import leaf_text
 
 END = object()                                                     # stands behind a client's last batch
 Forward = Callable[..., tuple[Tensor, Tree]]                       # loss and scalars; its arguments are those of engines.forward_one
@@ -107,12 +108,10 @@ def set_up(group: Group, modules: Mapping[str, nn.Module], turns: Sequence[Turn]
 
 def _find_held(group: Group, name: str, module: nn.Module, where: str) -> list[str]:
     """The names of those tensors of a module that the Group holds: all of its state_dict, or none."""
-    def leaf_text(tensor: Tensor, first: int) -> str:
-        return f"{tuple(tensor.shape[first:])} {str(tensor.dtype).removeprefix('torch.')}"
     held = group.part(name)
-    wanted = {path: leaf_text(tensor, 0) for path, tensor in module.state_dict().items()} if held else {}
+    wanted = {path: leaf_text(tensor.shape, tensor.dtype) for path, tensor in module.state_dict().items()} if held else {}
     for path in dict.fromkeys([*wanted, *held]):
-        got, want = leaf_text(held[path], 1) if path in held else "missing", wanted.get(path, "missing")
+        got, want = leaf_text(held[path].shape[1:], held[path].dtype) if path in held else "missing", wanted.get(path, "missing")
         if got != want:
             raise LayoutError(f"{where}: group {group.architecture}: '{name}/{path}' of a client is {got}, in the module it is {want}")
     return list(wanted)

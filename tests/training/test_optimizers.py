@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from hpcfl.errors import JobError
-from hpcfl.settings.job import Training
+from hpcfl.settings.sections import Training
 from hpcfl.training.optimizers import STEP, Optimizer, begin_slot, clip_gradients
 
 

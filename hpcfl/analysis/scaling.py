@@ -1,12 +1,10 @@
-"""Predict: a round of a run on other numbers of ranks, from the seconds and bytes that it measured and the latency and bandwidth of a wire.
+"""Scaling: a round of a run on other numbers of ranks, from the seconds and bytes that the run measured and a model of the wire.
 
-What clients do is placed as a run places it, and the busiest rank counts. What travels costs alpha + n beta for n bytes between two ranks (Hockney, Parallel
-Computing 20, 1994), times the steps of the collectives' algorithms (Thakur, Rabenseifner and Gropp, International Journal of High Performance Computing
-Applications 19, 2005).
+What clients do is placed as a run places it, and the busiest rank counts. What travels takes what wire/hockney.py says.
 """
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +14,12 @@ import numpy as np
 from hpcfl.errors import JobError
 from hpcfl.federation.placement import place_clients
 from hpcfl.report.recording import Recording, read
-from hpcfl.wire.communicator import EXCHANGES, SMALL_CALLS
+from hpcfl.wire.communicator import EXCHANGES
+from hpcfl.wire.hockney import ALGORITHMS, SMALL_BYTES, SMALL_CALLS, Line, Wire, fit_lines
 from hpcfl.wording import align_rows, byte_text, count_text, duration_text
 
 GOOD = 0.8                                                         # of the seconds of all ranks spent as one rank would spend them
 TRIES, MOST_CLIENTS = 8, 200_000                                   # numbers of clients per rank that are tried, each a fourth larger; and of all ranks
-SMALL_BYTES = 8
 NEEDED = ("clients/forward_flops", "partition/train", "bytes/simulated_up", "seconds/spread", "wire/item_s",
           *(f"wire/{kind}" for kind in EXCHANGES if not kind.endswith("_by_client")))       # an earlier hpcfl did not tell whom messages are for
 ASSUMPTIONS = (
@@ -31,44 +29,6 @@ ASSUMPTIONS = (
     "a message reaches, and a sum takes, as many ranks as it has clients in the mean, and the server's; what later cohorts fetch on other ranks is not counted",
     "the server works alone but for what it spreads; its seconds grow with the clients where each client's own upload reaches it, and not where sums do",
     "a checkpoint takes as long as in the run; start-up, compilation, and what the server does in Python for each rank are not counted")
-
-
-@dataclass(frozen=True)
-class Line:
-    """The seconds of a message between two ranks: latency_s + bytes * byte_s."""
-
-    latency_s: float
-    byte_s: float
-
-    def seconds(self, steps: Sequence[tuple[float, float]], count: float) -> float:
-        """Of a collective of `count` bytes by the quickest of its algorithms, each so many latencies and so many times its bytes, one after the other."""
-        return min(latencies * self.latency_s + times * count * self.byte_s for latencies, times in steps)
-
-
-def list_tree_algorithms(ranks: int) -> tuple[tuple[float, float], ...]:
-    """The algorithms of Bcast and Reduce: whole messages along a binomial tree; or halves of halves, by scatter and allgather, reduce-scatter and gather."""
-    levels = math.ceil(math.log2(ranks))
-    return (levels, levels), (2 * levels, 2 * (ranks - 1) / ranks)
-
-
-def list_root_algorithms(ranks: int) -> tuple[tuple[float, float], ...]:
-    """The algorithm of Gatherv, and of messages between rank 0 and each of the others: one after the other at rank 0."""
-    return ((ranks - 1, ranks - 1),)
-
-
-ALGORITHMS: dict[str, Callable[[int], tuple[tuple[float, float], ...]]] = {"Bcast": list_tree_algorithms, "Reduce": list_tree_algorithms, "Gatherv": list_root_algorithms}
-
-
-@dataclass(frozen=True)
-class Wire:
-    """What travels between the ranks, by collective, and where that is known from."""
-
-    lines: dict[str, Line]
-    source: str
-
-    def seconds(self, collective: str, count: float, ranks: int) -> float:
-        """Of a collective of `count` bytes of each rank; 0 where nothing travels."""
-        return self.lines[collective].seconds(ALGORITHMS[collective](ranks), count) if ranks > 1 and count else 0.0
 
 
 @dataclass(frozen=True)
@@ -212,37 +172,14 @@ def fit_wire(told: dict[str, Any], where: Path) -> Wire:
 
     Raises: JobError where the doctor ran on one rank.
     """
-    ranks, rows = told["ranks"], told["wire"]
-    if not rows:
+    ranks = told["ranks"]
+    if not told["wire"]:
         raise JobError(f"{where}: the doctor ran on {count_text(ranks, 'rank')}, where nothing travels; wanted its output on two ranks or more "
                        "(mpirun -n 2 hpcfl doctor --json), or --latency and --bandwidth")
-    lines, worst = {}, 0.0
-    for name, algorithms in ALGORITHMS.items():
-        sizes, took = (np.array([row[key] for row in rows if row["collective"] == name], float) for key in ("rank_bytes", "median_s"))
-        lines[name] = fit_line(algorithms(ranks), sizes, took)
-        worst = max(worst, *(abs(lines[name].seconds(algorithms(ranks), count) / each - 1) for count, each in zip(sizes, took, strict=True)))
+    lines, worst = fit_lines(told["wire"], ranks)
     hosts = {facts["host"] for facts in told["by_rank"]}
     kind = f"the shared memory of one host ({min(hosts)}), no network" if len(hosts) == 1 else f"between {count_text(len(hosts), 'host')}"
     return Wire(lines, f"{where}: {kind}; timed on {count_text(ranks, 'rank')}, fitted to within {worst:.0%}")
-
-
-def fit_line(steps: Sequence[tuple[float, float]], sizes: np.ndarray, took: np.ndarray) -> Line:
-    """The line that is nearest to what messages of these sizes took, (n,) both, by relative errors; every size by the algorithm that is quickest for it."""
-    chosen = np.zeros(len(sizes), int)
-    for _ in range(len(sizes) + 1):                                # each size changes its algorithm once at most, or two are alike
-        latencies, times = np.array(steps)[chosen].T
-        line = Line(*solve_non_negative(np.stack([latencies / took, times * sizes / took], 1)))
-        chosen = np.argmin([a * line.latency_s + b * sizes * line.byte_s for a, b in steps], 0)
-    return line
-
-
-def solve_non_negative(columns: np.ndarray) -> tuple[float, float]:
-    """x >= 0 with the least |A x - 1|^2, A (n, 2) >= 0."""
-    both = np.linalg.lstsq(columns, np.ones(len(columns)))[0]
-    if (both >= 0).all():
-        return float(both[0]), float(both[1])
-    one, other = columns.sum(0) / np.maximum((columns ** 2).sum(0), np.finfo(float).tiny)
-    return min((float(one), 0.0), (0.0, float(other)), key=lambda x: ((columns @ x - 1) ** 2).sum())
 
 
 def read_wire(doctor: Path | None, latency_s: float | None, bandwidth: float | None) -> Wire:

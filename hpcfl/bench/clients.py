@@ -1,6 +1,5 @@
 """The benchmark of many clients: seconds of a round and peak memory against their number, for each residency of their states, a process to a case."""
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -12,7 +11,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import hpcfl
 from hpcfl import tree
 from hpcfl.algorithms import CONFIGS
 from hpcfl.bench.gefl import GeFLNoise
@@ -24,7 +22,7 @@ from hpcfl.runs.console import Console
 from hpcfl.runs.simulation import Simulation
 from hpcfl.settings.job import resolve
 from hpcfl.wire.communicator import Communicator
-from hpcfl.wire.launchers import OF_THE_JOB
+from hpcfl.wire.launchers import make_lone_environment
 
 CLIENTS = (10, 100, 1000)
 ARCHITECTURES = ("cnn2", "cnn8", "cnn9")                           # 0.16, 0.43 and 0.47 MB
@@ -91,11 +89,9 @@ def measure_apart(arguments: Namespace, ranks: int, residency: str, count: int) 
     chunk = [] if arguments.chunk is None else ["--chunk", str(arguments.chunk)]
     command = [*(["mpirun", "-n", str(ranks)] if ranks > 1 else []), sys.executable, "-m", "hpcfl", "bench", "clients", "--clients", str(count),
                "--residency", residency, *chunk, "--rounds", str(arguments.rounds), "--threads", str(arguments.threads), "--device", arguments.device, "--json"]
-    alone = {name: value for name, value in os.environ.items() if not name.startswith(OF_THE_JOB)}
-    alone["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(hpcfl.__file__).parent.parent), alone.get("PYTHONPATH")]))
     try:
-        ended = subprocess.run(command, env=alone, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="replace",
-                               check=False)
+        ended = subprocess.run(command, env=make_lone_environment(), stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8",
+                               errors="replace", check=False)
     except OSError as error:
         raise EnvironmentFault(f"{command[0]}: cannot be started ({error.strerror}); take --ranks 1, or start one case by the launcher that is there") from error
     if ended.returncode:

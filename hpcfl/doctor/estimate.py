@@ -2,16 +2,15 @@
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
-from typing import Any
 
 import torch
 
 from hpcfl import tree
 from hpcfl.data.shards import list_batch_sizes
-from hpcfl.doctor.probes import attempt
+from hpcfl.doctor.attempts import attempt, gather_attempts
 from hpcfl.federation.world import World
 from hpcfl.runs import launch
 from hpcfl.runs.host_limits import read_core_seconds
@@ -21,7 +20,8 @@ from hpcfl.training.losses import cross_entropy
 from hpcfl.training.optimizers import Optimizer
 from hpcfl.training.turns import Turn
 from hpcfl.tree import Tree
-from hpcfl.wire.communicator import SMALL_CALLS, Communicator
+from hpcfl.wire.communicator import Communicator
+from hpcfl.wire.hockney import SMALL_BYTES, SMALL_CALLS, Timing, interpolate_seconds
 from hpcfl.wire.uplink import choose_wire_type
 
 BATCHES, ENOUGH_S = 5, 2.0                                         # batches that are timed of each architecture, and when fewer will do
@@ -67,16 +67,13 @@ class Estimate:
         return wire_s / (wire_s + self.train_s)
 
 
-def estimate(comm: Communicator, job: Job, device: torch.device, wire: Sequence[Mapping[str, Any]]) -> tuple[Estimate | None, dict[int, str]]:
+def estimate(comm: Communicator, job: Job, device: torch.device, wire: Sequence[Timing]) -> tuple[Estimate | None, dict[int, str]]:
     """A round of a job, known at the server, and by rank what kept it from being estimated; called by all ranks."""
     quiet = replace(job, run=replace(job.run, compile="off"))      # a minute of compilation is nothing to wait for here
     world, fault = attempt(lambda: World(quiet, comm, device))
     load, failed = attempt(measure_load, world) if world else (None, fault)
-    told = comm.gather((load, failed))
-    if not comm.is_server:
-        return None, {}
-    faults = {rank: said for rank, (_, said) in enumerate(told) if said}
-    return (None, faults) if faults else (estimate_round(world, tuple(each for each, _ in told), wire), {})
+    loads, faults = gather_attempts(comm, load, failed)
+    return (estimate_round(world, tuple(loads), wire), {}) if comm.is_server and not faults else (None, faults)
 
 
 def measure_load(world: World) -> Load:
@@ -129,7 +126,7 @@ def time_batch(world: World, architecture: str, images: int, clients: int = 1) -
     return median(later - earlier for earlier, later in zip(times[1:-1], times[2:], strict=True)) / clients         # the first warms up
 
 
-def estimate_round(world: World, loads: tuple[Load, ...], wire: Sequence[Mapping[str, Any]]) -> Estimate:
+def estimate_round(world: World, loads: tuple[Load, ...], wire: Sequence[Timing]) -> Estimate:
     """The whole of a round from all ranks' shares, for the phase with most rounds."""
     steps = max(world.plan, key=lambda phase: phase.rounds).steps
     publishes, uploads = (any(step.overrides(verb) for step in steps) for verb in ("publish", "aggregate"))
@@ -140,20 +137,10 @@ def estimate_round(world: World, loads: tuple[Load, ...], wire: Sequence[Mapping
     whole = max(sum(count * models[architecture] for architecture, count in load.clients.items()) for load in loads)
     participation = world.job.federation.participation
     down, up, by = sum(models.values()) * publishes, (int(whole * participation) if gathers else summed) * uploads, "Gatherv" if gathers else "Reduce"
-    return Estimate(world.clients, loads, down, up, by, interpolate_seconds(wire, "Bcast", down), interpolate_seconds(wire, by, up), SMALL_CALLS * interpolate_seconds(wire, "Bcast", 8),
-                    participation * max(load.train_s for load in loads), sum(count * models[architecture] for architecture, count in hosted.items()))
-
-
-def interpolate_seconds(wire: Sequence[Mapping[str, Any]], collective: str, size: int) -> float:
-    """Of a collective of so many bytes of each rank, along straight lines between the timed sizes and on from the largest through the origin; 0 for nothing."""
-    timed = [(row["rank_bytes"], row["median_s"]) for row in wire if row["collective"] == collective]
-    if not timed or not size:
-        return 0.0
-    for (small, before), (large, after) in zip(timed, timed[1:], strict=False):
-        if size <= large:
-            return before + (after - before) * max(0, size - small) / (large - small)
-    largest, last = timed[-1]
-    return last * max(1.0, size / largest)
+    return Estimate(
+        clients=world.clients, loads=loads, down_bytes=down, up_bytes=up, up_by=by, down_s=interpolate_seconds(wire, "Bcast", down),
+        up_s=interpolate_seconds(wire, by, up), small_s=SMALL_CALLS * interpolate_seconds(wire, "Bcast", SMALL_BYTES),
+        train_s=participation * max(load.train_s for load in loads), state_bytes=sum(count * models[architecture] for architecture, count in hosted.items()))
 
 
 def count_model_bytes(world: World, architecture: str) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import hpcfl
 from hpcfl.algorithms import CONFIGS
 from hpcfl.doctor import probes, run_folder
+from hpcfl.doctor.attempts import attempt, gather_attempts
 from hpcfl.doctor.estimate import Estimate, estimate
 from hpcfl.doctor.findings import OK, PROBLEM, WARNING, Check, Examined, Finding
 from hpcfl.doctor.launch_checks import LAUNCH_CHECKS, check_ranks
@@ -17,6 +18,7 @@ from hpcfl.errors import EnvironmentFault
 from hpcfl.runs import launch
 from hpcfl.settings.job import Job, load
 from hpcfl.wire.communicator import Communicator
+from hpcfl.wire.hockney import Timing
 from hpcfl.wire.launchers import Launch
 from hpcfl.wording import align_rows, byte_text, count_text, duration_text
 
@@ -29,11 +31,11 @@ def examine(comm: Communicator, told: Launch | None, job_file: Path | None, over
 
     `told`: what the launcher says. A rank on which something fails still takes part in every collective; the server learns what failed.
     """
-    job, fault = probes.attempt(load, job_file, CONFIGS, overrides) if job_file else (None, "")
-    facts, silent = gather_values(comm, *probes.attempt(probes.look_around, comm, job.run.device if job else "auto", launch.count_cores(comm)))
+    job, fault = attempt(load, job_file, CONFIGS, overrides) if job_file else (None, "")
+    facts, silent = gather_attempts(comm, *attempt(probes.look_around, comm, job.run.device if job else "auto", launch.count_cores(comm)))
     wire = comm.share(probes.time_wire(comm))
     folder = run_folder.examine(comm, out or Path("runs"))
-    _, faults = gather_values(comm, None, fault)
+    _, faults = gather_attempts(comm, None, fault)
     faults |= {each.rank: each.device_fault for each in facts if each.device_fault}
     guess = None
     if job_file and not comm.agree(bool(faults or silent)):
@@ -43,17 +45,11 @@ def examine(comm: Communicator, told: Launch | None, job_file: Path | None, over
     return Examined(comm.size, told, tuple(facts), silent, wire, folder, job, faults if job_file else None, guess)
 
 
-def gather_values(comm: Communicator, value: Any, fault: str) -> tuple[list[Any], dict[int, str]]:
-    """At the server the values of the ranks that have one, and by rank the faults of the others; called by all ranks."""
-    answers = comm.gather((value, fault)) or []
-    return [value for value, fault in answers if not fault], {rank: fault for rank, (_, fault) in enumerate(answers) if fault}
-
-
-def estimate_job(comm: Communicator, job: Job, wire: Sequence[dict[str, Any]]) -> tuple[Estimate | None, dict[int, str]]:
+def estimate_job(comm: Communicator, job: Job, wire: Sequence[Timing]) -> tuple[Estimate | None, dict[int, str]]:
     """A round of the job with the threads and devices that its ranks would have; called by all ranks."""
     launch.set_threads(job, comm)
-    device, fault = probes.attempt(launch.choose_job_device, job, comm)
-    _, faults = gather_values(comm, None, fault)
+    device, fault = attempt(launch.choose_job_device, job, comm)
+    _, faults = gather_attempts(comm, None, fault)
     return (None, faults) if comm.agree(bool(fault)) else estimate(comm, job, device, wire)
 
 
@@ -98,7 +94,7 @@ def render(examined: Examined, found: Sequence[Finding]) -> str:
     return "\n".join([*lines, "", *wire_lines(examined.wire), last])
 
 
-def wire_lines(wire: Sequence[dict[str, Any]]) -> list[str]:
+def wire_lines(wire: Sequence[Timing]) -> list[str]:
     """Medians by size and collective."""
     names, sizes = (list(dict.fromkeys(row[key] for row in wire)) for key in ("collective", "rank_bytes"))
     took = {(row["collective"], row["rank_bytes"]): duration_text(row["median_s"]) for row in wire}

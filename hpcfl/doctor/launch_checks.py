@@ -6,11 +6,10 @@ from hpcfl.doctor.findings import OK, PROBLEM, WARNING, Check, Examined, Finding
 from hpcfl.doctor.probes import Facts
 from hpcfl.runs import host_limits
 from hpcfl.settings.job import Run
-from hpcfl.wire.launchers import ALONE, RELAUNCH
+from hpcfl.wire.launchers import ALONE, RELAUNCH, find_libraries
 from hpcfl.wording import byte_text, count_text, numbers_text, reasons_text, shared_text
 
 PYTHON, TORCH = (3, 11), (2, 7)                                    # the oldest that setup.py allows
-FAMILIES = {"Open MPI": ("Open MPI",), "HYDRA": ("MPICH", "MVAPICH"), "Intel": ("Intel",)}       # what mpirun calls itself -> libraries that it launches
 CROWDED = 4                                                        # so many ranks on a core while others are idle are a mistake of the launch
 LITTLE_BYTES = 5e8                                                 # of memory for a rank
 ONE_ENVIRONMENT = "give all hosts the same environment: one venv on a shared file system, or one container"
@@ -56,7 +55,7 @@ def check_mpirun(examined: Examined) -> Finding:
     told, versions = examined.facts[0].mpirun, examined.facts[0].versions
     if not told:
         return Finding("mpirun", OK, "none in PATH; srun can launch hpcfl where SLURM knows the PMI of the MPI library")
-    libraries = next((libraries for word, libraries in FAMILIES.items() if word in told), None)
+    libraries = find_libraries(told)
     if "mpi standard" in versions and libraries and not versions["mpi"].startswith(libraries):
         return Finding("mpirun", WARNING, f"in PATH: {told}, but mpi4py loads {versions['mpi']}: its ranks would not find each other", RELAUNCH)
     return Finding("mpirun", OK, f"in PATH: {told}")

@@ -2,7 +2,6 @@
 import math
 import os
 import platform
-import re
 import shlex
 import shutil
 import signal
@@ -16,7 +15,6 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import h5py
 import numpy
@@ -24,11 +22,13 @@ import psutil
 import torch
 
 import hpcfl
-from hpcfl.errors import EnvironmentFault, HpcflError
+from hpcfl.doctor.attempts import attempt
+from hpcfl.errors import EnvironmentFault
 from hpcfl.runs import launch
 from hpcfl.runs.host_limits import read_launcher_cores, read_memory_left_bytes, read_quota_cores, read_thread_limit
 from hpcfl.wire.communicator import Communicator
-from hpcfl.wire.launchers import OF_THE_JOB
+from hpcfl.wire.hockney import Timing
+from hpcfl.wire.launchers import ask_mpirun, make_lone_environment
 
 LIMIT_S = 60                                                       # of a process that a probe starts
 DRIVER = Path("/proc/driver/nvidia/version")                       # is there where the kernel drives an NVIDIA GPU, whatever torch sees
@@ -70,14 +70,6 @@ class Facts:
     thread_limit: int | None = None                                # OMP_NUM_THREADS
     load: float = 0.0                                              # of this host in the last minute: processes that want a core
     host_cores: int = 0
-
-
-def attempt(function: Callable, *arguments: Any) -> tuple[Any, str]:
-    """(function(*arguments), "") or (None, what it raised): the other ranks wait for this one, so that no fault may keep it from the next collective."""
-    try:
-        return function(*arguments), ""
-    except Exception as error:                                     # whatever it is, it becomes a verdict
-        return None, str(error) if isinstance(error, (HpcflError, OSError)) else f"{type(error).__name__}: {error}"
 
 
 def look_around(comm: Communicator, wanted: str, cores: float) -> Facts:
@@ -140,10 +132,8 @@ def try_compiler(kind: str) -> str:
 
 def try_device_buffers(device: str) -> str:
     """What becomes of a process of its own in which MPI reads and writes the memory of a device: "yes", or how it ended."""
-    alone = {name: value for name, value in os.environ.items() if not name.startswith(OF_THE_JOB)}
-    alone["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(hpcfl.__file__).parent.parent), alone.get("PYTHONPATH")]))
     try:
-        ended = subprocess.run([sys.executable, "-c", CARRY.format(device=device)], env=alone, stdin=subprocess.DEVNULL,
+        ended = subprocess.run([sys.executable, "-c", CARRY.format(device=device)], env=make_lone_environment(), stdin=subprocess.DEVNULL,
                                capture_output=True, encoding="utf-8", errors="replace", timeout=LIMIT_S, check=False)
     except subprocess.TimeoutExpired:
         return f"it did not end within {LIMIT_S} s"
@@ -152,21 +142,12 @@ def try_device_buffers(device: str) -> str:
     return "yes" if ended.returncode == 0 else ended.stderr.strip().rpartition("\n")[2] or f"exit code {ended.returncode}"
 
 
-def ask_mpirun() -> str:
-    """What the mpirun in PATH says it is; empty where there is none."""
-    if shutil.which("mpirun") is None:
-        return ""
-    ended, fault = attempt(lambda: subprocess.run(["mpirun", "--version"], stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="replace",
-                                                  timeout=LIMIT_S, check=False))
-    return fault or re.sub(r"\s+", " ", next(iter((ended.stdout + ended.stderr).strip().splitlines()), "mpirun of a kind that does not tell"))
-
-
-def time_wire(comm: Communicator) -> list[dict[str, Any]]:
+def time_wire(comm: Communicator) -> list[Timing]:
     """Bcast, Reduce and Gatherv of a few sizes, each with the median over repetitions of what the slowest rank took; known at the server, empty for one rank.
 
     Called by all ranks; a few seconds at most.
     """
-    rows = []
+    timings: list[Timing] = []
     for size in SIZES:
         if size * comm.size > MOST_BYTES:
             continue
@@ -179,8 +160,8 @@ def time_wire(comm: Communicator) -> list[dict[str, Any]]:
             told = comm.gather([time_lap(comm, carry_out) for _ in range(count)])
             if comm.is_server:
                 slowest = [max(laps) for laps in zip(*told, strict=True)]
-                rows.append({"collective": name, "rank_bytes": size, "median_s": round(median(slowest), 9), "repetitions": count})
-    return rows
+                timings.append({"collective": name, "rank_bytes": size, "median_s": round(median(slowest), 9), "repetitions": count})
+    return timings
 
 
 def time_lap(comm: Communicator, carry_out: Callable[[], object]) -> float:

@@ -1,4 +1,4 @@
-"""Shared folder: what the file system does with the run folder, seen from all ranks: who can write and see what, locks, renames, the disk."""
+"""Run folder: what the file system does with it, seen from all ranks: who can write and see what, locks, renames, the disk."""
 import fcntl
 import os
 import shutil
@@ -14,7 +14,8 @@ from typing import Any, TextIO
 import psutil
 import torch
 
-from hpcfl.doctor.probes import LIMIT_S, attempt
+from hpcfl.doctor.attempts import attempt
+from hpcfl.doctor.probes import LIMIT_S
 from hpcfl.errors import CheckpointError
 from hpcfl.files import trees
 from hpcfl.wire.communicator import Communicator

@@ -20,7 +20,6 @@ from hpcfl.wire.ranks import Alone, Audience, Ranks, find_ranks
 from hpcfl.wire.uplink import Contribution, Header, SumLayout, Sums, Total, Uplink, Uploads, check_alike, count_payload_bytes, make_header
 
 EXCHANGES = ("bcast", "reduce", "gatherv", "send", "bcast_by_client", "reduce_by_client")            # kinds of `carried`
-SMALL_CALLS = 20                                                   # headers, barriers and agreements of a round, each like a collective of 8 bytes
 REDUCE_FLOATS = 1 << 22                                            # per Reduce: long enough for the wire, and the buffer takes 16 MiB however long a sum is
 
 Pieces = Mapping[str, Sums | Uploads]

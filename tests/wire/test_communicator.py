@@ -11,7 +11,7 @@ import torch
 from hpcfl.errors import EnvironmentFault, LayoutError, NonFiniteError
 from hpcfl.tree import Tree, equal, nbytes
 from hpcfl.wire import communicator as wire
-from hpcfl.wire import launchers, ranks
+from hpcfl.wire import ranks
 from hpcfl.wire.communicator import Alone, Communicator, connect
 from hpcfl.wire.launchers import LAUNCHERS, STEPS
 from hpcfl.wire.uplink import Sums, Total, Uplink, Uploads
@@ -160,27 +160,6 @@ def test_singletons_instead_of_ranks_are_noticed(environment, launcher):
     else:
         with pytest.raises(EnvironmentFault, match=f"{launcher}.* started 4 ranks .*srun --mpi=pmix"):
             check()
-
-
-@pytest.mark.parametrize("account", [True, False])
-def test_mpi_starts_where_home_is_not_set_and_tmpdir_takes_no_files(account, tmp_path, monkeypatch):
-    """Open MPI ends a process without HOME before hpcfl could say anything."""
-    monkeypatch.delenv("HOME", raising=False)
-    monkeypatch.setattr(launchers.tempfile, "gettempdir", lambda: str(tmp_path))
-    if not account:                                                # a user number of a container's that no account belongs to
-        monkeypatch.setattr(os.path, "expanduser", lambda path: path)
-    monkeypatch.setenv("TMPDIR", "/proc")                           # where nobody can make a file: Open MPI dies of it
-    connect(checked=False)
-    assert os.environ["TMPDIR"] == str(tmp_path)
-    assert os.environ["HOME"] == (os.path.expanduser("~") if account else str(tmp_path))
-
-
-def test_where_no_folder_takes_temporary_files_that_is_said(monkeypatch):
-    def none() -> str:
-        raise FileNotFoundError(2, "No usable temporary directory found in ['/proc']")
-    monkeypatch.setattr(launchers.tempfile, "gettempdir", none)
-    with pytest.raises(EnvironmentFault, match=r"no folder takes temporary files \(No usable .*\); set TMPDIR to one that does"):
-        connect()
 
 
 def test_abort_ends_the_process_with_the_code():

@@ -14,8 +14,8 @@ import numpy as np
 from hpcfl.errors import JobError
 from hpcfl.federation.placement import place_clients
 from hpcfl.report.recording import Recording, read
-from hpcfl.wire.communicator import EXCHANGES
 from hpcfl.wire.hockney import ALGORITHMS, SMALL_BYTES, SMALL_CALLS, Line, Wire, fit_lines
+from hpcfl.wire.traffic import EXCHANGES
 from hpcfl.wording import align_rows, byte_text, count_text, duration_text
 
 GOOD = 0.8                                                         # of the seconds of all ranks spent as one rank would spend them

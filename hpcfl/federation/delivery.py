@@ -168,7 +168,7 @@ class Delivery:
                 known, there = self.places.get(key, (None, set()))
                 if known != version:                               # nobody has it yet; what comes later to others is the same message
                     there = set()
-                    self.comm.carry("bcast", leaf.nbytes, clients)
+                    self.comm.traffic.carry("bcast", leaf.nbytes, clients)
                 if away := ranks - there - {0}:
                     parcels.setdefault((0, *sorted(away)), {})[key] = leaf
                 self.places[key], self.held[key] = (version, there | ranks), leaf

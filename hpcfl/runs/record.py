@@ -10,7 +10,7 @@ from hpcfl.federation.answers import Answers
 from hpcfl.federation.ledger import SECONDS
 from hpcfl.files import metrics
 from hpcfl.files.metrics import RECORD_VERSION, Arrays, DamagedFile, RecordFile
-from hpcfl.wire.communicator import EXCHANGES
+from hpcfl.wire.traffic import EXCHANGES
 
 ACCURACIES = ("generalization", "personal", "validation")               # of right answers, by the images that they are out of
 GLOBAL = "evaluation/global_correct"

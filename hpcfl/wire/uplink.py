@@ -1,16 +1,15 @@
 """Uplink: what clients send up: weighted sums and whole uploads that can be added in any order before the server looks at them."""
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from hpcfl.errors import LayoutError
-from hpcfl.tree import Tree, digest, join, nbytes, part, select_floating, transform
+from hpcfl.tree import Tree, join, nbytes, part, select_floating, transform
 
 Shape = tuple[int, ...]
 SumLayout = tuple[tuple[str, Shape, Shape, torch.dtype], ...]      # (path, shape of the sum, shape of the count, type in which the sum travels), by path
-Header = tuple[str, str | tuple[int, ...], int]                    # (kind, digest of the layout or clients, how many clients)
 SUM_BLOCK = {"cpu": 1 << 14, "cuda": 1 << 24}                          # elements added at a time: of each client a cache's worth, or of all a kernel's
 
 
@@ -228,41 +227,6 @@ def find_difference(one: SumLayout, other: SumLayout) -> tuple[str, str, str]:
     here, there = ({path: described for path, *described in layout} for layout in (one, other))
     path = next(path for path in sorted(here.keys() | there.keys()) if here.get(path) != there.get(path))
     return path, *(_words(one, other) for one, other in ((here.get(path), there.get(path)), (there.get(path), here.get(path))))
-
-
-def make_header(piece: Sums | Uploads) -> Header:
-    """What other ranks must know of it before it travels."""
-    if isinstance(piece, Uploads):
-        return "Uploads", tuple(piece.trees), len(piece.trees)
-    return "Sums", digest(piece.layout()), len(piece.simulated_bytes())
-
-
-def check_alike(headers: Sequence[Mapping[str, Header]], layouts: Callable[[str], Sequence[SumLayout | None]]) -> None:
-    """Whether what the ranks bring under each name can be combined; `layouts(name)` is asked, for every rank's, only where digests differ.
-
-    Raises: LayoutError naming both ranks, the first differing path and both shapes or types; or the client that uploads from two ranks.
-    """
-    for name in sorted(set().union(*headers)):
-        brought = {rank: brought[name] for rank, brought in enumerate(headers) if name in brought}
-        first, (kind, described, _) = next(iter(brought.items()))
-        for rank, (other_kind, other_described, _) in brought.items():
-            if other_kind != kind:
-                raise LayoutError(f"rank {rank}: '{name}' is {other_kind}, rank {first} has {kind}; one name has one kind")
-            if kind == "Sums" and other_described != described:
-                found = layouts(name)
-                path, got, want = find_difference(found[rank], found[first])
-                raise LayoutError(f"rank {rank}: '{path}' of '{name}' is {got}, rank {first} has {want}; "
-                                  "clients of one sum must share paths, shapes and types")
-        if kind == "Uploads":
-            _check_owners(name, {rank: clients for rank, (_, clients, _) in brought.items()})
-
-
-def _check_owners(name: str, clients: Mapping[int, Sequence[int]]) -> None:
-    owners: dict[int, int] = {}
-    for rank, mine in clients.items():
-        for client in mine:
-            if owners.setdefault(client, rank) != rank:
-                raise LayoutError(f"rank {rank}: client {client} uploads '{name}' here and on rank {owners[client]}; a client lives on one rank")
 
 
 def _words(described: Sequence | None, other: Sequence | None) -> str:

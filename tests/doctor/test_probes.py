@@ -72,7 +72,7 @@ def test_the_wire_is_timed_in_seconds_that_all_collectives_take():
     rows = probes.time_wire(comm)
     wanted = {(name, size) for name in ("Bcast", "Reduce", "Gatherv") for size in probes.SIZES} if comm.is_server else set()
     mpi_assert(comm, {(row["collective"], row["rank_bytes"]) for row in rows} == wanted, f"{rows}")
-    mpi_assert(comm, all(0 < row["median_s"] < 5 and row["repetitions"] >= probes.FEWEST_LAPS for row in rows) and comm.sent_bytes == 0, f"{rows}")
+    mpi_assert(comm, all(0 < row["median_s"] < 5 and row["repetitions"] >= probes.FEWEST_LAPS for row in rows) and comm.traffic.sent_bytes == 0, f"{rows}")
 
 
 @pytest.mark.mpi(min_size=2)

@@ -7,7 +7,7 @@ from hpcfl.errors import CheckpointError
 from hpcfl.federation.ledger import SECONDS
 from hpcfl.runs import record as record_module
 from hpcfl.runs.record import RECORD_VERSION, Record
-from hpcfl.wire.communicator import EXCHANGES
+from hpcfl.wire.traffic import EXCHANGES
 
 CLIENTS = 3
 

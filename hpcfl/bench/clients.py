@@ -13,7 +13,7 @@ from typing import Any
 
 from hpcfl import tree
 from hpcfl.algorithms import CONFIGS
-from hpcfl.bench.gefl import GeFLNoise
+from hpcfl.bench.noise import NoiseWorld
 from hpcfl.data.shards import Shard
 from hpcfl.errors import EnvironmentFault, JobError
 from hpcfl.federation.residency import RESIDENCIES
@@ -75,7 +75,7 @@ def measure_case(comm: Communicator, arguments: Namespace, residency: str, count
             "state_bytes": sum(states[name] for name in world.problem.architectures)}
 
 
-class FewImages(GeFLNoise):
+class FewImages(NoiseWorld):
     """Clients with noise to train on, and a few images of it to be tested by."""
 
     @cached_property

@@ -2,9 +2,8 @@
 import time
 from argparse import Namespace
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
-from functools import cached_property
 from statistics import median
 from typing import Any
 
@@ -15,13 +14,14 @@ from torch import Tensor
 from hpcfl.algorithms import CONFIGS
 from hpcfl.algorithms.gefl import GENERATOR, build_generator
 from hpcfl.algorithms.gefl_f import EXTRACTOR, Config
-from hpcfl.contract import ClientSite, Holdings
-from hpcfl.data.shards import Shard, iterate_epochs, list_batch_sizes
+from hpcfl.bench.noise import NoiseWorld
+from hpcfl.bench.timing import measure_elapsed, median_seconds, to_milliseconds
+from hpcfl.contract import ClientSite
+from hpcfl.data.shards import iterate_epochs, list_batch_sizes
 from hpcfl.federation.exchange import Exchange
 from hpcfl.federation.ledger import Ledger
 from hpcfl.federation.loop import rounds
 from hpcfl.federation.state import Place, State, begin
-from hpcfl.federation.world import World
 from hpcfl.generators.ddpm import Ddpm
 from hpcfl.runs import launch
 from hpcfl.settings.job import Job, resolve
@@ -60,7 +60,7 @@ def gefl(comm: Communicator, arguments: Namespace) -> dict[str, Any]:
     steps = count * len(list_batch_sizes(world.images, BATCH)) * max(Counter(world.home).values())
     figures = {"ranks": comm.size, "threads": torch.get_num_threads(), "device": str(device), "clients": clients, "images_per_client": world.images,
                "generator_epochs": count, "repetitions": repetitions, "generator_round_s": median_seconds(laps["generator"]),
-               "generator_step_ms": round(1000 * median(laps["generator"]) / steps, 3), "header_round_s": median_seconds(laps["targets"])}
+               "generator_step_ms": to_milliseconds(median(laps["generator"]) / steps), "header_round_s": median_seconds(laps["targets"])}
     for name, (phase, bare_s) in bare.items():
         figures |= {f"{name}_s": median_seconds(bare_s), f"{name}_ratio": round(median(lap / each for lap, each in zip(laps[phase], bare_s, strict=True)), 3)}
     if comm.size == 1:
@@ -68,22 +68,12 @@ def gefl(comm: Communicator, arguments: Namespace) -> dict[str, Any]:
     return figures | {"rows": rows}
 
 
-class GeFLNoise(World):
-    """GeFL-F without its warm-up, and clients with so many random images of 32x32 pixels each, so that there is no data set to get."""
+class GeFLNoise(NoiseWorld):
+    """GeFL-F without its warm-up."""
 
     def __init__(self, job: Job, comm: Communicator, device: torch.device, images: int) -> None:
-        super().__init__(job, comm, device)
-        self.images = images
+        super().__init__(job, comm, device, images)
         self.plan = tuple(phase for phase in self.plan if phase.name != "warmup")
-
-    @cached_property
-    def holdings(self) -> Mapping[int, Holdings]:
-        """Images to train on, of all classes in turn, and none to select by."""
-        return {client: Holdings(self.noise(client, self.images), self.noise(client, 0)) for client in self.mine}
-
-    def noise(self, client: int, count: int) -> Shard:
-        images = torch.from_numpy(self.problem.stream("noise", client).numpy().integers(256, size=(count, *self.problem.shape), dtype="uint8"))
-        return Shard(images, torch.arange(count) % self.problem.classes, self.problem.scale).to(self.problem.device)
 
 
 def measure_phases(world: GeFLNoise) -> tuple[dict[str, list[float]], dict[str, tuple[str, list[float]]], list[dict[str, Any]]]:
@@ -176,18 +166,6 @@ def time_sampling(world: GeFLNoise, repetitions: int, compiling: bool) -> dict[s
             kind.sample(calls[name], y, random)
             laps[name].append(measure_elapsed(start, device))
     return {f"{name}_samples_per_s": round(len(y) / median(each), 2) for name, each in laps.items()}
-
-
-def measure_elapsed(start: float, device: torch.device) -> float:
-    """Seconds since then, when the device has finished."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
-
-
-def median_seconds(laps: list[float]) -> float:
-    """Their median, to a tenth of a millisecond."""
-    return round(median(laps), 4)
 
 
 BARE = {"generator_bare": ("generator", time_bare_generator, {}), "generator_bare_fused": ("generator", time_bare_generator, {"fused": True}),

@@ -1,4 +1,4 @@
-"""Attempts: what a rank tries may fail, and it still takes part in the next collective; rank 0 learns which ranks failed and why."""
+"""Attempts: a rank tries something, and takes part in the next collective even where that failed; rank 0 learns which ranks failed and why."""
 from collections.abc import Callable
 from typing import Any
 

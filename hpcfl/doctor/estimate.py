@@ -1,4 +1,4 @@
-"""Estimate: what a round of a job would take on these ranks, from timed training batches and the timed wire, and the memory it would need."""
+"""Estimate: the seconds of a round of a job on these ranks, from batches and collectives that were timed, and the memory that it would need."""
 import math
 import time
 from collections import Counter
@@ -26,22 +26,22 @@ from hpcfl.wire.uplink import choose_wire_type
 
 BATCHES, ENOUGH_S = 5, 2.0                                         # batches that are timed of each architecture, and when fewer will do
 GENTLE = 1e-6                                                      # a learning rate that leaves noise what it is
-TIMES_AT_WORK = 3                                                  # states of a group that was fetched: its own, those of who takes part, and what became of them
+TIMES_AT_WORK = 3                                                  # states of a fetched group: its own, those of who takes part, what became of them
 
 
 @dataclass(frozen=True)
 class Load:
-    """What one rank would do in a round, by architecture."""
+    """The work of one rank in a round, by architecture."""
 
     clients: dict[str, int]
     batches: dict[str, int]                                        # of all these clients together, where all of them take part
     batch_s: dict[str, float]
     needed_bytes: int                                              # on the device that it trains on
-    crowding: float = 1.0                                          # times that its threads took while they were timed, for want of a core
+    crowding: float = 1.0                                          # time that its threads wanted a core, over the time that they had one
 
     @property
     def train_s(self) -> float:
-        """Seconds of a round in which all its clients train."""
+        """Seconds of local training in a round in which all its clients take part."""
         return sum(count * self.batch_s[architecture] for architecture, count in self.batches.items())
 
 
@@ -62,14 +62,14 @@ class Estimate:
 
     @property
     def wire_share(self) -> float:
-        """The part of a round that goes into collectives."""
+        """The share of a round that is spent in collectives."""
         wire_s = self.down_s + self.up_s + self.small_s
         return wire_s / (wire_s + self.train_s)
 
 
 def estimate(comm: Communicator, job: Job, device: torch.device, wire: Sequence[Timing]) -> tuple[Estimate | None, dict[int, str]]:
-    """A round of a job, known at the server, and by rank what kept it from being estimated; called by all ranks."""
-    quiet = replace(job, run=replace(job.run, compile="off"))      # a minute of compilation is nothing to wait for here
+    """A round of a job, known at the server, or by rank why it cannot be estimated; called by all ranks."""
+    quiet = replace(job, run=replace(job.run, compile="off"))      # nobody waits a minute for a compilation here
     world, fault = attempt(lambda: World(quiet, comm, device))
     load, failed = attempt(measure_load, world) if world else (None, fault)
     loads, faults = gather_attempts(comm, load, failed)
@@ -77,7 +77,7 @@ def estimate(comm: Communicator, job: Job, device: torch.device, wire: Sequence[
 
 
 def measure_load(world: World) -> Load:
-    """The share of this rank, with a few batches of each of its architectures trained on noise."""
+    """The work of this rank, with the time of a few batches of noise for each of its architectures."""
     launch.spare_threads(world)
     job, problem = world.job, world.problem
     hosted = world.architectures(world.mine)
@@ -90,8 +90,9 @@ def measure_load(world: World) -> Load:
     batch_s = {architecture: time_batch(world, architecture, min(job.training.batch, max(sizes[client] for client in clients)), at_once[architecture])
                for architecture, clients in hosted.items()}
     had_s, waited_s = (after - before for before, after in zip((had_s, waited_s), read_core_seconds(), strict=True))
-    parts = (world.split.train, world.split.validation, world.split.test)
-    images = len(world.corpus.test_labels) + len(world.split.public) + len(world.split.public_validation) + sum(len(part[client]) for part in parts for client in world.mine)
+    split = world.split
+    own = sum(len(each[client]) for each in (split.train, split.validation, split.test) for client in world.mine)
+    images = own + len(world.corpus.test_labels) + len(split.public) + len(split.public_validation)
     if job.residency.location == "disk" or (job.residency.location == "host" and problem.device.type == "cuda"):
         states = max((TIMES_AT_WORK * count * count_model_bytes(world, architecture) for architecture, count in held.items()), default=0)
     else:
@@ -104,7 +105,7 @@ def measure_load(world: World) -> Load:
 def time_batch(world: World, architecture: str, images: int, clients: int = 1) -> float:
     """Seconds of one step of one client's model on a batch of so many images, by the loop and the optimiser of the job, uncompiled.
 
-    `clients` train beside each other, and the time is an equal part of theirs.
+    So many clients train beside each other, and each gets an equal share of their time.
     """
     problem, times = world.problem, list[float]()
     generator = problem.stream("doctor").torch()
@@ -127,7 +128,7 @@ def time_batch(world: World, architecture: str, images: int, clients: int = 1) -
 
 
 def estimate_round(world: World, loads: tuple[Load, ...], wire: Sequence[Timing]) -> Estimate:
-    """The whole of a round from all ranks' shares, for the phase with most rounds."""
+    """A round of the phase with most rounds, from the work of all ranks."""
     steps = max(world.plan, key=lambda phase: phase.rounds).steps
     publishes, uploads = (any(step.overrides(verb) for step in steps) for verb in ("publish", "aggregate"))
     models = {architecture: count_model_bytes(world, architecture) for architecture in world.problem.sizes.every}
@@ -144,11 +145,11 @@ def estimate_round(world: World, loads: tuple[Load, ...], wire: Sequence[Timing]
 
 
 def count_model_bytes(world: World, architecture: str) -> int:
-    """Of all that a model's state_dict holds."""
+    """Bytes of all that a model's state_dict holds."""
     return tree.nbytes(world.problem.structure(architecture).state_dict())
 
 
 def count_summed_bytes(world: World, architecture: str) -> int:
-    """Of the sum of a model's floating leaves as it travels: in their own types, and a count in float64 for each."""
+    """Bytes of the sum of a model's floating leaves as it travels: in their own types, and a count in float64 for each."""
     leaves = tree.select_floating(world.problem.structure(architecture).state_dict()).values()
     return sum(leaf.numel() * choose_wire_type(leaf.dtype).itemsize + 8 for leaf in leaves)

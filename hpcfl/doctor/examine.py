@@ -1,4 +1,4 @@
-"""Doctor: what a run would meet where this was started: every rank looks around, wire and run folder are tried, and rank 0 gives its verdicts."""
+"""Examine: what a run would meet where this was started. Every rank looks around, all try wire and run folder, and rank 0 checks what was found."""
 import shutil
 import textwrap
 from collections.abc import Sequence
@@ -27,9 +27,9 @@ WIDTH = 150                                                        # columns at 
 
 
 def examine(comm: Communicator, told: Launch | None, job_file: Path | None, overrides: Sequence[str], out: Path | None) -> Examined | None:
-    """What there is to know of a launch, and with a job file of that job in it; known at the server, called by all ranks.
+    """All facts of a launch, and of a job in it where a job file is given; known at the server, called by all ranks.
 
-    `told`: what the launcher says. A rank on which something fails still takes part in every collective; the server learns what failed.
+    `told`: what the launcher says. A rank on which something fails still takes part in every collective, and the server learns what failed.
     """
     job, fault = attempt(load, job_file, CONFIGS, overrides) if job_file else (None, "")
     facts, silent = gather_attempts(comm, *attempt(probes.look_around, comm, job.run.device if job else "auto", launch.count_cores(comm)))
@@ -54,13 +54,13 @@ def estimate_job(comm: Communicator, job: Job, wire: Sequence[Timing]) -> tuple[
 
 
 def list_findings(examined: Examined) -> list[Finding]:
-    """What every check came to that has something to say."""
+    """The findings of all checks that have something to say."""
     checks = CHECKS if examined.facts else (check_ranks,)
     return [finding for check in checks if (finding := check(examined)) is not None]
 
 
 def choose_exit_code(found: Sequence[Finding]) -> int:
-    """That of the process: 0 where a run could work."""
+    """The exit code of the process: 0 where a run could work."""
     return EnvironmentFault.exit_code if any(finding.verdict == PROBLEM for finding in found) else 0
 
 
@@ -74,12 +74,12 @@ def describe_findings(examined: Examined, found: Sequence[Finding]) -> dict[str,
 
 
 def find_worst(found: Sequence[Finding]) -> str:
-    """The verdict over all findings."""
+    """The worst verdict of all findings."""
     return next(verdict for verdict in (PROBLEM, WARNING, OK) if verdict == OK or any(finding.verdict == verdict for finding in found))
 
 
 def render(examined: Examined, found: Sequence[Finding]) -> str:
-    """Findings for people: a line or a few each, the fix below; then the figures of the wire, and how many findings there are of each kind."""
+    """Findings for people, each a few lines with the fix below; then the figures of the wire, and how many problems and warnings there are."""
     width = min(shutil.get_terminal_size((WIDTH, 1)).columns, WIDTH)
     indent = " " * 25
     lines = []
@@ -91,11 +91,11 @@ def render(examined: Examined, found: Sequence[Finding]) -> str:
     counts = {verdict: sum(finding.verdict == verdict for finding in found) for verdict in (PROBLEM, WARNING)}
     last = f"hpcfl doctor, {count_text(examined.ranks, 'rank')}: {count_text(counts[PROBLEM], 'problem')}, {count_text(counts[WARNING], 'warning')}" + \
            ("; mend the problems before a run" if counts[PROBLEM] else "")
-    return "\n".join([*lines, "", *wire_lines(examined.wire), last])
+    return "\n".join([*lines, "", *render_wire(examined.wire), last])
 
 
-def wire_lines(wire: Sequence[Timing]) -> list[str]:
-    """Medians by size and collective."""
+def render_wire(wire: Sequence[Timing]) -> list[str]:
+    """The medians of the timed collectives as a table, by size and collective."""
     names, sizes = (list(dict.fromkeys(row[key] for row in wire)) for key in ("collective", "rank_bytes"))
     took = {(row["collective"], row["rank_bytes"]): duration_text(row["median_s"]) for row in wire}
     return [align_rows([("of each rank", *names), *((byte_text(each), *(took[name, each] for name in names)) for each in sizes)], words=0), ""] if wire else []

@@ -1,4 +1,4 @@
-"""Findings: what one of the doctor's checks came to, and all the facts that a check may look at."""
+"""Findings: what a check of the doctor came to, and all the facts that a check may look at."""
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Probes: what one rank finds out about itself, its host and its device, and how fast the wire between the ranks is."""
+"""Probes: what one rank finds out about itself, its host and its device, and how long collectives take."""
 import math
 import os
 import platform
@@ -31,10 +31,10 @@ from hpcfl.wire.hockney import Timing
 from hpcfl.wire.launchers import ask_mpirun, make_lone_environment
 
 LIMIT_S = 60                                                       # of a process that a probe starts
-DRIVER = Path("/proc/driver/nvidia/version")                       # is there where the kernel drives an NVIDIA GPU, whatever torch sees
+DRIVER = Path("/proc/driver/nvidia/version")                       # exists where the kernel drives an NVIDIA GPU, whatever torch sees
 TRITON = ("triton", "pytorch-triton", "pytorch-triton-rocm")       # names under which it is distributed
 SOURCES = {"cpu": ("g++", "CXX", ".cpp", ["-fopenmp"], "#include <Python.h>\n#include <omp.h>\nint threads() { return omp_get_max_threads(); }\n"),
-           "cuda": ("gcc", "CC", ".c", [], "#include <Python.h>\nint answer(void) { return 42; }\n")}         # what torch.compile needs beside its own
+           "cuda": ("gcc", "CC", ".c", [], "#include <Python.h>\nint answer(void) { return 42; }\n")}         # what torch.compile compiles beside its own code
 SIZES = (8, 4096, 262_144, 4_194_304)                              # bytes of every rank
 MOST_BYTES = 1 << 28                                               # that may arrive at rank 0 at once
 WARMING, FEWEST_LAPS, MOST_LAPS, LAPS_S = 2, 3, 50, 0.15           # of one collective and size
@@ -43,7 +43,7 @@ CARRY = "import resource; resource.setrlimit(resource.RLIMIT_CORE, (0, 0)); from
 
 @dataclass(frozen=True)
 class Facts:
-    """One rank; what is the same for all ranks of a host is asked by its first rank alone and None for the others."""
+    """One rank. Only the first rank of a host asks for what is the same on the whole host; the others have None there."""
 
     rank: int
     host: str
@@ -57,7 +57,7 @@ class Facts:
     visible_gpus: int
     has_driver: bool                                               # of an NVIDIA GPU
     device_free_bytes: int | None
-    cores: float                                                   # this rank's part, of what control groups grant too
+    cores: float                                                   # this rank's share, of what control groups grant
     bound_cores: tuple[int, ...]
     launcher_cores: int                                            # that the launcher had to give on this host
     quota_cores: float | None                                      # of all ranks of this host together
@@ -73,7 +73,7 @@ class Facts:
 
 
 def look_around(comm: Communicator, wanted: str, cores: float) -> Facts:
-    """The facts of this rank, which is to use the device that run.device = `wanted` gives it and has so many cores."""
+    """The facts of this rank, which has so many cores and uses the device that run.device = `wanted` gives it."""
     first = comm.local_rank == 0
     device, fault = attempt(try_device, wanted, comm.local_rank)
     kind = device.type if device else "cpu"
@@ -85,14 +85,15 @@ def look_around(comm: Communicator, wanted: str, cores: float) -> Facts:
         device=str(device or ""), device_fault=fault, device_name=of_gpu.name if of_gpu else platform.processor() or platform.machine(),
         device_id=str(getattr(of_gpu, "uuid", device.index)) if of_gpu else "", visible_gpus=torch.cuda.device_count() if torch.cuda.is_available() else 0,
         has_driver=DRIVER.exists(), device_free_bytes=torch.cuda.mem_get_info(device)[0] if of_gpu else None,
-        cores=cores, bound_cores=tuple(sorted(launch.find_bound_cores())), launcher_cores=read_launcher_cores(), quota_cores=quota if quota < math.inf else None,
-        memory_left_bytes=read_memory_left_bytes(), resident_bytes=psutil.Process().memory_info().rss, compiler=compiler, compiler_fault=compiler_fault,
-        device_buffers=(try_device_buffers(str(device)) if of_gpu else "") if first else None, mpirun=ask_mpirun() if first else None,
+        cores=cores, bound_cores=tuple(sorted(launch.find_bound_cores())), launcher_cores=read_launcher_cores(),
+        quota_cores=quota if quota < math.inf else None, memory_left_bytes=read_memory_left_bytes(), resident_bytes=psutil.Process().memory_info().rss,
+        compiler=compiler, compiler_fault=compiler_fault,
+        device_buffers=(try_device_buffers(str(device)) if of_gpu else "") if first else None, mpirun=ask_mpirun(LIMIT_S) if first else None,
         thread_limit=limit if (limit := read_thread_limit()) < math.inf else None, load=psutil.getloadavg()[0], host_cores=os.cpu_count() or 1)
 
 
 def find_versions(comm: Communicator) -> dict[str, str]:
-    """Of all that a run is made of; what is not installed is absent."""
+    """The versions of all that a run is made of; what is not installed is absent."""
     mpi4py, _ = attempt(metadata.version, "mpi4py")
     found = {"hpcfl": hpcfl.__version__, "python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__, "h5py": h5py.__version__,
              "HDF5": h5py.version.hdf5_version, "mpi4py": mpi4py, "mpi": comm.library, "mpi standard": comm.standard}
@@ -107,9 +108,9 @@ def try_device(wanted: str, local_rank: int) -> torch.device:
 
 
 def try_compiler(kind: str) -> str:
-    """The compiler that torch.compile calls for a kind of device, after it has made a library of a few lines as torch and triton have it do.
+    """The compiler that torch.compile calls for a kind of device, after it has compiled a few lines as torch and triton have it do.
 
-    Raises: EnvironmentFault with what is missing.
+    Raises: EnvironmentFault that names what is missing.
     """
     name, variable, suffix, flags, source = SOURCES[kind]
     if kind == "cuda" and not any(attempt(metadata.version, name)[0] for name in TRITON):
@@ -131,7 +132,7 @@ def try_compiler(kind: str) -> str:
 
 
 def try_device_buffers(device: str) -> str:
-    """What becomes of a process of its own in which MPI reads and writes the memory of a device: "yes", or how it ended."""
+    """Whether MPI reads and writes the memory of a device, tried in a process of its own: "yes", or how that process ended."""
     try:
         ended = subprocess.run([sys.executable, "-c", CARRY.format(device=device)], env=make_lone_environment(), stdin=subprocess.DEVNULL,
                                capture_output=True, encoding="utf-8", errors="replace", timeout=LIMIT_S, check=False)
@@ -143,7 +144,7 @@ def try_device_buffers(device: str) -> str:
 
 
 def time_wire(comm: Communicator) -> list[Timing]:
-    """Bcast, Reduce and Gatherv of a few sizes, each with the median over repetitions of what the slowest rank took; known at the server, empty for one rank.
+    """The timings of Bcast, Reduce and Gatherv of a few sizes; known at the server, none for one rank.
 
     Called by all ranks; a few seconds at most.
     """

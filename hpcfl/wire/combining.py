@@ -42,7 +42,7 @@ def make_header(piece: Sums | Uploads) -> Header:
 
 
 def check_alike(headers: Sequence[Mapping[str, Header]], layouts: Callable[[str], Sequence[SumLayout | None]]) -> None:
-    """Whether what the ranks bring under each name can be combined; `layouts(name)` is asked, for every rank's, only where digests differ.
+    """Refuse what the ranks bring under one name and cannot be combined; `layouts(name)` gives every rank's layout and is called only where digests differ.
 
     Raises: LayoutError naming both ranks, the first differing path and both shapes or types; or the client that uploads from two ranks.
     """

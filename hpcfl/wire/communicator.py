@@ -95,7 +95,8 @@ class Communicator:
         Raises: what a rank raised, with its traceback as a note; RuntimeError outside of an `at_server` that says how to help.
         """
         if self._help_with is None:
-            raise RuntimeError(f"rank {self.rank}: spread('{verb}') was called where the other ranks do not attend; call it at rank 0, inside at_server(..., help_with=...)")
+            raise RuntimeError(f"rank {self.rank}: spread('{verb}') was called where the other ranks do not attend; call it at rank 0, "
+                               "inside at_server(..., help_with=...)")
         alone = self.size == 1 or len(items) < 2
         results = self._help(verb, dict(items)) if alone else self._spread_over_ranks(verb, items, costs)
         if len(items) > 1:
@@ -159,7 +160,7 @@ class Communicator:
                 f"they would run the same job side by side. {RELAUNCH}. {ALONE}")
 
     def collectives(self, size: int) -> dict[str, Callable[[], object]]:
-        """Bcast, Reduce and Gatherv of `size` bytes, a multiple of 8, of every rank, by name: bare and uncounted, to be timed; none where there is one rank."""
+        """Bcast, Reduce and Gatherv of `size` bytes of every rank, a multiple of 8, to be timed; their traffic is not booked; none where there is one rank."""
         return {} if self.size == 1 else self._ranks.collectives(size)
 
     def _spread_over_ranks(self, verb: str, items: Mapping[int, Tree], costs: Mapping[int, float] | None) -> dict[int, Tree]:

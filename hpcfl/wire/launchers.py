@@ -33,7 +33,7 @@ class Launch:
 
 
 def read_launch(environment: Mapping[str, str] = os.environ) -> Launch | None:
-    """What the environment says of the launch, None where there was no launcher."""
+    """What the environment says of the launch; None where there was no launcher."""
     in_step = any(environment.get(name) for name in STEPS)
     declared = next((name for name in LAUNCHERS if parse_whole_number(environment.get(name)) and (in_step or name != "SLURM_NTASKS")), None)
     if declared is None:
@@ -43,11 +43,11 @@ def read_launch(environment: Mapping[str, str] = os.environ) -> Launch | None:
 
 
 def parse_whole_number(text: str | None) -> int:
-    """What a variable of the environment says; 0 where it is not set, or set to what is no number."""
+    """The number that a variable of the environment says; 0 where it is not set or is no number."""
     return int(text) if text and re.fullmatch(r"\s*[0-9]+\s*", text) else 0
 
 
-def ask_mpirun(limit_s: float = 60) -> str:
+def ask_mpirun(limit_s: float) -> str:
     """What the mpirun in PATH says it is, or why it says nothing; empty where there is none."""
     if shutil.which("mpirun") is None:
         return ""
@@ -60,7 +60,7 @@ def ask_mpirun(limit_s: float = 60) -> str:
 
 
 def find_libraries(mpirun: str) -> tuple[str, ...]:
-    """With what the names of the MPI libraries begin that an mpirun launches, by what it says it is; none where it is of no known kind."""
+    """How the names of the MPI libraries begin that an mpirun launches, by what it says it is; none where its kind is unknown."""
     return next((libraries for word, libraries in LIBRARIES.items() if word in mpirun), ())
 
 
@@ -72,9 +72,9 @@ def make_lone_environment() -> dict[str, str]:
 
 
 def give_folders() -> None:
-    """Set what Open MPI does not start without, or dies of: a HOME, and a TMPDIR that takes files where one is set.
+    """Set what Open MPI needs to start: a HOME, and where TMPDIR is set one that takes files.
 
-    Raises: EnvironmentFault where no folder for temporary files does.
+    Raises: EnvironmentFault where no folder takes temporary files.
     """
     try:
         temporary = tempfile.gettempdir()                          # TMPDIR if it can be used

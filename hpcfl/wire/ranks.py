@@ -10,12 +10,12 @@ from torch import Tensor
 from hpcfl.errors import EnvironmentFault
 from hpcfl.wire.packing import LINE
 
-AUDIENCES = 64                                                     # parts of the ranks whose communicators are kept: MPI libraries have some thousands to give
+AUDIENCES = 64                                                     # whose communicators are kept: MPI libraries have some thousands to give
 Audience = tuple[int, ...]                                         # ranks, ascending, rank 0 among them
 
 
 class Alone:
-    """The one rank of a process without MPI; has what Ranks has, less the buffers that nobody could receive."""
+    """The one rank of a process without MPI; it has no calls to others, because there are none."""
 
     rank, size, local_rank, local_size = 0, 1, 0, 1
     library = "no MPI library that mpi4py can load"
@@ -38,7 +38,7 @@ class Ranks:
         self.rank, self.size = ranks.Get_rank(), ranks.Get_size()
         self.library = mpi.Get_library_version().strip("\0\n ").split(",")[0]
         self.standard = "MPI {}.{}".format(*mpi.Get_version())
-        node = ranks.Split_type(mpi.COMM_TYPE_SHARED)              # not the launcher's variables: ranks of a mpirun inside srun inherit srun's
+        node = ranks.Split_type(mpi.COMM_TYPE_SHARED)              # not the launcher's variables: under mpirun inside srun ranks inherit those of srun
         self.local_rank, self.local_size = node.Get_rank(), node.Get_size()
         node.Free()
         self._audiences: dict[Audience, Any] = {}                  # None where this rank is not of them; the last used comes last
@@ -54,7 +54,7 @@ class Ranks:
         return self._ranks.allreduce(flag, op=self._mpi.LOR)
 
     def among(self, audience: Audience) -> Any:
-        """The communicator of some of the ranks, None at the others; called by all ranks, so that all let go of the same one when there are too many."""
+        """The communicator of an audience, None at ranks that are not in it; called by all ranks, so that all free the same one when there are too many."""
         if len(audience) == self.size:
             return self._ranks
         if audience in self._audiences:
@@ -73,7 +73,7 @@ class Ranks:
         ranks.Bcast(self._lines(buffer), root=0)
 
     def gather_lines(self, buffer: Tensor, lines: Sequence[int] = ()) -> Tensor | None:
-        """The buffers of all ranks one after the other at rank 0, which alone must know that rank r brings `lines[r]` lines."""
+        """The buffers of all ranks one after the other, at rank 0; rank r brings `lines[r]` lines, which rank 0 alone must know."""
         if self.rank > 0:
             self._ranks.Gatherv(self._lines(buffer), None, root=0)
             return None
@@ -96,7 +96,7 @@ class Ranks:
         ranks.Reduce(*here, op=self._mpi.SUM, root=0)
 
     def collectives(self, size: int) -> dict[str, Callable[[], object]]:
-        """Those of a round, each of `size` bytes, a multiple of 8, of every rank, in memory of its own."""
+        """The collectives of a round by name, each of `size` bytes of every rank, a multiple of 8, in memory of its own."""
         own, of_all = torch.zeros(size // 8, dtype=torch.float64).numpy(), None
         if self.rank == 0:
             of_all = torch.zeros(size // 8 * self.size, dtype=torch.float64).numpy()
@@ -118,9 +118,9 @@ def find_ranks() -> Alone | Ranks:
 
 
 def carry(device: str) -> None:
-    """Let MPI move tensors in the memory of a device from this process to itself; where it cannot, it raises or takes the process down with it.
+    """Let MPI move tensors in the memory of a device from this process to itself; where MPI cannot, it raises or ends the process.
 
-    Raises: EnvironmentFault where something else arrives than what was sent.
+    Raises: EnvironmentFault where other bits arrive than were sent.
     """
     from mpi4py import MPI
     sent = torch.arange(1024, dtype=torch.float64, device=device)

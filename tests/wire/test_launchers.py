@@ -59,7 +59,7 @@ def test_mpirun_is_asked_what_it_is(script, told, tmp_path, monkeypatch):
 
 def test_without_mpirun_nobody_is_asked(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert ask_mpirun() == ""
+    assert ask_mpirun(60) == ""
 
 
 @pytest.mark.parametrize(("mpirun", "libraries"), [

@@ -18,8 +18,8 @@ from hpcfl.wire.hockney import ALGORITHMS, SMALL_BYTES, SMALL_CALLS, Line, Wire,
 from hpcfl.wire.traffic import EXCHANGES
 from hpcfl.wording import align_rows, byte_text, count_text, duration_text
 
-GOOD = 0.8                                                         # of the seconds of all ranks spent as one rank would spend them
-TRIES, MOST_CLIENTS = 8, 200_000                                   # numbers of clients per rank that are tried, each a fourth larger; and of all ranks
+GOOD = 0.8                                                         # efficiency: speed-up over one rank, per rank
+TRIES, MOST_CLIENTS = 8, 200_000                                   # numbers per rank that are tried, each a fourth larger; clients of all ranks
 NEEDED = ("clients/forward_flops", "partition/train", "bytes/simulated_up", "seconds/spread", "wire/item_s",
           *(f"wire/{kind}" for kind in EXCHANGES if not kind.endswith("_by_client")))       # an earlier hpcfl did not tell whom messages are for
 ASSUMPTIONS = (
@@ -33,7 +33,7 @@ ASSUMPTIONS = (
 
 @dataclass(frozen=True)
 class Round:
-    """A round of one phase of a run, apart by what becomes of it on other numbers of ranks. K clients, R rounds."""
+    """A round of one phase of a run, taken apart by how its seconds change with the number of ranks. K clients, R rounds."""
 
     phase: str
     rounds: int
@@ -49,12 +49,12 @@ class Round:
     checkpoint_s: float
     carried: dict[str, float]                                      # bytes of EXCHANGES
 
-    def per_client(self) -> float:
-        """Seconds of all clients in a round, over their number."""
+    def seconds_per_client(self) -> float:
+        """Mean seconds of a client in a round."""
         return sum(find_typical(seconds.sum(1)) for seconds in self.work_s.values()) / self.clients
 
-    def for_all(self, wire: Wire, ranks: int, clients: float) -> dict[str, float]:
-        """The seconds of a round that do not depend on who hosts whom, by cause."""
+    def common_seconds(self, wire: Wire, ranks: int, clients: float) -> dict[str, float]:
+        """Seconds of a round that do not depend on which rank hosts which client, by cause."""
         more = clients / self.clients if self.carried["gatherv"] else 1.0
         spread = max(self.spread_s * more / ranks, self.item_s)
         exchanges = [*scale_collectives(self.carried, ranks, clients / self.clients), ("Gatherv", more * self.carried["send"] / ranks, ranks),
@@ -64,18 +64,18 @@ class Round:
 
 
 def predict(round_: Round, wire: Wire, ranks: int, clients: int) -> dict[str, Any]:
-    """A round on so many ranks with so many clients, those of the run over and over: its seconds by part, its speed-up over one rank, and what limits it.
+    """A round on so many ranks with so many clients, those of the run over and over: its seconds by cause, its speed-up over one rank, and what limits it.
 
-    `compute` and `evaluation` are the mean rank's, `waiting` is what the busiest rank has more; `clients_per_rank` as of `enough`.
+    `compute` and `evaluation` are the mean rank's, `waiting` is what the busiest rank has more; `clients_per_rank`: see `find_enough_clients`.
     """
-    alone, parts = (split_seconds(round_, wire, count, clients) for count in (1, ranks))
-    speed_up = sum(alone.values()) / sum(parts.values())
-    return {"ranks": ranks, "round_s": sum(parts.values()), **{f"{name}_s": seconds for name, seconds in parts.items()}, "speed_up": speed_up,
-            "efficiency": speed_up / ranks, "limit": max(parts, key=parts.get), "clients_per_rank": find_enough_clients(round_, wire, ranks)}
+    alone, split = (split_seconds(round_, wire, count, clients) for count in (1, ranks))
+    speed_up = sum(alone.values()) / sum(split.values())
+    return {"ranks": ranks, "round_s": sum(split.values()), **{f"{cause}_s": seconds for cause, seconds in split.items()}, "speed_up": speed_up,
+            "efficiency": speed_up / ranks, "limit": max(split, key=split.get), "clients_per_rank": find_enough_clients(round_, wire, ranks)}
 
 
 def split_seconds(round_: Round, wire: Wire, ranks: int, clients: int) -> dict[str, float]:
-    """The seconds of a round by part."""
+    """The seconds of a round by cause."""
     again = np.arange(clients) % round_.clients
     home = np.array(place_clients(round_.costs[again], ranks, round_.server))
     mean, waiting = {}, 0.0
@@ -84,17 +84,18 @@ def split_seconds(round_: Round, wire: Wire, ranks: int, clients: int) -> dict[s
         mean[name] = find_typical(loads.sum(1)) / ranks
         waiting += find_typical(loads.max(1)) - mean[name]
     evaluation = mean.pop("evaluate")
-    return {"compute": sum(mean.values()), "waiting": waiting, "evaluation": evaluation, **round_.for_all(wire, ranks, clients)}
+    return {"compute": sum(mean.values()), "waiting": waiting, "evaluation": evaluation, **round_.common_seconds(wire, ranks, clients)}
 
 
 def find_enough_clients(round_: Round, wire: Wire, ranks: int) -> int | None:
-    """The fewest clients per rank with which so many ranks have an efficiency of GOOD; None where server, wire or an uneven placement keep them from it.
+    """The fewest clients per rank with which so many ranks have an efficiency of GOOD; None where server, wire or uneven placement prevent it.
 
-    Spread evenly, P ranks take a_P + b_P c seconds with c clients each: (a_1 + b_1 c) / (P (a_P + b_P c)) >= GOOD. From that c on they are placed.
+    Spread evenly, P ranks take a_P + b_P c seconds with c clients each: (a_1 + b_1 c) / (P (a_P + b_P c)) >= GOOD. From that c on
+    clients are placed as a run places them.
     """
     def even_s(count: int, each: int) -> float:
         clients = ranks * each
-        return clients / count * round_.per_client() + sum(round_.for_all(wire, count, clients).values())
+        return clients / count * round_.seconds_per_client() + sum(round_.common_seconds(wire, count, clients).values())
 
     def line(count: int) -> tuple[float, float]:
         one, two = even_s(count, 1), even_s(count, 2)
@@ -103,21 +104,21 @@ def find_enough_clients(round_: Round, wire: Wire, ranks: int) -> int | None:
     gained, lacking = b_1 - GOOD * ranks * b_p, GOOD * ranks * a_p - a_1
     each, tries = max(1, math.ceil(lacking / gained)) if gained > 0 else MOST_CLIENTS, 0
     while tries < TRIES and each * ranks < MOST_CLIENTS:
-        alone, parts = (sum(split_seconds(round_, wire, count, each * ranks).values()) for count in (1, ranks))
-        if alone >= GOOD * ranks * parts:
+        alone, shared = (sum(split_seconds(round_, wire, count, each * ranks).values()) for count in (1, ranks))
+        if alone >= GOOD * ranks * shared:
             return each
         each, tries = each + 1 + each // 4, tries + 1
     return None
 
 
 def find_typical(values: np.ndarray) -> float:
-    """What a round takes of something: the median over the rounds that have any of it, times their share of all rounds."""
+    """What is typical of a value of each round: the median over the rounds where it is above 0, times the share of these rounds."""
     some = values[values > 0]
     return float(np.median(some)) * len(some) / len(values) if len(some) else 0.0
 
 
 def measure_round(recording: Recording, wire: Wire, phase: str | None = None) -> Round:
-    """What a run measured of a round, by default of the phase that took longest; what the collectives take on the ranks of the run is taken off.
+    """What a run measured of a round, by default of the phase that took longest, less what the wire model gives for its collectives.
 
     Raises: JobError for a run without rounds, without that phase, or recorded by an earlier hpcfl.
     """
@@ -154,7 +155,7 @@ def measure_round(recording: Recording, wire: Wire, phase: str | None = None) ->
 
 
 def scale_collectives(carried: dict[str, float], ranks: int, more: float = 1.0) -> list[tuple[str, float, int]]:
-    """A round's collectives with so many times the clients, each with the bytes of a rank and how many ranks take part."""
+    """The collectives of a round with so many times the clients: (name, bytes of each rank, how many ranks take part)."""
     def reached(kind: str) -> int:
         clients = more * carried[f"{kind}_by_client"] / max(carried[kind], 1)              # of a byte, in the mean; placed by cost they spread over the ranks
         return min(ranks, math.ceil(clients) + 1) if clients else ranks
@@ -183,8 +184,9 @@ def fit_wire(told: dict[str, Any], where: Path) -> Wire:
 
 
 def read_wire(doctor: Path | None, latency_s: float | None, bandwidth: float | None) -> Wire:
-    """The wire of a file that `hpcfl doctor --json` wrote, or of a data sheet: seconds between two ranks, bytes per second; what is given counts.
+    """The wire of a file that `hpcfl doctor --json` wrote, or of a data sheet: seconds between two ranks and bytes per second.
 
+    What is given overrides the file.
     Raises: JobError for a file of another kind, and where latency or bandwidth are known from neither.
     """
     if doctor is None and (latency_s is None or bandwidth is None):
@@ -218,7 +220,7 @@ def read_doctor(path: Path) -> dict[str, Any]:
 def predict_table(run: str | Path, wire: Wire, ranks: Sequence[int], clients: int | None = None, phase: str | None = None) -> dict[str, Any]:
     """The prediction for each number of ranks with what it stands on, as plain data, units in the key names.
 
-    Raises: as `recording.read` and `round_of`; JobError for numbers of ranks or clients below 1.
+    Raises: as `recording.read` and `measure_round`; JobError for numbers of ranks or clients below 1.
     """
     if min(ranks) < 1 or (clients is not None and clients < 1):
         raise JobError(f"predict: --ranks {','.join(map(str, ranks))} --clients {clients}: wanted numbers from 1")
@@ -232,13 +234,13 @@ def predict_table(run: str | Path, wire: Wire, ranks: Sequence[int], clients: in
 
 def render(found: dict[str, Any]) -> str:
     """The prediction for people."""
-    was, parts = found["measured"], ("compute", "waiting", "evaluation", "server", "wire", "checkpoint")
-    rows = [("ranks", "round", *parts, "speed-up", "efficiency", "most is", f"clients/rank for {GOOD:.0%}")]
-    rows += [(str(row["ranks"]), duration_text(row["round_s"]), *(duration_text(row[f"{part}_s"]) if row[f"{part}_s"] else "0" for part in parts),
+    was, causes = found["measured"], ("compute", "waiting", "evaluation", "server", "wire", "checkpoint")
+    rows = [("ranks", "round", *causes, "speed-up", "efficiency", "most is", f"clients/rank for {GOOD:.0%}")]
+    rows += [(str(row["ranks"]), duration_text(row["round_s"]), *(duration_text(row[f"{cause}_s"]) if row[f"{cause}_s"] else "0" for cause in causes),
               f"{row['speed_up']:.3g}", f"{row['efficiency']:.0%}", row["limit"], str(row["clients_per_rank"] or "none")) for row in found["predicted"]]
-    lines = {name: f"{name} {duration_text(line['latency_s'])} + bytes * {1e9 * line['byte_s']:.3g} ns" for name, line in found["wire"].items() if name != "source"}
+    lines = [f"{name} {duration_text(line['latency_s'])} + bytes * {1e9 * line['byte_s']:.3g} ns" for name, line in found["wire"].items() if name != "source"]
     return "\n".join([
         f"{found['run']}, phase {found['phase']}: {duration_text(was['round_s'])} measured, over {count_text(found['rounds'], 'round')} of "
         f"{count_text(was['clients'], 'client')} on {count_text(was['ranks'], 'rank')}; predicted for {count_text(found['clients'], 'client')}",
-        f"wire: {found['wire']['source']}", f"      {', '.join(lines.values())}", "", align_rows(rows, words=0), "", "Assumed:",
+        f"wire: {found['wire']['source']}", f"      {', '.join(lines)}", "", align_rows(rows, words=0), "", "Assumed:",
         *(f"* {each}" for each in found["assumptions"])])

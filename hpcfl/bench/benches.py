@@ -1,4 +1,4 @@
-"""Benches: the benchmarks by name, each a function of the ranks and the command line that gives figures with their units in the key, and how these are shown."""
+"""Benches: the benchmarks by name, and how their figures are shown. Each is a function of ranks and command line; units stand in the keys of its figures."""
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from typing import Any

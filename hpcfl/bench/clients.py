@@ -1,4 +1,4 @@
-"""The benchmark of many clients: seconds of a round and peak memory against their number, for each residency of their states, a process to a case."""
+"""The benchmark of many clients: seconds of a round and peak memory by number and residency of the clients, in a process for each case."""
 import json
 import subprocess
 import sys
@@ -93,13 +93,14 @@ def measure_apart(arguments: Namespace, ranks: int, residency: str, count: int) 
         ended = subprocess.run(command, env=make_lone_environment(), stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8",
                                errors="replace", check=False)
     except OSError as error:
-        raise EnvironmentFault(f"{command[0]}: cannot be started ({error.strerror}); take --ranks 1, or start one case by the launcher that is there") from error
+        raise EnvironmentFault(f"{command[0]}: cannot be started ({error.strerror}); take --ranks 1, or start one case by the launcher "
+                               "that is there") from error
     if ended.returncode:
         raise EnvironmentFault(f"{' '.join(command)}: ended with exit code {ended.returncode}: {ended.stderr.strip().rpartition(chr(10))[2]}")
     return json.loads(ended.stdout)
 
 
 def read_memory(name: str) -> int:
-    """Bytes of resident memory of this process, by their name in /proc: now (VmRSS) or at most (VmHWM, which unlike getrusage knows nothing of a parent)."""
+    """Bytes of resident memory of this process by a name of /proc: VmRSS is now, VmHWM the most so far (getrusage would count a parent's too)."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
     return 1024 * int(lines[name].split()[0])

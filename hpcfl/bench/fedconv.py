@@ -60,7 +60,7 @@ def fedconv(comm: Communicator, arguments: Namespace) -> dict[str, Any]:
 
 
 class Timed(FedConv):
-    """Books every training on the public set: (first word of its purpose, architecture) -> seconds of one step of one model."""
+    """FedConv that books every training on the public set: (first word of its purpose, architecture) -> seconds of one step of one model."""
 
     def __init__(self, config: Config, problem: Problem) -> None:
         super().__init__(config, problem)

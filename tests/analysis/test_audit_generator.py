@@ -64,6 +64,6 @@ def test_the_frechet_distance_takes_samples_in_the_members_class_mix():
     features = torch.randn(30, 2, generator=torch.Generator().manual_seed(0)) + 50 * labels[:, None]
     members = torch.tensor([0] * 40 + [2] * 20)
     train = torch.randn(60, 2, generator=torch.Generator().manual_seed(1)) + 50 * members[:, None]
-    found = audit_generator._fid(train, features, features, members, labels)
+    found = audit_generator._measure_fid(train, features, features, members, labels)
     assert found["images"] == 15 and found["samples"] == found["held_out"] < 20, "10 of class 0, 5 of class 2, none of class 1"
-    assert "take more --samples" in audit_generator._fid(train, features[:1], features[:1], members, labels[:1])["left_out"]
+    assert "take more --samples" in audit_generator._measure_fid(train, features[:1], features[:1], members, labels[:1])["left_out"]

@@ -18,7 +18,7 @@ from hpcfl.data.shards import Shard
 from hpcfl.errors import JobError
 from hpcfl.federation.state import State
 from hpcfl.federation.world import World
-from hpcfl.runs.launch import revisit
+from hpcfl.runs.revisit import revisit
 from hpcfl.training.evaluate import bind_model
 from hpcfl.training.group import Group
 from hpcfl.wording import align_rows, printable_text
@@ -39,7 +39,7 @@ def analyse(run: str | Path, client: int | None = None, samples: int = 60, out: 
     Members are training images of these clients, others as many official test images of the same classes: it helps no attack to know which classes a
     client has. `samples` are drawn of each class. Models and generator are those that the clients hold; test images are
     read for this measurement alone, nothing is selected by them. A part that cannot be measured is {"left_out": the reason}.
-    Raises: as `launch.revisit`; JobError for a client that does not exist, no samples, and a folder that cannot be written or has files of these names
+    Raises: as `revisit`; JobError for a client that does not exist, no samples, and a folder that cannot be written or has files of these names
     that no audit wrote.
     """
     if samples < 1:

@@ -17,7 +17,7 @@ from hpcfl.federation.ledger import Ledger
 from hpcfl.federation.state import State, schedule
 from hpcfl.federation.world import World
 from hpcfl.resize import slices
-from hpcfl.runs import launch
+from hpcfl.runs import revisit
 from hpcfl.training import evaluate
 from hpcfl.tree import Tree
 from hpcfl.wording import align_rows, printable_text
@@ -164,11 +164,11 @@ def analyse(run: str | Path, images: int = 2000, output: str = "logits") -> dict
     The models are those that the next round would begin with, see `open_round`; the run itself is left as it is.
     {run, rounds, images, output, label_bits: H(Y), ceiling_bits, models: rows of `compare`}, with nothing in it that JSON cannot carry. Memory grows with the
     square of the images: 2000 take some 300 MB.
-    Raises: as `launch.revisit`; JobError as `find_contenders` and `compare`.
+    Raises: as `revisit`; JobError as `find_contenders` and `compare`.
     """
     if images < 1:
         raise JobError(f"information: got {images} images, wanted at least 1, and some {100 * NEIGHBOURS} for figures that mean something")
-    world, state = launch.revisit(run)
+    world, state = revisit.revisit(run)
     problem, test = world.problem, world.test
     chosen = torch.from_numpy(problem.stream("information").numpy().permutation(len(test))[:images]).to(test.labels.device)
     shard = Shard(test.images[chosen], test.labels[chosen], test.scale)

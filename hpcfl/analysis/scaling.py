@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from hpcfl.accounts import EXCHANGES
 from hpcfl.errors import JobError
 from hpcfl.federation.placement import place_clients
 from hpcfl.report.recording import Recording, read
 from hpcfl.wire.hockney import ALGORITHMS, SMALL_BYTES, SMALL_CALLS, Line, Wire, fit_lines
-from hpcfl.wire.traffic import EXCHANGES
 from hpcfl.wording import align_rows, byte_text, count_text, duration_text
 
 GOOD = 0.8                                                         # efficiency: speed-up over one rank, per rank

@@ -6,14 +6,14 @@ from typing import Any
 import psutil
 import torch
 
-from hpcfl.algorithms import CONFIGS
 from hpcfl.bench.timing import median_seconds
 from hpcfl.federation.exchange import Exchange
 from hpcfl.federation.ledger import Ledger
 from hpcfl.federation.loop import rounds
 from hpcfl.federation.state import begin
 from hpcfl.federation.world import World
-from hpcfl.runs import launch
+from hpcfl.runs import devices
+from hpcfl.runs.choices import CHOICES
 from hpcfl.settings.job import resolve
 from hpcfl.wire.communicator import Communicator, connect
 
@@ -29,11 +29,11 @@ def w1(comm: Communicator, arguments: Namespace) -> dict[str, Any]:
     job = resolve({"run": {"name": "w1", "threads": arguments.threads, "device": arguments.device, "deterministic": arguments.deterministic},
                    "data": {"name": "random", "validation_fraction": 0.0, "test_fraction": 0.0}, "models": {"names": ["w1"], "feature_size": 512},
                    "federation": {"clients": 10, "rounds": (arguments.rounds or ROUNDS) + 1}, "training": {"batch": 10, "lr": 0.01},
-                   "algorithm": {"name": "fedavg"}}, CONFIGS)
-    launch.set_threads(job, comm)
-    device = launch.choose_device(job.run.device, comm.local_rank)
+                   "algorithm": {"name": "fedavg"}}, CHOICES)
+    devices.set_threads(job, comm)
+    device = devices.choose_device(job.run.device, comm.local_rank)
     world, laps = World(job, comm, device), []
-    launch.spare_threads(world)
+    devices.spare_threads(world)
     state, ledger = begin(world), Ledger(device)
     startup = time.time() - psutil.Process().create_time()
     comm.barrier()

@@ -12,7 +12,7 @@ from hpcfl import tree
 from hpcfl.data.shards import list_batch_sizes
 from hpcfl.doctor.attempts import attempt, gather_attempts
 from hpcfl.federation.world import World
-from hpcfl.runs import launch
+from hpcfl.runs import devices
 from hpcfl.runs.host_limits import read_core_seconds
 from hpcfl.settings.job import Job
 from hpcfl.training.group import Group
@@ -78,7 +78,7 @@ def estimate(comm: Communicator, job: Job, device: torch.device, wire: Sequence[
 
 def measure_load(world: World) -> Load:
     """The work of this rank, with the time of a few batches of noise for each of its architectures."""
-    launch.spare_threads(world)
+    devices.spare_threads(world)
     job, problem = world.job, world.problem
     hosted = world.architectures(world.mine)
     sizes = {client: len(world.split.train[client]) for client in world.mine}

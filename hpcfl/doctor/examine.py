@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import hpcfl
-from hpcfl.algorithms import CONFIGS
 from hpcfl.doctor import probes, run_folder
 from hpcfl.doctor.attempts import attempt, gather_attempts
 from hpcfl.doctor.estimate import Estimate, estimate
@@ -15,7 +14,8 @@ from hpcfl.doctor.findings import OK, PROBLEM, WARNING, Check, Examined, Finding
 from hpcfl.doctor.launch_checks import LAUNCH_CHECKS, check_ranks
 from hpcfl.doctor.run_checks import RUN_CHECKS
 from hpcfl.errors import EnvironmentFault
-from hpcfl.runs import launch
+from hpcfl.runs import devices
+from hpcfl.runs.choices import CHOICES
 from hpcfl.settings.job import Job, load
 from hpcfl.wire.communicator import Communicator
 from hpcfl.wire.hockney import Timing
@@ -31,8 +31,8 @@ def examine(comm: Communicator, told: Launch | None, job_file: Path | None, over
 
     `told`: what the launcher says. A rank on which something fails still takes part in every collective, and the server learns what failed.
     """
-    job, fault = attempt(load, job_file, CONFIGS, overrides) if job_file else (None, "")
-    facts, silent = gather_attempts(comm, *attempt(probes.look_around, comm, job.run.device if job else "auto", launch.count_cores(comm)))
+    job, fault = attempt(load, job_file, CHOICES, overrides) if job_file else (None, "")
+    facts, silent = gather_attempts(comm, *attempt(probes.look_around, comm, job.run.device if job else "auto", devices.count_cores(comm)))
     wire = comm.share(probes.time_wire(comm))
     folder = run_folder.examine(comm, out or Path("runs"))
     _, faults = gather_attempts(comm, None, fault)
@@ -47,8 +47,8 @@ def examine(comm: Communicator, told: Launch | None, job_file: Path | None, over
 
 def estimate_job(comm: Communicator, job: Job, wire: Sequence[Timing]) -> tuple[Estimate | None, dict[int, str]]:
     """A round of the job with the threads and devices that its ranks would have; called by all ranks."""
-    launch.set_threads(job, comm)
-    device, fault = attempt(launch.choose_job_device, job, comm)
+    devices.set_threads(job, comm)
+    device, fault = attempt(devices.choose_job_device, job, comm)
     _, faults = gather_attempts(comm, None, fault)
     return (None, faults) if comm.agree(bool(fault)) else estimate(comm, job, device, wire)
 

@@ -24,7 +24,7 @@ import torch
 import hpcfl
 from hpcfl.doctor.attempts import attempt
 from hpcfl.errors import EnvironmentFault
-from hpcfl.runs import launch
+from hpcfl.runs import devices
 from hpcfl.runs.host_limits import read_launcher_cores, read_memory_left_bytes, read_quota_cores, read_thread_limit
 from hpcfl.wire.communicator import Communicator
 from hpcfl.wire.hockney import Timing
@@ -85,7 +85,7 @@ def look_around(comm: Communicator, wanted: str, cores: float) -> Facts:
         device=str(device or ""), device_fault=fault, device_name=of_gpu.name if of_gpu else platform.processor() or platform.machine(),
         device_id=str(getattr(of_gpu, "uuid", device.index)) if of_gpu else "", visible_gpus=torch.cuda.device_count() if torch.cuda.is_available() else 0,
         has_driver=DRIVER.exists(), device_free_bytes=torch.cuda.mem_get_info(device)[0] if of_gpu else None,
-        cores=cores, bound_cores=tuple(sorted(launch.find_bound_cores())), launcher_cores=read_launcher_cores(),
+        cores=cores, bound_cores=tuple(sorted(devices.find_bound_cores())), launcher_cores=read_launcher_cores(),
         quota_cores=quota if quota < math.inf else None, memory_left_bytes=read_memory_left_bytes(), resident_bytes=psutil.Process().memory_info().rss,
         compiler=compiler, compiler_fault=compiler_fault,
         device_buffers=(try_device_buffers(str(device)) if of_gpu else "") if first else None, mpirun=ask_mpirun(LIMIT_S) if first else None,
@@ -101,8 +101,8 @@ def find_versions(comm: Communicator) -> dict[str, str]:
 
 
 def try_device(wanted: str, local_rank: int) -> torch.device:
-    """The device of this rank, after a sum on it. Raises: as `launch.choose_device`, and what the device raises."""
-    device = launch.choose_device(wanted, local_rank)
+    """The device of this rank, after a sum on it. Raises: as `devices.choose_device`, and what the device raises."""
+    device = devices.choose_device(wanted, local_rank)
     torch.ones(8, device=device).sum().item()
     return device
 

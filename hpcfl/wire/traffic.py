@@ -1,7 +1,7 @@
 """Traffic: the bytes that left a rank, and those that each kind of exchange carried."""
 from dataclasses import dataclass, field
 
-EXCHANGES = ("bcast", "reduce", "gatherv", "send", "bcast_by_client", "reduce_by_client")            # kinds of `carried`
+from hpcfl.accounts import EXCHANGES
 
 
 @dataclass

@@ -7,7 +7,7 @@ import pytest
 from hpcfl import cli
 from hpcfl.analysis import audit
 from hpcfl.errors import CheckpointError, JobError
-from hpcfl.runs import launch
+from hpcfl.runs import revisit
 from tests.support.tiny_runs import carry_out, tiny
 
 
@@ -56,7 +56,7 @@ def test_reference_models_calibrate_the_attack(found):
 
 
 def test_a_model_that_never_trained_gives_nothing_away(overfitted, tmp_path, monkeypatch):
-    world, state = launch.revisit(overfitted)
+    world, state = revisit.revisit(overfitted)
     monkeypatch.setattr(audit, "revisit", lambda run: (world, type(state)(state.server, tuple(world.join()), state.received, state.rows)))
     for row in audit.analyse(overfitted, out=tmp_path)["classifiers"]:
         assert abs(row["loss"]["auc"] - row["loss"]["unseen_auc"]) < 0.12 and row["loss"]["tpr_at_1_percent_fpr"] < 0.1

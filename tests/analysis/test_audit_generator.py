@@ -4,7 +4,7 @@ import torch
 from hpcfl.algorithms.fedvtc import FineTune
 from hpcfl.analysis import audit, audit_generator
 from hpcfl.analysis.audit_generator import Sampler
-from hpcfl.runs import launch
+from hpcfl.runs import revisit
 
 
 def test_a_generator_is_measured_in_pixels_and_in_the_scattering_map(generating, tmp_path):
@@ -42,7 +42,7 @@ def test_a_generator_that_copies_a_clients_images_is_found_out(generating, tmp_p
 
 def test_closest_pairs_name_training_images_of_the_audited_client(generating, tmp_path):
     pairs = audit.analyse(generating, client=2, samples=5, out=tmp_path)["generator"]["closest_pairs"]
-    world, _ = launch.revisit(generating)
+    world, _ = revisit.revisit(generating)
     for side in pairs.values():
         assert len(side) > 1 and [pair["l2_distance"] for pair in side] == sorted(pair["l2_distance"] for pair in side)
         for pair in side:
@@ -50,7 +50,7 @@ def test_closest_pairs_name_training_images_of_the_audited_client(generating, tm
 
 
 def test_losses_are_those_of_the_step_that_has_them(mapping):
-    world, state = launch.revisit(mapping)
+    world, state = revisit.revisit(mapping)
     drawing, judging = (Sampler.find(world, state, 1, verb) for verb in ("draw", "generator_losses"))
     shard = world.holdings[1].train
     assert drawing.group.clients == (1,) and type(drawing.step) is not type(judging.step)

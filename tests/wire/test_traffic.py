@@ -1,5 +1,6 @@
 """Bytes are booked by the kind of exchange, those of broadcasts and reductions by their clients too."""
-from hpcfl.wire.traffic import EXCHANGES, Traffic
+from hpcfl.accounts import EXCHANGES
+from hpcfl.wire.traffic import Traffic
 
 
 def test_nothing_is_carried_at_first_and_kinds_add_up_apart():

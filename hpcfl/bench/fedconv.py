@@ -25,7 +25,7 @@ from hpcfl.runs import devices
 from hpcfl.runs.choices import CHOICES
 from hpcfl.settings.job import Job, resolve
 from hpcfl.training.group import Group
-from hpcfl.wire.communicator import Communicator
+from hpcfl.wire.communicator import Communicator, require_server
 from hpcfl.wire.uplink import Uploads
 
 CLASSES_OF_SIZE = [0, 0, 1, 1, 1, 1, 2, 2, 2, 2]                   # the authors' ten clients
@@ -103,9 +103,10 @@ def measure_engine(world: FedConvNoise) -> dict[str, Any]:
     told = comm.gather(([account["seconds"]["idle"] for account in accounts], [dict(step.laps) for step in world.plan[0].steps]))
     if not comm.is_server:
         return {}
-    laps = [each for _, booked in told for each in booked]
+    answers = require_server(told)
+    laps = [each for _, booked in answers for each in booked]
     return {"plain_step_ms": to_milliseconds(median(plain)), **{figure: to_milliseconds(average_steps(laps, work)) for figure, work in WORKS.items()},
-            "server_phase_s": round(median(account["wall_s"] for account in accounts), 3), "idle_s": [round(median(idle), 3) for idle, _ in told]}
+            "server_phase_s": round(median(account["wall_s"] for account in accounts), 3), "idle_s": [round(median(idle), 3) for idle, _ in answers]}
 
 
 def run_server_phase(exchange: Exchange, state: State, place: Place) -> State:

@@ -79,11 +79,12 @@ class GeFLNoise(NoiseWorld):
 def measure_phases(world: GeFLNoise) -> tuple[dict[str, list[float]], dict[str, tuple[str, list[float]]], list[dict[str, Any]]]:
     """Seconds of each phase's rounds but its first; on one rank {bare loop: (phase, its seconds)}; and rows of what this rank did in them."""
     comm, ledger = world.comm, Ledger(world.problem.device)
-    laps, accounts, bare = defaultdict(list), defaultdict(list), {name: (phase, []) for name, (phase, *_) in BARE.items()} if comm.size == 1 else {}
-    state = begin(world)
+    laps, accounts = defaultdict(list), defaultdict(list)
+    bare: dict[str, tuple[str, list[float]]] = {name: (phase, []) for name, (phase, *_) in BARE.items()} if comm.size == 1 else {}
+    begun = begin(world)
     comm.barrier()
     start = time.perf_counter()
-    for state, place in rounds(Exchange(world, ledger, lambda state, place: None), state):
+    for state, place in rounds(Exchange(world, ledger, lambda state, place: None), begun):
         comm.barrier()
         lap, account = time.perf_counter() - start, ledger.close()
         if place.round:                                            # the first makes the maps

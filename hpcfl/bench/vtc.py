@@ -18,7 +18,7 @@ from hpcfl.runs.choices import CHOICES
 from hpcfl.settings.job import Job, resolve
 from hpcfl.training.group import Group
 from hpcfl.training.losses import cross_entropy
-from hpcfl.wire.communicator import Communicator
+from hpcfl.wire.communicator import Communicator, require_server
 from hpcfl.wire.ranks import Alone
 
 CLIENTS, PASS = 4, 5                                               # clients, and batches in one pass over a client's images
@@ -62,7 +62,7 @@ def run_generator(step: FedVTC, group: Group, site: ClientSite, server_site: Ser
     """The generator's training on the statistics of untrained features, as in the first round that has any."""
     latents = step.encode(group, site)
     local = step.measure(latents, site)
-    server = step.aggregate(step.found(server_site), Communicator(Alone()).combine(step.upload(local)), server_site)
+    server = step.aggregate(step.found(server_site), require_server(Communicator(Alone()).combine(step.upload(local))), server_site)
     return partial(step.train_generator, group, latents, local, step.read_gaussians(step.publish(server)), site)
 
 

@@ -4,6 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from statistics import median
 
 import torch
@@ -124,7 +125,7 @@ def time_batch(world: World, architecture: str, images: int, clients: int = 1) -
     module = problem.structure(architecture)
     group = Group(architecture, tuple(range(clients)), tree.stack([tree.join(model=module.state_dict())] * clients))
     problem.fit(group, {"model": module}, [Turn(("model",), cross_entropy, Optimizer.from_settings(world.job.training, lr=GENTLE))], batches, where="doctor")
-    return median(later - earlier for earlier, later in zip(times[1:-1], times[2:], strict=True)) / clients         # the first warms up
+    return median(later - earlier for earlier, later in pairwise(times[1:])) / clients         # the first warms up
 
 
 def estimate_round(world: World, loads: tuple[Load, ...], wire: Sequence[Timing]) -> Estimate:

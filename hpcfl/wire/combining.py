@@ -1,5 +1,6 @@
 """Combining: the uplinks of all ranks become totals and uploads at rank 0, by reductions of sums and one gathering of what must stay apart."""
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from hpcfl import tree
 from hpcfl.errors import LayoutError
 from hpcfl.tree import Tree
 from hpcfl.wire import packing
-from hpcfl.wire.ranks import Alone, Audience, Ranks
+from hpcfl.wire.ranks import Audience, Ranks
 from hpcfl.wire.traffic import Traffic
 from hpcfl.wire.uplink import Contribution, SumLayout, Sums, Total, Uploads, count_payload_bytes, find_difference
 
@@ -20,12 +21,12 @@ Combined = dict[str, Total | Uploads]
 Header = tuple[str, str | tuple[int, ...], int]                    # (kind, digest of the layout or clients, how many clients)
 
 
-def combine_pieces(ranks: Alone | Ranks, pieces: Pieces, deterministic: bool, traffic: Traffic) -> Combined | None:
+def combine_pieces(ranks: Ranks, pieces: Pieces, deterministic: bool, traffic: Traffic) -> Combined | None:
     """What `Communicator.combine` says: a Total per name of Sums and Uploads in ascending client order at rank 0, None elsewhere; books what travels."""
     if ranks.size == 1:
         return {name: _combine_alone(name, piece, deterministic, traffic) for name, piece in sorted(pieces.items())}
     headers = ranks.allgather({name: make_header(piece) for name, piece in pieces.items()})
-    check_alike(headers, lambda name: ranks.allgather(pieces[name].layout() if name in pieces else None))
+    check_alike(headers, lambda name: ranks.allgather(_require_sums(pieces[name]).layout() if name in pieces else ()))
     kinds = {name: kind for each in headers for name, (kind, _, _) in each.items()}
     reduced = {} if deterministic else _find_audiences(headers)
     totals = _reduce(ranks, reduced, headers, pieces, traffic) if reduced else {}
@@ -41,7 +42,7 @@ def make_header(piece: Sums | Uploads) -> Header:
     return "Sums", tree.digest(piece.layout()), len(piece.simulated_bytes())
 
 
-def check_alike(headers: Sequence[Mapping[str, Header]], layouts: Callable[[str], Sequence[SumLayout | None]]) -> None:
+def check_alike(headers: Sequence[Mapping[str, Header]], layouts: Callable[[str], Sequence[SumLayout]]) -> None:
     """Refuse what the ranks bring under one name and cannot be combined; `layouts(name)` gives every rank's layout and is called only where digests differ.
 
     Raises: LayoutError naming both ranks, the first differing path and both shapes or types; or the client that uploads from two ranks.
@@ -58,7 +59,7 @@ def check_alike(headers: Sequence[Mapping[str, Header]], layouts: Callable[[str]
                 raise LayoutError(f"rank {rank}: '{path}' of '{name}' is {got}, rank {first} has {want}; "
                                   "clients of one sum must share paths, shapes and types")
         if kind == "Uploads":
-            _check_owners(name, {rank: clients for rank, (_, clients, _) in brought.items()})
+            _check_owners(name, {rank: clients for rank, (_, clients, _) in brought.items() if isinstance(clients, tuple)})
 
 
 def _check_owners(name: str, clients: Mapping[int, Sequence[int]]) -> None:
@@ -93,11 +94,12 @@ def _find_audiences(headers: Sequence[Mapping[str, Header]]) -> dict[str, Audien
 
 def _reduce(ranks: Ranks, audiences: Mapping[str, Audience], headers: Sequence[Mapping[str, Header]], pieces: Pieces, traffic: Traffic) -> dict[str, Total]:
     """The Total of each name at rank 0, by reductions among its ranks."""
-    layouts = {name: pieces[name].layout() for name in audiences if name in pieces}
+    sums = {name: _require_sums(pieces[name]) for name in audiences if name in pieces}
+    layouts = {name: piece.layout() for name, piece in sums.items()}
     if any(name not in headers[0] for name in audiences):          # rank 0 hosts no such client: it learns from the others what the sum looks like
         told = ranks.gather({name: layout for name, layout in layouts.items() if name not in headers[0]})
         layouts = {name: layout for each in [*(told or []), layouts] for name, layout in each.items()}
-    totals = {name: pieces[name].take_total() if name in pieces else Total.zero(layout) for name, layout in layouts.items()}
+    totals = {name: sums[name].take_total() if name in sums else Total.zero(layout) for name, layout in layouts.items()}
     for audience in sorted(set(audiences.values())):
         members, names = ranks.among(audience), [name for name in sorted(audiences) if audiences[name] == audience]
         if members is not None:
@@ -130,6 +132,12 @@ def _add_up(ranks: Ranks, members: Any, sums: Sequence[tuple[Total, SumLayout]])
                     view.add_(slot)
 
 
+def _require_sums(piece: Sums | Uploads) -> Sums:
+    if isinstance(piece, Uploads):
+        raise LayoutError("Uploads are here what other ranks have as Sums; one name has one kind")
+    return piece
+
+
 def _cut_blocks(leaves: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:
     """Flat leaves in order, in blocks of at most so many elements."""
     block, room = [], size
@@ -156,9 +164,9 @@ def _gather(ranks: Ranks, kinds: Mapping[str, str], pieces: Pieces, traffic: Tra
         return {}
     layouts = [[layout for _, _, layout in each] for each in told]
     lines = [0, *(sum(map(packing.count_lines, each)) for each in layouts[1:])]                # rank 0 need not send to itself
-    arrived = packing.unpack(ranks.gather_lines(packing.pack([]), lines), sum(layouts[1:], []))
-    found: dict[str, list] = {name: [] for name in kinds}
-    for (name, label, _), each in zip(sum(told, []), [*trees, *arrived], strict=True):
+    arrived = packing.unpack(ranks.gather_lines(packing.pack([]), lines), list(chain.from_iterable(layouts[1:])))
+    found: dict[str, list[Any]] = {name: [] for name in kinds}
+    for (name, label, _), each in zip(chain.from_iterable(told), [*trees, *arrived], strict=True):
         found[name].append(_rebuild(label, each))
     return {name: _order_uploads(each) if kinds[name] == "Uploads" else Sums(tuple(each)).total() for name, each in found.items()}
 

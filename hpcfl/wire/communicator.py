@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from hpcfl import tree
 from hpcfl.errors import EnvironmentFault
@@ -18,7 +18,9 @@ from hpcfl.wire.ranks import Alone, Audience, Ranks, find_ranks
 from hpcfl.wire.traffic import Traffic
 from hpcfl.wire.uplink import Total, Uplink, Uploads
 
+T = TypeVar("T")
 HelpWith = Callable[[str, dict[int, Tree]], dict[int, Tree]]       # (verb, items) -> results under the same keys
+Waiting = Callable[[], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,11 @@ class Communicator:
     All ranks call every method but `spread`, in the same order. `traffic` is what this rank booked of its exchanges.
     """
 
-    def __init__(self, ranks: Alone | Ranks, deterministic: bool = False) -> None:
+    def __init__(self, ranks: Ranks, deterministic: bool = False) -> None:
         """`deterministic`: totals have the same bits for any number of ranks, at the price of gathering what would be reduced."""
         self._ranks, self.deterministic = ranks, deterministic
         self._help_with: HelpWith | None = None
-        self._waiting: Callable[[], AbstractContextManager] = nullcontext
+        self._waiting: Waiting = nullcontext
         self.rank, self.size = ranks.rank, ranks.size
         self.local_rank, self.local_size = ranks.local_rank, ranks.local_size      # among the ranks of this host
         self.library, self.standard = ranks.library, ranks.standard
@@ -50,7 +52,7 @@ class Communicator:
         """Whether this is rank 0, which also acts as the server."""
         return self.rank == 0
 
-    def at_server(self, function: Callable, *args: Any, help_with: HelpWith | None = None, waiting: Callable[[], AbstractContextManager] = nullcontext) -> Any:
+    def at_server(self, function: Callable[..., T], *args: Any, help_with: HelpWith | None = None, waiting: Waiting = nullcontext) -> T | None:
         """function(*args) at rank 0, which may `spread` work meanwhile; None elsewhere.
 
         `help_with(verb, items)` is how every rank, rank 0 included, carries out its share of that work, {key: Tree} for {key: Tree};
@@ -58,7 +60,10 @@ class Communicator:
         """
         self._help_with, self._waiting = help_with, waiting
         try:
-            return function(*args) if self.is_server else self._serve()
+            if self.is_server:
+                return function(*args)
+            self._serve()
+            return None
         finally:
             self._help_with = None
             if self.is_server and self.size > 1:
@@ -119,7 +124,7 @@ class Communicator:
         """Whether any rank says so, known to all."""
         return bool(flag) if self.size == 1 else self._ranks.any(bool(flag))
 
-    def gather(self, value: Any) -> list | None:
+    def gather(self, value: T) -> list[T] | None:
         """Every rank's small object, in rank order, at rank 0; None elsewhere."""
         return [value] if self.size == 1 else self._ranks.gather(value)
 
@@ -189,6 +194,8 @@ class Communicator:
     def _help(self, verb: str, items: dict[int, Tree]) -> dict[int, Tree]:
         """This rank's share of spread work, in which nobody attends to work that is spread again."""
         help_with, self._help_with = self._help_with, None
+        if help_with is None:
+            raise RuntimeError(f"rank {self.rank}: asked to help with '{verb}', but its at_server(...) was not told how; give it help_with=...")
         try:
             return help_with(verb, items)
         finally:
@@ -226,6 +233,13 @@ def connect(deterministic: bool = False, checked: bool = True, alone: bool = Fal
     if checked:
         communicator.check_launch()
     return communicator
+
+
+def require_server(found: T | None) -> T:
+    """What rank 0 alone has: the one place where it is told from the None of other ranks. Raises: RuntimeError at any of these."""
+    if found is None:
+        raise RuntimeError("only rank 0 has this; ask for it where Communicator.is_server holds")
+    return found
 
 
 def _deal(costs: Mapping[int, float], ranks: int) -> list[list[int]]:

@@ -6,6 +6,7 @@ the steps of its algorithm say (Thakur, Rabenseifner and Gropp, International Jo
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TypedDict
 
 import numpy as np
@@ -100,7 +101,7 @@ def interpolate_seconds(timings: Sequence[Timing], collective: str, count: int) 
     timed = [(timing["rank_bytes"], timing["median_s"]) for timing in timings if timing["collective"] == collective]
     if not timed or not count:
         return 0.0
-    for (small, before), (large, after) in zip(timed, timed[1:], strict=False):
+    for (small, before), (large, after) in pairwise(timed):
         if count <= large:
             return before + (after - before) * max(0, count - small) / (large - small)
     largest, last = timed[-1]

@@ -1,6 +1,7 @@
 """Uplink: what clients send up. Weighted sums and whole uploads can be added in any order before the server looks at them."""
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,7 +89,7 @@ class Sums:
             raise LayoutError(f"'{min(carried)}' is {values[min(carried)].dtype}, wanted a floating type; integer buffers are carried, "
                               "never averaged: take tree.select_floating(...), or .double() for counts")
         shared = isinstance(weights, Tensor)
-        named = dict.fromkeys(values, weights.detach().to(torch.float64)) if shared else _align_weights(values, weights)
+        named = dict.fromkeys(values, weights.detach().to(torch.float64)) if isinstance(weights, Tensor) else _align_weights(values, weights)
         for path, value in values.items():
             _check_fit(path, tuple(value.shape), tuple(named[path].shape), len(clients))
         each = 8 if shared else sum(8 * _count_elements(weight.shape[1:]) for weight in named.values())
@@ -227,10 +228,10 @@ def find_difference(one: SumLayout, other: SumLayout) -> tuple[str, str, str]:
     """The first path in which two layouts differ, and what it is in each: the shape, or the counts' shape or the type where only these differ; or 'absent'."""
     here, there = ({path: described for path, *described in layout} for layout in (one, other))
     path = next(path for path in sorted(here.keys() | there.keys()) if here.get(path) != there.get(path))
-    return path, *(_describe(one, other) for one, other in ((here.get(path), there.get(path)), (there.get(path), here.get(path))))
+    return path, _describe(here.get(path), there.get(path)), _describe(there.get(path), here.get(path))
 
 
-def _describe(described: Sequence | None, other: Sequence | None) -> str:
+def _describe(described: Sequence[Any] | None, other: Sequence[Any] | None) -> str:
     if described is None:
         return "absent"
     value, count, dtype = described
@@ -246,9 +247,11 @@ def _add_bytes(one: Mapping[int, int], other: Mapping[int, int]) -> dict[int, in
 def _add_pieces(name: str, one: Sums | Uploads | None, other: Sums | Uploads) -> Sums | Uploads:
     if one is None:
         return other
-    if type(one) is not type(other):
-        raise LayoutError(f"'{name}' is {type(one).__name__} on one side, {type(other).__name__} on the other; one name has one kind")
-    return one + other
+    if isinstance(one, Sums) and isinstance(other, Sums):
+        return one + other
+    if isinstance(one, Uploads) and isinstance(other, Uploads):
+        return one + other
+    raise LayoutError(f"'{name}' is {type(one).__name__} on one side, {type(other).__name__} on the other; one name has one kind")
 
 
 def _align_weights(values: Tree, weights: Tree) -> Tree:

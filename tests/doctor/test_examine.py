@@ -203,7 +203,8 @@ def test_a_job_that_could_not_begin_is_a_problem(doctor, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("facts", [
-    doctor_facts.examined(*map(cpu, range(8))), doctor_facts.examined(*(gpu(rank, rank % 4) for rank in range(8))), doctor_facts.examined(cpu(0, launcher_cores=2)),
+    doctor_facts.examined(*map(cpu, range(8))), doctor_facts.examined(*(gpu(rank, rank % 4) for rank in range(8))),
+    doctor_facts.examined(cpu(0, launcher_cores=2)),
     doctor_facts.examined(*map(cpu, range(8)), **of_a_job(*[busy()] * 8))], ids=["cpu", "gpu", "alone", "job"])
 def test_nothing_is_wrong_where_nothing_is_wrong(facts):
     found = examine.list_findings(facts)

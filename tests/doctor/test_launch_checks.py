@@ -23,14 +23,16 @@ def test_the_oldest_supported_versions_are_those_of_setup_py():
 
 
 @pytest.mark.parametrize(("check", "facts", "verdict", "words"), [
-    (launch_checks.check_mpi_library, [cpu(0), cpu(4, versions=versions(mpi="MPICH 4.2"))], WARNING, "rank 0: Open MPI v5.0.11 (MPI 3.1) through mpi4py 4.1.2;"),
+    (launch_checks.check_mpi_library, [cpu(0), cpu(4, versions=versions(mpi="MPICH 4.2"))], WARNING,
+     "rank 0: Open MPI v5.0.11 (MPI 3.1) through mpi4py 4.1.2;"),
     (launch_checks.check_mpi_library, [cpu(0, versions=versions(**ALONE))], WARNING, "hpcfl runs in one process only -> load the site's MPI module"),
     (launch_checks.check_mpirun, [cpu(0, mpirun="HYDRA build details:")], WARNING, "HYDRA build details:, but mpi4py loads Open MPI v5.0.11"),
     (launch_checks.check_mpirun, [cpu(0, mpirun="HYDRA", versions=versions(mpi="MVAPICH2 2.3"))], OK, "in PATH: HYDRA"),
     (launch_checks.check_mpirun, [cpu(0, mpirun="HYDRA", versions=versions(**ALONE))], OK, "in PATH: HYDRA"),
     (launch_checks.check_mpirun, [cpu(0, mpirun="")], OK, "none in PATH"),
     (launch_checks.check_hosts, [cpu(0), cpu(1), cpu(2), cpu(4), cpu(6)], OK, "n1: ranks 0-2; n2: ranks 4, 6"),
-    (launch_checks.check_software, [cpu(0), cpu(1, versions=versions(torch="2.6.0"))], PROBLEM, "n1: torch 2.6.0; hpcfl needs 2.7 -> install torch 2.7 or later"),
+    (launch_checks.check_software, [cpu(0), cpu(1, versions=versions(torch="2.6.0"))], PROBLEM,
+     "n1: torch 2.6.0; hpcfl needs 2.7 -> install torch 2.7 or later"),
     (launch_checks.check_software, [cpu(0, versions=versions(python="3.9.2"))], PROBLEM, "n1: python 3.9.2; hpcfl needs 3.11"),
     (launch_checks.check_software, [cpu(0), cpu(4, versions=versions(torch="2.10.0"))], WARNING, "rank 4: hpcfl 0.1.0, python 3.11.7, torch 2.10.0"),
     (launch_checks.check_hdf5, [cpu(0), cpu(1, parallel_hdf5=True)], WARNING, "rank 1: HDF5 1.14, parallel, through h5py 3.12; hpcfl writes one file per rank"),
@@ -38,7 +40,8 @@ def test_the_oldest_supported_versions_are_those_of_setup_py():
     (launch_checks.check_devices, [gpu(0, 0), gpu(1, 1), cpu(4)], WARNING, "rank 1: cuda:1 (H100, 01-5f3c); rank 4: cpu (x86_64); ranks on a CPU keep"),
     (launch_checks.check_devices, [cpu(0, has_driver=True)], WARNING, "torch sees no GPU although there is a driver for one: n1"),
     (launch_checks.check_shared_gpus, [gpu(0, 0), gpu(1, 0), gpu(2, 1), gpu(4, 0)], WARNING, "ranks 0-1: H100 00-5f3c of n1; ranks on one GPU take turns"),
-    (launch_checks.check_unused_gpus, [gpu(0, 0), gpu(1, 1), *(gpu(4 + n, n) for n in range(4))], WARNING, "2 of 4 on n1 -> start as many ranks on a host as it has GPUs"),
+    (launch_checks.check_unused_gpus, [gpu(0, 0), gpu(1, 1), *(gpu(4 + n, n) for n in range(4))], WARNING,
+     "2 of 4 on n1 -> start as many ranks on a host as it has GPUs"),
     (launch_checks.check_device_buffers, [gpu(0, 0), gpu(1, 1)], OK, "no: a process that tried: it was ended by SIGSEGV; hpcfl does not need it"),
     (launch_checks.check_device_buffers, [gpu(0, 0, device_buffers="yes")], OK, "yes: MPI reads and writes GPU memory"),
     (launch_checks.check_compiler, [cpu(0), cpu(4, compiler_fault="'g++' is not in PATH")], WARNING, "rank 4: 'g++' is not in PATH; training runs uncompiled"),

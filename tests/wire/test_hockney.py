@@ -39,7 +39,8 @@ def test_a_fit_is_by_relative_errors_and_never_negative():
     assert steep.latency_s == 0 and steep.byte_s > 0
 
 
-WIRE: list[Timing] = [{"collective": "Bcast", "rank_bytes": size, "median_s": seconds, "repetitions": 3} for size, seconds in ((8, 1.0), (108, 2.0), (1000, 4.0))]
+WIRE: list[Timing] = [{"collective": "Bcast", "rank_bytes": size, "median_s": seconds, "repetitions": 3}
+                      for size, seconds in ((8, 1.0), (108, 2.0), (1000, 4.0))]
 
 
 def test_a_collective_takes_what_lies_between_or_beyond_those_that_were_timed():

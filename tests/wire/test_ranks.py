@@ -25,7 +25,7 @@ def test_there_may_be_more_parts_of_the_ranks_than_communicators_are_kept(monkey
     for turn in range(6):
         other = 1 + turn % (comm.size - 1)
         received = comm.distribute({(0, other): {"turn": torch.tensor(turn)}})
-        mpi_assert(comm, comm.rank not in (0, other) and received == {} or int(received["turn"]) == turn, f"{turn}: {received}")
+        mpi_assert(comm, (comm.rank not in (0, other) and received == {}) or int(received["turn"]) == turn, f"{turn}: {received}")
 
 
 @pytest.mark.mpi(min_size=2)

@@ -15,7 +15,7 @@ from hpcfl import tree
 from hpcfl.algorithms.fedconv import Config, FedConv
 from hpcfl.bench.noise import draw_noise
 from hpcfl.bench.timing import measure_elapsed, to_milliseconds
-from hpcfl.contract import Problem, Totals
+from hpcfl.contract import Algorithm, Problem, Totals
 from hpcfl.data.shards import Shard, iterate_epochs
 from hpcfl.federation.exchange import Exchange
 from hpcfl.federation.ledger import Ledger
@@ -116,7 +116,7 @@ def run_server_phase(exchange: Exchange, state: State, place: Place) -> State:
     return exchange.serve(step, "aggregate", state, place, return_untrained(step, state) if exchange.world.comm.is_server else {})
 
 
-def return_untrained(step: FedConv, state: State) -> Totals:
+def return_untrained(step: Algorithm, state: State) -> Totals:
     """Uploads of clients that trained nothing."""
     message = step.publish(state.server)
     return {"models": Uploads({client: tree.join(model=step.receive(message, architecture)) | {"samples": torch.tensor(100.0, dtype=torch.float64)}

@@ -5,14 +5,14 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hpcfl.algorithms.gefl import GENERATOR, build_generator
-from hpcfl.algorithms.gefl_f import EXTRACTOR, Config
+from hpcfl.algorithms.gefl import GENERATOR, TrainGenerator, build_generator
+from hpcfl.algorithms.gefl_f import EXTRACTOR, Config, TrainHeaders
 from hpcfl.bench.noise import NoiseWorld
 from hpcfl.bench.timing import measure_elapsed, median_seconds, to_milliseconds
 from hpcfl.contract import ClientSite
@@ -22,6 +22,7 @@ from hpcfl.federation.ledger import Ledger
 from hpcfl.federation.loop import rounds
 from hpcfl.federation.state import Place, State, begin
 from hpcfl.generators.ddpm import Ddpm
+from hpcfl.models.classifier import Shape
 from hpcfl.runs import devices
 from hpcfl.runs.choices import CHOICES
 from hpcfl.settings.job import Job, resolve
@@ -103,13 +104,13 @@ def measure_phases(world: GeFLNoise) -> tuple[dict[str, list[float]], dict[str, 
 def list_sites(world: GeFLNoise, state: State, place: Place) -> Iterator[tuple[int, str, ClientSite]]:
     """This rank's clients, their architectures and what they may see."""
     for group in state.groups:
-        site = world.client_site(group, place.phase, place.round)
+        site = world.client_site(group.fetch(), place.phase, place.round)
         yield from ((client, group.architecture, site) for client in group.clients)
 
 
 def time_bare_generator(world: GeFLNoise, state: State, place: Place, **settings: Any) -> float:
     """Seconds in which torch.optim.Adam with these settings takes one network through the batches of a generator round."""
-    (step,), device = place.phase.steps, world.problem.device
+    step, device = cast(TrainGenerator, place.phase.steps[0]), world.problem.device
     (rule,), ((_, loss),) = step.generative.rules(), step.generative.losses()
     modules = Modules(step.initialise("init/generator")).to(device)
     optimizer = torch.optim.Adam(modules.parameters(), lr=rule.lr, betas=rule.betas, weight_decay=rule.weight_decay, **settings)
@@ -122,7 +123,7 @@ def time_bare_generator(world: GeFLNoise, state: State, place: Place, **settings
 
 def time_bare_header(world: GeFLNoise, state: State, place: Place) -> float:
     """Seconds in which torch.optim.SGD takes a header of each client through the samples and maps of a header round."""
-    (step,), device, training = place.phase.steps, world.problem.device, world.job.training
+    step, device, training = cast(TrainHeaders, place.phase.steps[0]), world.problem.device, world.job.training
     generator = step.initialise("init/generator")[GENERATOR].to(device).eval()
     models = {client: world.problem.structure(architecture) for client, architecture, _ in list_sites(world, state, place)}
 
@@ -150,7 +151,7 @@ def update(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
 def time_sampling(world: GeFLNoise, repetitions: int, compiling: bool) -> dict[str, float]:
     """{"ddpm_samples_per_s": ...} of networks as they are initialised, all kinds in turn; where wanted, compiled too if they sample in many calls."""
     problem, device = world.problem, world.problem.device
-    shape, y = problem.structure(problem.sizes.every[0]).maps_shape, torch.arange(DRAWN[device.type], device=device) % problem.classes
+    shape, y = cast(Shape, problem.structure(problem.sizes.every[0]).maps_shape), torch.arange(DRAWN[device.type], device=device) % problem.classes
     kinds = {name: build_generator(Config(**settings), shape, problem.classes, True) for name, settings in SAMPLED.items()}
     ways, laps = [(name, kind, False) for name, kind in kinds.items()], defaultdict(list)
     ways += [(f"{name}_compiled", kind, True) for name, kind in kinds.items() if compiling and kind.calls > 1]

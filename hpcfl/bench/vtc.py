@@ -47,7 +47,7 @@ def measure_work(work: str, engine: str, compile: str, job: Job, device: torch.d
     """One way to do one kind of work: the first passes (with the compilation, where there is one), and then the steps that count."""
     job = replace(job, run=replace(job.run, compile=compile), training=replace(job.training, engine=engine))
     world = World(job, Communicator(Alone()), device)
-    group, phase = world.join()[0], world.plan[0]
+    group, phase = world.join()[0].fetch(), world.plan[0]
     carry_out = WORKS[work](phase.steps[0], group, world.client_site(group, phase, 0), world.server_site(phase, 0, Ledger(device)))
     first_s = time_call(carry_out, device)
     if device.type == "cuda":

@@ -96,6 +96,6 @@ def render(examined: Examined, found: Sequence[Finding]) -> str:
 
 def render_wire(wire: Sequence[Timing]) -> list[str]:
     """The medians of the timed collectives as a table, by size and collective."""
-    names, sizes = (list(dict.fromkeys(row[key] for row in wire)) for key in ("collective", "rank_bytes"))
+    names, sizes = list(dict.fromkeys(row["collective"] for row in wire)), list(dict.fromkeys(row["rank_bytes"] for row in wire))
     took = {(row["collective"], row["rank_bytes"]): duration_text(row["median_s"]) for row in wire}
     return [align_rows([("of each rank", *names), *((byte_text(each), *(took[name, each] for name in names)) for each in sizes)], words=0), ""] if wire else []

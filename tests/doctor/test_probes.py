@@ -8,7 +8,6 @@ import torch
 from hpcfl.doctor import probes
 from hpcfl.errors import EnvironmentFault
 from hpcfl.wire.communicator import Alone, Communicator, connect
-from hpcfl.wording import byte_text, duration_text, numbers_text, shared_text
 from tests.support.verdict import mpi_assert
 
 
@@ -84,19 +83,3 @@ def test_too_much_for_rank_0_is_not_sent(monkeypatch):
 
 def test_one_rank_has_no_wire():
     assert probes.time_wire(Communicator(Alone())) == []
-
-
-@pytest.mark.parametrize(("count", "text"), [
-    (0, "0 B"), (8, "8 B"), (999, "999 B"), (1000, "1 kB"), (4194304, "4.19 MB"), (7.5e10, "75 GB"), (5e15, "5000 TB")])
-def test_bytes_in_words(count, text):
-    assert byte_text(count) == text
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(4.2e-6, "4.2 us"), (0.0123, "12.3 ms"), (1.5, "1.5 s"), (0.0, "0 us"), (3600.0, "3600 s")])
-def test_seconds_in_words(seconds, text):
-    assert duration_text(seconds) == text
-
-
-def test_ranks_in_words():
-    assert numbers_text([3]) == "rank 3" and numbers_text([0, 1, 2, 5, 7, 8]) == "ranks 0-2, 5, 7-8"
-    assert shared_text({"a": [0, 1]}) == "a" and shared_text({"a": [0, 2], "b": [1]}) == "ranks 0, 2: a; rank 1: b"

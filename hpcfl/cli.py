@@ -206,14 +206,14 @@ def _data_import(arguments: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    from hpcfl.bench import w1_vtc
+    from hpcfl.bench.benches import BENCHES, render
     from hpcfl.runs.guard import run_guarded
     from hpcfl.wire.communicator import connect
 
     def body() -> int:
-        figures = w1_vtc.BENCHES[arguments.name](comm, arguments)
+        figures = BENCHES[arguments.name](comm, arguments)
         if comm.is_server:
-            print(json.dumps(figures, indent=1) if arguments.json else w1_vtc.render(figures))
+            print(json.dumps(figures, indent=1) if arguments.json else render(figures))
         return 0
     comm = connect()
     return run_guarded(body, comm)

@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,6 @@ import torch
 from hpcfl import cli, tree
 from hpcfl.algorithms import PLANS
 from hpcfl.algorithms.fedavg import FedAvg
-from hpcfl.bench import w1_vtc
 from hpcfl.errors import CheckpointError, JobError, LayoutError
 from hpcfl.federation.world import World
 from hpcfl.report import summary
@@ -289,11 +287,3 @@ def test_a_global_model_that_is_not_of_its_architecture_is_refused(tmp_path, mon
     monkeypatch.setattr(FedAvg, "global_models", lambda self, message: {"odd": ("mlp2", tree.part(message, "cnn1"))})
     with pytest.raises(LayoutError, match="global model 'odd': '.*' is in only one of it and mlp2"):
         carry_out(tiny("fedavg"), tmp_path / "run")
-
-
-def test_the_steps_of_generator_and_classifier_are_timed_in_every_way(monkeypatch):
-    monkeypatch.setattr(w1_vtc, "WORKS", {"classifier": w1_vtc.run_classifier})
-    figures = w1_vtc.vtc(Communicator(Alone()), Namespace(device="cpu", threads=1, steps=0, compile=False))
-    assert [(row["work"], row["engine"], row["compile"]) for row in figures["rows"]] == [("classifier", "sequential", "off"), ("classifier", "vmap", "off")]
-    assert all(row["step_s"] > 0 and row["resident_memory_bytes"] > 0 for row in figures["rows"])
-    assert w1_vtc.render(figures).splitlines()[-3].split() == ["work", "engine", "compile", "first_s", "step_s", "steps_per_s", "resident_memory_bytes"]

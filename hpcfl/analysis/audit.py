@@ -1,4 +1,4 @@
-"""audit: what the models and the generator of a run give away of the images they were trained on, as figures, a table and a picture."""
+"""Audit: what the models and the generator of a run give away of the images they were trained on, as figures, a table and a picture."""
 import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -23,7 +23,7 @@ from hpcfl.training.evaluate import bind_model
 from hpcfl.training.group import Group
 from hpcfl.wording import align_rows, printable_text
 
-AUDIT_FORMAT = 1                                                         # of audit.json, whose key "hpcfl_audit" says that the file is ours to replace
+AUDIT_FORMAT = 1                                                   # of audit.json, whose key "hpcfl_audit" says that the file is ours to replace
 FILES = ("audit.json", "audit-pairs.png")
 REFERENCES = 4                                                     # models of each architecture to calibrate by
 EPOCHS = 50                                                        # of a reference model at most
@@ -36,10 +36,10 @@ Reference = Callable[[Tensor], Tensor]                             # images -> l
 def analyse(run: str | Path, client: int | None = None, samples: int = 60, out: str | Path | None = None) -> Found:
     """Audit a run at its last checkpoint, all clients or one, and write audit.json and audit-pairs.png to `out` (default: the run's folder figures).
 
-    Members are training images of these clients, others as many official test images of the same classes, so that to know which classes a client has
-    is worth nothing. `samples` are drawn of each class. Models and generator are those that the clients hold; test images are
+    Members are training images of these clients, others as many official test images of the same classes: it helps no attack to know which classes a
+    client has. `samples` are drawn of each class. Models and generator are those that the clients hold; test images are
     read for this measurement alone, nothing is selected by them. A part that cannot be measured is {"left_out": the reason}.
-    Raises: as `launch.revisit`; JobError for a client that does not exist, no samples, and a folder that cannot be written or has files of these names
+    Raises: as `revisit`; JobError for a client that does not exist, no samples, and a folder that cannot be written or has files of these names
     that no audit wrote.
     """
     if samples < 1:
@@ -52,7 +52,7 @@ def analyse(run: str | Path, client: int | None = None, samples: int = 60, out: 
     clients, pool = range(world.clients) if client is None else (client,), find_unseen(world)
     generator, blocks = audit_generator.measure(world, state, clients, pool, samples)
     found = {"hpcfl_audit": AUDIT_FORMAT, "run": str(Path(run)), "algorithm": world.job.algorithm_name, "data": world.job.data.name, "rounds": state.rows,
-             "client": client, "pool_images": len(pool), "classifiers": _classifiers(world, state, clients, pool), "generator": generator}
+             "client": client, "pool_images": len(pool), "classifiers": _audit_classifiers(world, state, clients, pool), "generator": generator}
     return found | {"files": _write(folder, found, blocks)}
 
 
@@ -65,26 +65,28 @@ def render(found: Mapping[str, Any]) -> str:
     few = any(row["loss"]["resolution"] > ALARMS for row in classifiers)
     notes = ["TPR at 1 % false alarms: with fewer than 100 others, the rate without any"] if few else []
     return "\n".join([
-        f"{printable_text(found['run'])}: {found['algorithm']} on {printable_text(found['data'])} after {found['rounds']} rounds. Members: training images of {whose}; "
-        "others: as many", "official test images of the same classes; unseen: images of the training set that nobody trained on, in the place of members.",
+        f"{printable_text(found['run'])}: {found['algorithm']} on {printable_text(found['data'])} after {found['rounds']} rounds. "
+        f"Members: training images of {whose}; others: as many",
+        "official test images of the same classes; unseen: images of the training set that nobody trained on, in the place of members.",
         "An AUC of 0.5 is guessing; 95 % intervals in brackets.", "", "Classifiers", align_rows([CLASSIFIERS, *rows], words=2), *reasons, *notes, "",
-        *_generator_lines(found["generator"]), "", f"written: {', '.join(map(printable_text, found['files']))}"])
+        *_render_generator(found["generator"]), "", f"written: {', '.join(map(printable_text, found['files']))}"])
 
 
-def _classifiers(world: World, state: State, clients: Sequence[int], pool: Shard) -> list[Found]:
-    rows, wanted = {}, set(clients)
+def _audit_classifiers(world: World, state: State, clients: Sequence[int], pool: Shard) -> list[Found]:
+    rows: dict[int, Found] = {}
+    wanted = set(clients)
     audited = [parked for parked in state.groups if wanted & set(parked.clients)]
     for architecture in {parked.architecture for parked in audited}:
         groups = [parked for parked in audited if parked.architecture == architecture]
         chosen = [client for parked in groups for client in parked.clients if client in wanted]
-        references, told = _references(world, state, architecture, chosen, pool)
+        references, told = _prepare_references(world, state, architecture, chosen, pool)
         for group in (parked.fetch() for parked in groups):
-            rows |= {client: _classifier(world, group, client, pool, references, told) for client in group.clients if client in wanted}
+            rows |= {client: _audit_classifier(world, group, client, pool, references, told) for client in group.clients if client in wanted}
     return [rows[client] for client in sorted(rows)]
 
 
-def _references(world: World, state: State, architecture: str, clients: Sequence[int], pool: Shard) -> tuple[list[Reference], Found]:
-    """Models of the architecture trained on the pool about as the clients were, and what they are; none, and why, where the pool is too small."""
+def _prepare_references(world: World, state: State, architecture: str, clients: Sequence[int], pool: Shard) -> tuple[list[Reference], Found]:
+    """Models of the architecture, trained on the pool about as the clients were, and what they are; none where the pool is too small, and why."""
     training, wanted = world.job.training, int(np.median([len(world.holdings[client].train) for client in clients]))
     if len(pool) < max(SMALLEST, wanted / 2):
         return [], {"left_out": f"nobody trained on {len(pool)} images of the training set, and a reference model wants about the {wanted} of a client of "
@@ -95,7 +97,7 @@ def _references(world: World, state: State, architecture: str, clients: Sequence
     return models, {"reference_models": REFERENCES, "reference_images": images, "reference_epochs": epochs}
 
 
-def _classifier(world: World, group: Group, client: int, pool: Shard, references: Sequence[Reference], told: Found) -> Found:
+def _audit_classifier(world: World, group: Group, client: int, pool: Shard, references: Sequence[Reference], told: Found) -> Found:
     shard, test, stream = world.holdings[client].train, world.test, world.problem.stream("audit/members", client)
     mine, theirs = match_classes(shard.labels, test.labels, len(shard), stream)
     members, others = select_images(shard, mine), select_images(test, theirs)
@@ -122,7 +124,7 @@ def _unseen_text(attack: Found) -> str:
     return "-" if attack.get("unseen_auc") is None else f"{attack['unseen_auc']:.3f}"
 
 
-def _generator_lines(found: Found) -> list[str]:
+def _render_generator(found: Found) -> list[str]:
     if "left_out" in found:
         return [f"Generator left out: {found['left_out']}"]
     attacks, fid = found["attacks"], found["fid"]

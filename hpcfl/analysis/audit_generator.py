@@ -1,4 +1,4 @@
-"""audit_generator: how a run's generator is attacked, and how near its samples come to training images and to real ones."""
+"""Audit of a generator: how well it can be attacked, and how near its samples come to training images and to real ones."""
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -23,7 +23,7 @@ POINTS = 1000                                                      # training im
 REFERENCES = 4                                                     # sets of real images to calibrate by
 FEATURES = 128                                                     # of the scattering map, where its classes are nearest to Gaussians
 PAIRS = 8
-SAME = 1e-4                                                        # of brightness: a generator's range and back is rounding, maps of an extractor are not
+SAME = 1e-4                                                        # of brightness: to a generator's range and back is rounding, maps are not
 TITLES = {"samples": "training, nearest sample", "held_out": "training, nearest held-out"}
 
 Found = dict[str, Any]                                             # what JSON can carry; {"left_out": reason} where something could not be measured
@@ -32,7 +32,7 @@ Blocks = Mapping[str, tuple[np.ndarray, np.ndarray]]               # title -> pa
 
 @dataclass(frozen=True, eq=False)
 class Sampler:
-    """A generator as one client meets it: a step that does something with it, and what the step needs to."""
+    """A generator as one client meets it: a step that has a verb for it, and what the step needs."""
 
     step: Algorithm
     group: Group                                                   # of that client alone
@@ -41,7 +41,7 @@ class Sampler:
 
     @staticmethod
     def find(world: World, state: State, client: int, verb: str) -> "Sampler | None":
-        """That of the last step so far that has a verb of its own; None where no step has."""
+        """The last step so far that overrides a verb, with what it needs; None where no step does."""
         able = [(step, place) for place in schedule(world)[:state.rows] for step in place.phase.steps if step.overrides(verb)]
         if not able:
             return None
@@ -70,7 +70,7 @@ def measure(world: World, state: State, clients: Sequence[int], pool: Shard, per
     """
     sampler, judge = (Sampler.find(world, state, clients[0], verb) for verb in ("draw", "generator_losses"))
     drawn = sampler.draw(per_class) if sampler else None
-    if drawn is None or not bool(drawn[1].any()):
+    if sampler is None or drawn is None or not bool(drawn[1].any()):
         return {"left_out": f"{world.job.algorithm_name} has no generator of images or of maps of them at this checkpoint"}, {}
     problem, test, device = world.problem, world.test, world.problem.device
     counts = torch.bincount(test.labels, minlength=problem.classes).clamp(max=per_class) * drawn[1].to(device)
@@ -86,21 +86,21 @@ def measure(world: World, state: State, clients: Sequence[int], pool: Shard, per
     train, fresh = sampler.seen(members), sampler.seen(held_out)
     reals = _draw_reals(sampler, pool, counts, problem)
     brightness = problem.scale.to_unit(held_out.pixels())
-    views = _views(problem, fresh.shape == brightness.shape and torch.allclose(fresh, brightness, atol=SAME))
+    views = _choose_spaces(problem, fresh.shape == brightness.shape and torch.allclose(fresh, brightness, atol=SAME))
     sets = {name: [view(each) for each in (train, fresh, samples, *reals[:1])] for name, view in views.items()}
     space, last = next(iter(views)), list(views)[-1]
     pairs = {name: likeness.find_closest(train, each, PAIRS) for name, each in (("samples", samples), ("held_out", fresh))}
     indices = np.concatenate([world.split.train[client] for client in clients])[known[mine].cpu().numpy()]
     found = {
         "client": clients[0], "phase": sampler.site.phase, "space": space, "samples_per_class": per_class, "samples": len(samples), "members": len(members),
-        "attacks": _attacks(sampler, judge, members, others, pool, samples, reals),
-        "mnd": {name: {"samples": asdict(likeness.mnd(*each[:3])), "real": asdict(likeness.mnd(*each[:2], each[3])) if reals else None}
+        "attacks": _attack_generator(sampler, judge, members, others, pool, samples, reals),
+        "mnd": {name: {"samples": asdict(likeness.mnd(each[0], each[1], each[2])), "real": asdict(likeness.mnd(each[0], each[1], each[3])) if reals else None}
                 for name, each in sets.items()},
-        "fid": {"space": last} | _fid(*sets[last][:3], members.labels, held_out.labels),
+        "fid": {"space": last} | _measure_fid(sets[last][0], sets[last][1], sets[last][2], members.labels, held_out.labels),
         "samples_nearer_than_any_held_out_percent": 100 * float((measure_nearest(samples, train) < measure_nearest(fresh, train).min()).double().mean()),
         "closest_pairs": {name: [{"training_index": int(indices[point]), "class": int(members.labels[point]), "l2_distance": distance}
                                  for point, distance in zip(each.points.tolist(), each.distances.tolist(), strict=True)] for name, each in pairs.items()}}
-    return found, _blocks(train, {"samples": samples, "held_out": fresh}, pairs)
+    return found, _pair_images(train, {"samples": samples, "held_out": fresh}, pairs)
 
 
 def _draw_reals(sampler: Sampler, pool: Shard, counts: Tensor, problem: Problem) -> list[Tensor]:
@@ -110,7 +110,7 @@ def _draw_reals(sampler: Sampler, pool: Shard, counts: Tensor, problem: Problem)
     return [sampler.seen(draw_images(pool, counts, problem.stream("audit/references", round_=number))) for number in range(REFERENCES)]
 
 
-def _views(problem: Problem, images: bool) -> dict[str, Callable[[Tensor], Tensor]]:
+def _choose_spaces(problem: Problem, images: bool) -> dict[str, Callable[[Tensor], Tensor]]:
     """The spaces that likeness is measured in: of images their brightness and a map that needs no training, of maps themselves alone."""
     if not images:
         return {"maps": lambda maps_: maps_.flatten(1)}
@@ -122,7 +122,7 @@ def _views(problem: Problem, images: bool) -> dict[str, Callable[[Tensor], Tenso
     return {"pixels": lambda brightness: brightness.flatten(1), "scattering": features}
 
 
-def _attacks(sampler: Sampler, judge: Sampler | None, members: Shard, others: Shard, pool: Shard, samples: Tensor, reals: Sequence[Tensor]) -> Found:
+def _attack_generator(sampler: Sampler, judge: Sampler | None, members: Shard, others: Shard, pool: Shard, samples: Tensor, reals: Sequence[Tensor]) -> Found:
     """By the nearest sample, calibrated, and by the generator's loss: GAN-Leaks (Chen et al., CCS 2020, arXiv 1909.03935).
 
     There a generator trained on other data calibrates; real images of the pool, as many as samples, stand in for it (ours).
@@ -139,8 +139,9 @@ def _attacks(sampler: Sampler, judge: Sampler | None, members: Shard, others: Sh
     else:
         found["nearest_calibrated"] = {"left_out": "too few images of a class are left that nobody trained on; take fewer --samples, "
                                                    "or a run with data.fraction below 1"}
-    everything = Shard(*(torch.cat([getattr(side, name) for side in sides]) for name in ("images", "labels")), members.scale)
-    found["loss"] = attack((-judge.losses(everything)).split([len(side) for side in sides])) if judge else {"left_out": "this generator has no loss of single images"}
+    everything = Shard(torch.cat([side.images for side in sides]), torch.cat([side.labels for side in sides]), members.scale)
+    found["loss"] = {"left_out": "this generator has no loss of single images"} if judge is None else \
+        attack((-judge.losses(everything)).split([len(side) for side in sides]))
     return found
 
 
@@ -150,7 +151,7 @@ def attack(scores: Sequence[Tensor]) -> Found:
     return asdict(threshold_attack(members, others)) | {"unseen_auc": threshold_attack(unseen[0], others).auc if unseen else None}
 
 
-def _fid(train: Tensor, fresh: Tensor, samples: Tensor, members: Tensor, labels: Tensor) -> Found:
+def _measure_fid(train: Tensor, fresh: Tensor, samples: Tensor, members: Tensor, labels: Tensor) -> Found:
     """Frechet distances to the members of samples and of held-out images, as many of both (classes `labels`) as can be had in the members' class mix."""
     have, want = (each.bincount(minlength=1 + int(labels.max())).double() for each in (labels, members))
     counts = (want * (have / want)[want > 0].min() + 1e-9).long()  # the class that the samples are shortest of says how many of the others fit
@@ -160,7 +161,7 @@ def _fid(train: Tensor, fresh: Tensor, samples: Tensor, members: Tensor, labels:
     return {"members": len(train), "images": len(chosen), "samples": likeness.fid(train, samples[chosen]), "held_out": likeness.fid(train, fresh[chosen])}
 
 
-def _blocks(train: Tensor, sides: Mapping[str, Tensor], pairs: Mapping[str, likeness.Pairs]) -> Blocks:
+def _pair_images(train: Tensor, sides: Mapping[str, Tensor], pairs: Mapping[str, likeness.Pairs]) -> Blocks:
     """The closest pairs as images; maps as the mean of their channels, from black to white over those of the training images that are drawn."""
     images = {name: torch.stack([train[each.points], sides[name][each.others]], 1) for name, each in pairs.items()}    # each (n, 2, c, h, w)
     shades = torch.cat([each[:, 0].mean(1) for each in images.values()])

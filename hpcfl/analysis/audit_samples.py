@@ -1,4 +1,4 @@
-"""audit_images: which images an audit compares: members and others of one class mix, and what nobody trained on."""
+"""Samples of an audit: which images an audit compares: members and others of one class mix, and what nobody trained on."""
 import numpy as np
 import torch
 from torch import Tensor

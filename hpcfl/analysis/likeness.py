@@ -36,7 +36,7 @@ def mnd(train: Tensor, validation: Tensor, samples: Tensor) -> Mnd:
     d is L2 on whatever the three are given as: GeFL's own figures take LPIPS, whose weights cannot be had offline, so that they do not compare with
     these. A minimum over more of them is smaller, so take as many samples as validation images; even then the mean is somewhat above 1 for
     fresh samples, because it is one of ratios.
-    Raises: as `membership.nearest`.
+    Raises: as `measure_nearest`.
     """
     fresh, drawn = (measure_nearest(train, others).sqrt().clamp_min(GUARD) for others in (validation, samples))
     ratio = fresh / drawn                                          # (n,)
@@ -55,7 +55,7 @@ def fid(real: Tensor, generated: Tensor) -> float:
         raise DataError(f"Frechet distance: got features {tuple(real.shape)} and {tuple(generated.shape)}; wanted (n, d) and (m, d), two of each at least")
     if not bool(torch.isfinite(real).all() and torch.isfinite(generated).all()):
         raise NonFiniteError("Frechet distance: features hold NaN or infinity; a generator that gives such samples has diverged")
-    means, factors = zip(*(_gaussian(features.double()) for features in (real, generated)), strict=True)
+    means, factors = zip(*(_fit_gaussian(features.double()) for features in (real, generated)), strict=True)
     root = torch.linalg.svdvals(factors[0] @ factors[1].T).sum()
     traces = sum(factor.square().sum() for factor in factors)
     return max(0.0, float((means[0] - means[1]).square().sum() + traces - 2 * root))
@@ -64,9 +64,10 @@ def fid(real: Tensor, generated: Tensor) -> float:
 def find_closest(points: Tensor, others: Tensor, count: int) -> Pairs:
     """The `count` closest pairs of points (n, ...) and what of the others (m, ...) is nearest to each, no point and no other in two of them.
 
-    Fewer where the points have fewer nearest others. Raises: as `membership.nearest`.
+    Fewer where the points have fewer nearest others. Raises: as `measure_nearest`.
     """
-    distances, chosen, flat = measure_nearest(points, others).sqrt(), {}, others.flatten(1).double()
+    distances, flat = measure_nearest(points, others).sqrt(), others.flatten(1).double()
+    chosen: dict[int, int] = {}
     for point in distances.argsort(stable=True).tolist():
         other = int((flat - points[point].flatten()).square().sum(1).argmin())
         chosen.setdefault(other, point)                            # points come nearest first
@@ -76,7 +77,7 @@ def find_closest(points: Tensor, others: Tensor, count: int) -> Pairs:
     return Pairs(indices, torch.tensor(list(chosen), device=points.device), distances[indices])
 
 
-def _gaussian(features: Tensor) -> tuple[Tensor, Tensor]:
+def _fit_gaussian(features: Tensor) -> tuple[Tensor, Tensor]:
     """The mean (d,) and a factor A (r, d) of the covariance A^T A of features (n, d)."""
     mean = features.mean(0)
     return mean, torch.linalg.qr(features - mean, mode="r").R / sqrt(len(features) - 1)

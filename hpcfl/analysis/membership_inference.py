@@ -38,7 +38,7 @@ class Attack:
 def compute_losses(predict: Callable[[Tensor], Tensor], shard: Shard, batch: int = BATCH) -> Tensor:
     """Cross-entropy of each labelled image under a classifier, images -> logits (B, C), in the shard's order: (n,) float64 on the host.
 
-    Raises: as `answers` and `costs`.
+    Raises: as `compute_logits` and `compute_costs`.
     """
     return compute_costs(compute_logits(predict, shard, batch), shard.labels)
 
@@ -67,8 +67,8 @@ def compute_costs(logits: Tensor, labels: Tensor) -> Tensor:
 def calibrate(target: Tensor, references: Tensor) -> Tensor:
     """Scores (n,): what an image costs reference models, which never saw it, on average, minus what it costs the target; easy images no longer stand out.
 
-    target (n,) and references (R, n) float64: `losses`, as Watson et al., ICLR 2022, arXiv 2111.08440; or of generators distances, `nearest` to their
-    samples and to those of a reference set (Chen et al., CCS 2020, arXiv 1909.03935).
+    target (n,) and references (R, n) float64: `compute_losses`, as Watson et al., ICLR 2022, arXiv 2111.08440; or distances of
+    generators, `measure_nearest` to their samples and to a reference set (Chen et al., CCS 2020, arXiv 1909.03935).
     Raises: DataError where there is no reference or they are not of the same images.
     """
     if references.dim() != 2 or len(references) == 0 or target.shape != references.shape[1:]:
@@ -88,7 +88,7 @@ def measure_nearest(points: Tensor, samples: Tensor) -> Tensor:
         raise DataError(f"nearest: got points {tuple(points.shape)} and samples {tuple(samples.shape)}; wanted at least one of each, and of one shape")
     points, samples = points.flatten(1), samples.flatten(1)
     centre = samples.mean(0, dtype=torch.float64)                  # (d,); norms about it are small, so that few digits cancel
-    distances = torch.cat([_nearest(block, samples, centre) for block in points.split(BLOCK)])
+    distances = torch.cat([_measure_block(block, samples, centre) for block in points.split(BLOCK)])
     if not bool(torch.isfinite(centre).all() and torch.isfinite(distances).all()):
         raise NonFiniteError("nearest: points or samples hold NaN or infinity; a generator that gives such samples has diverged")
     return distances
@@ -102,7 +102,7 @@ def threshold_attack(members: Tensor, others: Tensor) -> Attack:
     members, others = _check_scores("members", members), _check_scores("others", others)
     truth = torch.cat([torch.ones(len(members)), torch.zeros(len(others))])
     alarms, found, _ = roc_curve(truth.numpy(), torch.cat([members, others]).numpy(), drop_intermediate=False)
-    return Attack(float(auc(alarms, found)), _interval(members, others), float(found[alarms <= ALARMS].max()),
+    return Attack(float(auc(alarms, found)), _estimate_interval(members, others), float(found[alarms <= ALARMS].max()),
                   len(members), len(others), 1 / len(others))
 
 
@@ -114,25 +114,25 @@ def _check_scores(name: str, scores: Tensor) -> Tensor:
     return scores.double().cpu()
 
 
-def _interval(members: Tensor, others: Tensor) -> tuple[float, float]:
+def _estimate_interval(members: Tensor, others: Tensor) -> tuple[float, float]:
     """95 % for the AUC: DeLong, DeLong and Clarke-Pearson 1988, on scores with one more member and one more other at either end (ours).
 
     What Agresti and Coull do for a share: without them the interval of separated scores has no width, and near 1 it holds the true AUC far too rarely.
     """
     ends = torch.tensor([-inf, inf], dtype=torch.float64)
     members, others = torch.cat([members, ends]), torch.cat([others, ends])
-    above, below = _shares(members, others), 1 - _shares(others, members)
+    above, below = _share_below(members, others), 1 - _share_below(others, members)
     reach = NORMAL * float((above.var() / len(above) + below.var() / len(below)).sqrt())
     return max(0.0, float(above.mean()) - reach), min(1.0, float(above.mean()) + reach)
 
 
-def _shares(scores: Tensor, rivals: Tensor) -> Tensor:
+def _share_below(scores: Tensor, rivals: Tensor) -> Tensor:
     """Share of the rivals below each score, ties half, (n,)."""
     ordered = rivals.sort().values
     return (torch.searchsorted(ordered, scores) + torch.searchsorted(ordered, scores, right=True)).double() / (2 * len(rivals))
 
 
-def _nearest(block: Tensor, samples: Tensor, centre: Tensor) -> Tensor:
+def _measure_block(block: Tensor, samples: Tensor, centre: Tensor) -> Tensor:
     x = block.double()                                             # (B, d)
     least, index = x.new_full((len(x),), inf), torch.zeros(len(x), dtype=torch.int64, device=x.device)
     for start in range(0, len(samples), BLOCK):

@@ -1,4 +1,4 @@
-"""information: bits about labels and about images in what a global model and smaller ones made of it give out, estimated by nearest neighbours."""
+"""Mutual information: bits about labels and about images in what a global model and smaller ones made of it give out, by nearest neighbours."""
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -33,7 +33,7 @@ Models = Mapping[str, tuple[str, Tree]]                            # name -> (ar
 def nearness(points: Tensor) -> Tensor:
     """[i, j] = how many of the points (N, ...) lie strictly nearer to i than j does, (N, N) int64, by Euclidean distance in float64.
 
-    Ranks have no unit and no width to choose: the same for points shifted, turned or scaled, and 784 pixels count like 10 logits.
+    Ranks have no unit and no width to choose. They stay the same for points shifted, turned or scaled, and 784 pixels count like 10 logits.
     """
     x = points.flatten(1).double()
     x = x - x.mean(0)
@@ -45,7 +45,7 @@ def nearness(points: Tensor) -> Tensor:
 
 
 def sameness(labels: Tensor) -> Tensor:
-    """The like of `nearness` for labels (N,): 0 to one's own class, N to any other, further than every point."""
+    """What `nearness` is for labels (N,): 0 to the own class and N, further than every point, to any other."""
     return torch.where(labels[:, None] == labels, 0, len(labels))
 
 
@@ -74,12 +74,12 @@ def information(one: Tensor, other: Tensor, neighbours: int = NEIGHBOURS) -> dic
 
 
 def ceiling(count: int, neighbours: int = NEIGHBOURS) -> float:
-    """The bits that a variable of `count` different points shares with itself, the most that `information` can say between points."""
+    """The bits that a variable of `count` different points shares with itself: the most that `information` can find between points."""
     return (_psi(count) - _psi(neighbours)) / math.log(2)
 
 
 def entropy(labels: Tensor) -> float:
-    """H(Y) of labels (N,) in bits, the most that anything can say about them."""
+    """H(Y) of labels (N,) in bits: the most that anything can say about them."""
     shares = labels.unique(return_counts=True)[1].double() / len(labels)
     return float(-(shares * shares.log2()).sum())
 
@@ -150,7 +150,7 @@ def find_contenders(server: Tree, problem: Problem) -> dict[str, tuple[str, Tree
 
 
 def open_round(world: World, state: State) -> State:
-    """The state as clients meet it in the round after: what the server does alone before them is done (fedconv trains W, tunes its filters and compresses W)."""
+    """The state as clients meet it in the next round: the server has prepared it (fedconv trains W, tunes its filters and compresses W)."""
     places = schedule(world)
     place = places[state.rows] if state.rows < len(places) else replace(places[-1], round=places[-1].round + 1, row=state.rows)
     exchange = Exchange(world, Ledger(world.problem.device), lambda *_: None)
@@ -161,10 +161,10 @@ def open_round(world: World, state: State) -> State:
 def analyse(run: str | Path, images: int = 2000, output: str = "logits") -> dict[str, Any]:
     """How much the models made of a run's latest global model say about up to `images` of the official test images, drawn by the run's seed.
 
-    The models are those that the next round would begin with, see `opened`; the run itself is left as it is.
+    The models are those that the next round would begin with, see `open_round`; the run itself is left as it is.
     {run, rounds, images, output, label_bits: H(Y), ceiling_bits, models: rows of `compare`}, with nothing in it that JSON cannot carry. Memory grows with the
     square of the images: 2000 take some 300 MB.
-    Raises: as `launch.revisit`; JobError as `contenders` and `compare`.
+    Raises: as `revisit`; JobError as `find_contenders` and `compare`.
     """
     if images < 1:
         raise JobError(f"information: got {images} images, wanted at least 1, and some {100 * NEIGHBOURS} for figures that mean something")

@@ -1,6 +1,5 @@
-"""The benchmark of many clients: seconds of a round and peak memory against their number, for each residency of their states, a process to a case."""
+"""The benchmark of many clients: seconds of a round and peak memory by number and residency of the clients, in a process for each case."""
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -12,9 +11,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import hpcfl
 from hpcfl import tree
-from hpcfl.bench.gefl import GeFLNoise
+from hpcfl.bench.noise import NoiseWorld
 from hpcfl.data.shards import Shard
 from hpcfl.errors import EnvironmentFault, JobError
 from hpcfl.federation.residency import RESIDENCIES
@@ -23,8 +21,8 @@ from hpcfl.runs.choices import CHOICES
 from hpcfl.runs.console import Console
 from hpcfl.runs.simulation import Simulation
 from hpcfl.settings.job import resolve
-from hpcfl.wire.communicator import Communicator
-from hpcfl.wire.launchers import OF_THE_JOB
+from hpcfl.wire.communicator import Communicator, require_server
+from hpcfl.wire.launchers import make_lone_environment
 
 CLIENTS = (10, 100, 1000)
 ARCHITECTURES = ("cnn2", "cnn8", "cnn9")                           # 0.16, 0.43 and 0.47 MB
@@ -73,11 +71,11 @@ def measure_case(comm: Communicator, arguments: Namespace, residency: str, count
     rounds_s = [row["wall_s"] - float(row["seconds"]["evaluate"].max()) for row in rows[1:]]
     states = {name: tree.nbytes(world.problem.structure(name).state_dict()) for name in ARCHITECTURES}
     return {"ranks": comm.size, "residency": residency, "chunk": chunk, "clients": count, "round_s": round(median(rounds_s), 3),
-            "peak_memory_bytes": max(peaks), "before_bytes": max(before),
+            "peak_memory_bytes": max(require_server(peaks)), "before_bytes": max(require_server(before)),
             "state_bytes": sum(states[name] for name in world.problem.architectures)}
 
 
-class FewImages(GeFLNoise):
+class FewImages(NoiseWorld):
     """Clients with noise to train on, and a few images of it to be tested by."""
 
     @cached_property
@@ -91,19 +89,18 @@ def measure_apart(arguments: Namespace, ranks: int, residency: str, count: int) 
     chunk = [] if arguments.chunk is None else ["--chunk", str(arguments.chunk)]
     command = [*(["mpirun", "-n", str(ranks)] if ranks > 1 else []), sys.executable, "-m", "hpcfl", "bench", "clients", "--clients", str(count),
                "--residency", residency, *chunk, "--rounds", str(arguments.rounds), "--threads", str(arguments.threads), "--device", arguments.device, "--json"]
-    alone = {name: value for name, value in os.environ.items() if not name.startswith(OF_THE_JOB)}
-    alone["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(hpcfl.__file__).parent.parent), alone.get("PYTHONPATH")]))
     try:
-        ended = subprocess.run(command, env=alone, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="replace",
-                               check=False)
+        ended = subprocess.run(command, env=make_lone_environment(), stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8",
+                               errors="replace", check=False)
     except OSError as error:
-        raise EnvironmentFault(f"{command[0]}: cannot be started ({error.strerror}); take --ranks 1, or start one case by the launcher that is there") from error
+        raise EnvironmentFault(f"{command[0]}: cannot be started ({error.strerror}); take --ranks 1, or start one case by the launcher "
+                               "that is there") from error
     if ended.returncode:
         raise EnvironmentFault(f"{' '.join(command)}: ended with exit code {ended.returncode}: {ended.stderr.strip().rpartition(chr(10))[2]}")
     return json.loads(ended.stdout)
 
 
 def read_memory(name: str) -> int:
-    """Bytes of resident memory of this process, by their name in /proc: now (VmRSS) or at most (VmHWM, which unlike getrusage knows nothing of a parent)."""
+    """Bytes of resident memory of this process by a name of /proc: VmRSS is now, VmHWM the most so far (getrusage would count a parent's too)."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
     return 1024 * int(lines[name].split()[0])

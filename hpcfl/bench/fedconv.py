@@ -13,7 +13,9 @@ import torch.nn.functional as F
 
 from hpcfl import tree
 from hpcfl.algorithms.fedconv import Config, FedConv
-from hpcfl.contract import Problem, Totals
+from hpcfl.bench.noise import draw_noise
+from hpcfl.bench.timing import measure_elapsed, to_milliseconds
+from hpcfl.contract import Algorithm, Problem, Totals
 from hpcfl.data.shards import Shard, iterate_epochs
 from hpcfl.federation.exchange import Exchange
 from hpcfl.federation.ledger import Ledger
@@ -23,7 +25,7 @@ from hpcfl.runs import devices
 from hpcfl.runs.choices import CHOICES
 from hpcfl.settings.job import Job, resolve
 from hpcfl.training.group import Group
-from hpcfl.wire.communicator import Communicator
+from hpcfl.wire.communicator import Communicator, require_server
 from hpcfl.wire.uplink import Uploads
 
 CLASSES_OF_SIZE = [0, 0, 1, 1, 1, 1, 2, 2, 2, 2]                   # the authors' ten clients
@@ -58,7 +60,7 @@ def fedconv(comm: Communicator, arguments: Namespace) -> dict[str, Any]:
 
 
 class Timed(FedConv):
-    """Books every training on the public set: (first word of its purpose, architecture) -> seconds of one step of one model."""
+    """FedConv that books every training on the public set: (first word of its purpose, architecture) -> seconds of one step of one model."""
 
     def __init__(self, config: Config, problem: Problem) -> None:
         super().__init__(config, problem)
@@ -83,12 +85,8 @@ class FedConvNoise(World):
     @cached_property
     def public(self) -> tuple[Shard, Shard]:
         """So many images, and a tenth of it to select by."""
-        return self.noise("public", self.images), self.noise("validation", self.images // 10)
-
-    def noise(self, purpose: str, count: int) -> Shard:
-        """Random uint8 images of all classes in turn."""
-        images = torch.from_numpy(self.problem.stream(purpose).numpy().integers(256, size=(count, *self.problem.shape), dtype="uint8"))
-        return Shard(images, torch.arange(count) % self.problem.classes, self.problem.scale).to(self.problem.device)
+        problem = self.problem
+        return draw_noise(problem, problem.stream("public"), self.images), draw_noise(problem, problem.stream("validation"), self.images // 10)
 
 
 def measure_engine(world: FedConvNoise) -> dict[str, Any]:
@@ -105,9 +103,10 @@ def measure_engine(world: FedConvNoise) -> dict[str, Any]:
     told = comm.gather(([account["seconds"]["idle"] for account in accounts], [dict(step.laps) for step in world.plan[0].steps]))
     if not comm.is_server:
         return {}
-    laps = [each for _, booked in told for each in booked]
-    return {"plain_step_ms": to_milliseconds(median(plain)), **{figure: to_milliseconds(find_typical(laps, work)) for figure, work in WORKS.items()},
-            "server_phase_s": round(median(account["wall_s"] for account in accounts), 3), "idle_s": [round(median(idle), 3) for idle, _ in told]}
+    answers = require_server(told)
+    laps = [each for _, booked in answers for each in booked]
+    return {"plain_step_ms": to_milliseconds(median(plain)), **{figure: to_milliseconds(average_steps(laps, work)) for figure, work in WORKS.items()},
+            "server_phase_s": round(median(account["wall_s"] for account in accounts), 3), "idle_s": [round(median(idle), 3) for idle, _ in answers]}
 
 
 def run_server_phase(exchange: Exchange, state: State, place: Place) -> State:
@@ -117,7 +116,7 @@ def run_server_phase(exchange: Exchange, state: State, place: Place) -> State:
     return exchange.serve(step, "aggregate", state, place, return_untrained(step, state) if exchange.world.comm.is_server else {})
 
 
-def return_untrained(step: FedConv, state: State) -> Totals:
+def return_untrained(step: Algorithm, state: State) -> Totals:
     """Uploads of clients that trained nothing."""
     message = step.publish(state.server)
     return {"models": Uploads({client: tree.join(model=step.receive(message, architecture)) | {"samples": torch.tensor(100.0, dtype=torch.float64)}
@@ -135,20 +134,13 @@ def time_plain_step(world: FedConvNoise, row: int) -> float:
         loss = F.cross_entropy(model(batch["x"]), batch["y"])
         loss.backward()
         optimizer.step()
-    if problem.device.type == "cuda":
-        torch.cuda.synchronize(problem.device)
-    return (time.perf_counter() - start) / (len(public) // BATCH)
+    return measure_elapsed(start, problem.device) / (len(public) // BATCH)
 
 
-def find_typical(laps: Sequence[Mapping[tuple[str, str], list[float]]], work: str) -> float:
+def average_steps(laps: Sequence[Mapping[tuple[str, str], list[float]]], work: str) -> float:
     """The median of each architecture's steps of one kind on any rank, and of these the mean."""
     by_architecture: dict[str, list[float]] = defaultdict(list)
     for each in laps:
         for (kind, architecture), seconds in each.items():
             by_architecture[architecture] += seconds if kind == work else []
     return mean(median(seconds) for seconds in by_architecture.values() if seconds)
-
-
-def to_milliseconds(seconds: float) -> float:
-    """To a microsecond."""
-    return round(1000 * seconds, 3)

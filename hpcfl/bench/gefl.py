@@ -2,26 +2,27 @@
 import time
 from argparse import Namespace
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
-from functools import cached_property
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hpcfl.algorithms.gefl import GENERATOR, build_generator
-from hpcfl.algorithms.gefl_f import EXTRACTOR, Config
-from hpcfl.contract import ClientSite, Holdings
-from hpcfl.data.shards import Shard, iterate_epochs, list_batch_sizes
+from hpcfl.algorithms.gefl import GENERATOR, TrainGenerator, build_generator
+from hpcfl.algorithms.gefl_f import EXTRACTOR, Config, TrainHeaders
+from hpcfl.bench.noise import NoiseWorld
+from hpcfl.bench.timing import measure_elapsed, median_seconds, to_milliseconds
+from hpcfl.contract import ClientSite
+from hpcfl.data.shards import iterate_epochs, list_batch_sizes
 from hpcfl.federation.exchange import Exchange
 from hpcfl.federation.ledger import Ledger
 from hpcfl.federation.loop import rounds
 from hpcfl.federation.state import Place, State, begin
-from hpcfl.federation.world import World
 from hpcfl.generators.ddpm import Ddpm
+from hpcfl.models.classifier import Shape
 from hpcfl.runs import devices
 from hpcfl.runs.choices import CHOICES
 from hpcfl.settings.job import Job, resolve
@@ -60,7 +61,7 @@ def gefl(comm: Communicator, arguments: Namespace) -> dict[str, Any]:
     steps = count * len(list_batch_sizes(world.images, BATCH)) * max(Counter(world.home).values())
     figures = {"ranks": comm.size, "threads": torch.get_num_threads(), "device": str(device), "clients": clients, "images_per_client": world.images,
                "generator_epochs": count, "repetitions": repetitions, "generator_round_s": median_seconds(laps["generator"]),
-               "generator_step_ms": round(1000 * median(laps["generator"]) / steps, 3), "header_round_s": median_seconds(laps["targets"])}
+               "generator_step_ms": to_milliseconds(median(laps["generator"]) / steps), "header_round_s": median_seconds(laps["targets"])}
     for name, (phase, bare_s) in bare.items():
         figures |= {f"{name}_s": median_seconds(bare_s), f"{name}_ratio": round(median(lap / each for lap, each in zip(laps[phase], bare_s, strict=True)), 3)}
     if comm.size == 1:
@@ -68,32 +69,23 @@ def gefl(comm: Communicator, arguments: Namespace) -> dict[str, Any]:
     return figures | {"rows": rows}
 
 
-class GeFLNoise(World):
-    """GeFL-F without its warm-up, and clients with so many random images of 32x32 pixels each, so that there is no data set to get."""
+class GeFLNoise(NoiseWorld):
+    """GeFL-F without its warm-up."""
 
     def __init__(self, job: Job, comm: Communicator, device: torch.device, images: int) -> None:
-        super().__init__(job, comm, device)
-        self.images = images
+        super().__init__(job, comm, device, images)
         self.plan = tuple(phase for phase in self.plan if phase.name != "warmup")
-
-    @cached_property
-    def holdings(self) -> Mapping[int, Holdings]:
-        """Images to train on, of all classes in turn, and none to select by."""
-        return {client: Holdings(self.noise(client, self.images), self.noise(client, 0)) for client in self.mine}
-
-    def noise(self, client: int, count: int) -> Shard:
-        images = torch.from_numpy(self.problem.stream("noise", client).numpy().integers(256, size=(count, *self.problem.shape), dtype="uint8"))
-        return Shard(images, torch.arange(count) % self.problem.classes, self.problem.scale).to(self.problem.device)
 
 
 def measure_phases(world: GeFLNoise) -> tuple[dict[str, list[float]], dict[str, tuple[str, list[float]]], list[dict[str, Any]]]:
     """Seconds of each phase's rounds but its first; on one rank {bare loop: (phase, its seconds)}; and rows of what this rank did in them."""
     comm, ledger = world.comm, Ledger(world.problem.device)
-    laps, accounts, bare = defaultdict(list), defaultdict(list), {name: (phase, []) for name, (phase, *_) in BARE.items()} if comm.size == 1 else {}
-    state = begin(world)
+    laps, accounts = defaultdict(list), defaultdict(list)
+    bare: dict[str, tuple[str, list[float]]] = {name: (phase, []) for name, (phase, *_) in BARE.items()} if comm.size == 1 else {}
+    begun = begin(world)
     comm.barrier()
     start = time.perf_counter()
-    for state, place in rounds(Exchange(world, ledger, lambda state, place: None), state):
+    for state, place in rounds(Exchange(world, ledger, lambda state, place: None), begun):
         comm.barrier()
         lap, account = time.perf_counter() - start, ledger.close()
         if place.round:                                            # the first makes the maps
@@ -112,13 +104,13 @@ def measure_phases(world: GeFLNoise) -> tuple[dict[str, list[float]], dict[str, 
 def list_sites(world: GeFLNoise, state: State, place: Place) -> Iterator[tuple[int, str, ClientSite]]:
     """This rank's clients, their architectures and what they may see."""
     for group in state.groups:
-        site = world.client_site(group, place.phase, place.round)
+        site = world.client_site(group.fetch(), place.phase, place.round)
         yield from ((client, group.architecture, site) for client in group.clients)
 
 
 def time_bare_generator(world: GeFLNoise, state: State, place: Place, **settings: Any) -> float:
     """Seconds in which torch.optim.Adam with these settings takes one network through the batches of a generator round."""
-    (step,), device = place.phase.steps, world.problem.device
+    step, device = cast(TrainGenerator, place.phase.steps[0]), world.problem.device
     (rule,), ((_, loss),) = step.generative.rules(), step.generative.losses()
     modules = Modules(step.initialise("init/generator")).to(device)
     optimizer = torch.optim.Adam(modules.parameters(), lr=rule.lr, betas=rule.betas, weight_decay=rule.weight_decay, **settings)
@@ -131,7 +123,7 @@ def time_bare_generator(world: GeFLNoise, state: State, place: Place, **settings
 
 def time_bare_header(world: GeFLNoise, state: State, place: Place) -> float:
     """Seconds in which torch.optim.SGD takes a header of each client through the samples and maps of a header round."""
-    (step,), device, training = place.phase.steps, world.problem.device, world.job.training
+    step, device, training = cast(TrainHeaders, place.phase.steps[0]), world.problem.device, world.job.training
     generator = step.initialise("init/generator")[GENERATOR].to(device).eval()
     models = {client: world.problem.structure(architecture) for client, architecture, _ in list_sites(world, state, place)}
 
@@ -159,7 +151,7 @@ def update(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
 def time_sampling(world: GeFLNoise, repetitions: int, compiling: bool) -> dict[str, float]:
     """{"ddpm_samples_per_s": ...} of networks as they are initialised, all kinds in turn; where wanted, compiled too if they sample in many calls."""
     problem, device = world.problem, world.problem.device
-    shape, y = problem.structure(problem.sizes.every[0]).maps_shape, torch.arange(DRAWN[device.type], device=device) % problem.classes
+    shape, y = cast(Shape, problem.structure(problem.sizes.every[0]).maps_shape), torch.arange(DRAWN[device.type], device=device) % problem.classes
     kinds = {name: build_generator(Config(**settings), shape, problem.classes, True) for name, settings in SAMPLED.items()}
     ways, laps = [(name, kind, False) for name, kind in kinds.items()], defaultdict(list)
     ways += [(f"{name}_compiled", kind, True) for name, kind in kinds.items() if compiling and kind.calls > 1]
@@ -176,18 +168,6 @@ def time_sampling(world: GeFLNoise, repetitions: int, compiling: bool) -> dict[s
             kind.sample(calls[name], y, random)
             laps[name].append(measure_elapsed(start, device))
     return {f"{name}_samples_per_s": round(len(y) / median(each), 2) for name, each in laps.items()}
-
-
-def measure_elapsed(start: float, device: torch.device) -> float:
-    """Seconds since then, when the device has finished."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
-
-
-def median_seconds(laps: list[float]) -> float:
-    """Their median, to a tenth of a millisecond."""
-    return round(median(laps), 4)
 
 
 BARE = {"generator_bare": ("generator", time_bare_generator, {}), "generator_bare_fused": ("generator", time_bare_generator, {"fused": True}),

@@ -1,17 +1,17 @@
-"""Estimate: what a round of a job would take on these ranks, from timed training batches and the timed wire, and the memory it would need."""
+"""Estimate: the seconds of a round of a job on these ranks, from batches and collectives that were timed, and the memory that it would need."""
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from statistics import median
-from typing import Any
 
 import torch
 
 from hpcfl import tree
 from hpcfl.data.shards import list_batch_sizes
-from hpcfl.doctor.probes import attempt
+from hpcfl.doctor.attempts import attempt, gather_attempts
 from hpcfl.federation.world import World
 from hpcfl.runs import devices
 from hpcfl.runs.host_limits import read_core_seconds
@@ -21,27 +21,28 @@ from hpcfl.training.losses import cross_entropy
 from hpcfl.training.optimizers import Optimizer
 from hpcfl.training.turns import Turn
 from hpcfl.tree import Tree
-from hpcfl.wire.communicator import SMALL_CALLS, Communicator
+from hpcfl.wire.communicator import Communicator
+from hpcfl.wire.hockney import SMALL_BYTES, SMALL_CALLS, Timing, interpolate_seconds
 from hpcfl.wire.uplink import choose_wire_type
 
 BATCHES, ENOUGH_S = 5, 2.0                                         # batches that are timed of each architecture, and when fewer will do
 GENTLE = 1e-6                                                      # a learning rate that leaves noise what it is
-TIMES_AT_WORK = 3                                                  # states of a group that was fetched: its own, those of who takes part, and what became of them
+TIMES_AT_WORK = 3                                                  # states of a fetched group: its own, those of who takes part, what became of them
 
 
 @dataclass(frozen=True)
 class Load:
-    """What one rank would do in a round, by architecture."""
+    """The work of one rank in a round, by architecture."""
 
     clients: dict[str, int]
     batches: dict[str, int]                                        # of all these clients together, where all of them take part
     batch_s: dict[str, float]
     needed_bytes: int                                              # on the device that it trains on
-    crowding: float = 1.0                                          # times that its threads took while they were timed, for want of a core
+    crowding: float = 1.0                                          # time that its threads wanted a core, over the time that they had one
 
     @property
     def train_s(self) -> float:
-        """Seconds of a round in which all its clients train."""
+        """Seconds of local training in a round in which all its clients take part."""
         return sum(count * self.batch_s[architecture] for architecture, count in self.batches.items())
 
 
@@ -62,25 +63,22 @@ class Estimate:
 
     @property
     def wire_share(self) -> float:
-        """The part of a round that goes into collectives."""
+        """The share of a round that is spent in collectives."""
         wire_s = self.down_s + self.up_s + self.small_s
         return wire_s / (wire_s + self.train_s)
 
 
-def estimate(comm: Communicator, job: Job, device: torch.device, wire: Sequence[Mapping[str, Any]]) -> tuple[Estimate | None, dict[int, str]]:
-    """A round of a job, known at the server, and by rank what kept it from being estimated; called by all ranks."""
-    quiet = replace(job, run=replace(job.run, compile="off"))      # a minute of compilation is nothing to wait for here
+def estimate(comm: Communicator, job: Job, device: torch.device, wire: Sequence[Timing]) -> tuple[Estimate | None, dict[int, str]]:
+    """A round of a job, known at the server, or by rank why it cannot be estimated; called by all ranks."""
+    quiet = replace(job, run=replace(job.run, compile="off"))      # nobody waits a minute for a compilation here
     world, fault = attempt(lambda: World(quiet, comm, device))
     load, failed = attempt(measure_load, world) if world else (None, fault)
-    told = comm.gather((load, failed))
-    if not comm.is_server:
-        return None, {}
-    faults = {rank: said for rank, (_, said) in enumerate(told) if said}
-    return (None, faults) if faults else (estimate_round(world, tuple(each for each, _ in told), wire), {})
+    loads, faults = gather_attempts(comm, load, failed)
+    return (estimate_round(world, tuple(loads), wire), {}) if comm.is_server and not faults else (None, faults)
 
 
 def measure_load(world: World) -> Load:
-    """The share of this rank, with a few batches of each of its architectures trained on noise."""
+    """The work of this rank, with the time of a few batches of noise for each of its architectures."""
     devices.spare_threads(world)
     job, problem = world.job, world.problem
     hosted = world.architectures(world.mine)
@@ -93,8 +91,9 @@ def measure_load(world: World) -> Load:
     batch_s = {architecture: time_batch(world, architecture, min(job.training.batch, max(sizes[client] for client in clients)), at_once[architecture])
                for architecture, clients in hosted.items()}
     had_s, waited_s = (after - before for before, after in zip((had_s, waited_s), read_core_seconds(), strict=True))
-    parts = (world.split.train, world.split.validation, world.split.test)
-    images = len(world.corpus.test_labels) + len(world.split.public) + len(world.split.public_validation) + sum(len(part[client]) for part in parts for client in world.mine)
+    split = world.split
+    own = sum(len(each[client]) for each in (split.train, split.validation, split.test) for client in world.mine)
+    images = own + len(world.corpus.test_labels) + len(split.public) + len(split.public_validation)
     if job.residency.location == "disk" or (job.residency.location == "host" and problem.device.type == "cuda"):
         states = max((TIMES_AT_WORK * count * count_model_bytes(world, architecture) for architecture, count in held.items()), default=0)
     else:
@@ -107,7 +106,7 @@ def measure_load(world: World) -> Load:
 def time_batch(world: World, architecture: str, images: int, clients: int = 1) -> float:
     """Seconds of one step of one client's model on a batch of so many images, by the loop and the optimiser of the job, uncompiled.
 
-    `clients` train beside each other, and the time is an equal part of theirs.
+    So many clients train beside each other, and each gets an equal share of their time.
     """
     problem, times = world.problem, list[float]()
     generator = problem.stream("doctor").torch()
@@ -126,11 +125,11 @@ def time_batch(world: World, architecture: str, images: int, clients: int = 1) -
     module = problem.structure(architecture)
     group = Group(architecture, tuple(range(clients)), tree.stack([tree.join(model=module.state_dict())] * clients))
     problem.fit(group, {"model": module}, [Turn(("model",), cross_entropy, Optimizer.from_settings(world.job.training, lr=GENTLE))], batches, where="doctor")
-    return median(later - earlier for earlier, later in zip(times[1:-1], times[2:], strict=True)) / clients         # the first warms up
+    return median(later - earlier for earlier, later in pairwise(times[1:])) / clients         # the first warms up
 
 
-def estimate_round(world: World, loads: tuple[Load, ...], wire: Sequence[Mapping[str, Any]]) -> Estimate:
-    """The whole of a round from all ranks' shares, for the phase with most rounds."""
+def estimate_round(world: World, loads: tuple[Load, ...], wire: Sequence[Timing]) -> Estimate:
+    """A round of the phase with most rounds, from the work of all ranks."""
     steps = max(world.plan, key=lambda phase: phase.rounds).steps
     publishes, uploads = (any(step.overrides(verb) for step in steps) for verb in ("publish", "aggregate"))
     models = {architecture: count_model_bytes(world, architecture) for architecture in world.problem.sizes.every}
@@ -140,28 +139,18 @@ def estimate_round(world: World, loads: tuple[Load, ...], wire: Sequence[Mapping
     whole = max(sum(count * models[architecture] for architecture, count in load.clients.items()) for load in loads)
     participation = world.job.federation.participation
     down, up, by = sum(models.values()) * publishes, (int(whole * participation) if gathers else summed) * uploads, "Gatherv" if gathers else "Reduce"
-    return Estimate(world.clients, loads, down, up, by, interpolate_seconds(wire, "Bcast", down), interpolate_seconds(wire, by, up), SMALL_CALLS * interpolate_seconds(wire, "Bcast", 8),
-                    participation * max(load.train_s for load in loads), sum(count * models[architecture] for architecture, count in hosted.items()))
-
-
-def interpolate_seconds(wire: Sequence[Mapping[str, Any]], collective: str, size: int) -> float:
-    """Of a collective of so many bytes of each rank, along straight lines between the timed sizes and on from the largest through the origin; 0 for nothing."""
-    timed = [(row["rank_bytes"], row["median_s"]) for row in wire if row["collective"] == collective]
-    if not timed or not size:
-        return 0.0
-    for (small, before), (large, after) in zip(timed, timed[1:], strict=False):
-        if size <= large:
-            return before + (after - before) * max(0, size - small) / (large - small)
-    largest, last = timed[-1]
-    return last * max(1.0, size / largest)
+    return Estimate(
+        clients=world.clients, loads=loads, down_bytes=down, up_bytes=up, up_by=by, down_s=interpolate_seconds(wire, "Bcast", down),
+        up_s=interpolate_seconds(wire, by, up), small_s=SMALL_CALLS * interpolate_seconds(wire, "Bcast", SMALL_BYTES),
+        train_s=participation * max(load.train_s for load in loads), state_bytes=sum(count * models[architecture] for architecture, count in hosted.items()))
 
 
 def count_model_bytes(world: World, architecture: str) -> int:
-    """Of all that a model's state_dict holds."""
+    """Bytes of all that a model's state_dict holds."""
     return tree.nbytes(world.problem.structure(architecture).state_dict())
 
 
 def count_summed_bytes(world: World, architecture: str) -> int:
-    """Of the sum of a model's floating leaves as it travels: in their own types, and a count in float64 for each."""
+    """Bytes of the sum of a model's floating leaves as it travels: in their own types, and a count in float64 for each."""
     leaves = tree.select_floating(world.problem.structure(architecture).state_dict()).values()
     return sum(leaf.numel() * choose_wire_type(leaf.dtype).itemsize + 8 for leaf in leaves)

@@ -1,4 +1,4 @@
-"""Doctor: what a run would meet where this was started: every rank looks around, wire and run folder are tried, and rank 0 gives its verdicts."""
+"""Examine: what a run would meet where this was started. Every rank looks around, all try wire and run folder, and rank 0 checks what was found."""
 import shutil
 import textwrap
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ from typing import Any
 
 import hpcfl
 from hpcfl.doctor import probes, run_folder
+from hpcfl.doctor.attempts import attempt, gather_attempts
 from hpcfl.doctor.estimate import Estimate, estimate
 from hpcfl.doctor.findings import OK, PROBLEM, WARNING, Check, Examined, Finding
 from hpcfl.doctor.launch_checks import LAUNCH_CHECKS, check_ranks
@@ -16,7 +17,8 @@ from hpcfl.errors import EnvironmentFault
 from hpcfl.runs import devices
 from hpcfl.runs.choices import CHOICES
 from hpcfl.settings.job import Job, load
-from hpcfl.wire.communicator import Communicator
+from hpcfl.wire.communicator import Communicator, require_server
+from hpcfl.wire.hockney import Timing
 from hpcfl.wire.launchers import Launch
 from hpcfl.wording import align_rows, byte_text, count_text, duration_text
 
@@ -25,46 +27,40 @@ WIDTH = 150                                                        # columns at 
 
 
 def examine(comm: Communicator, told: Launch | None, job_file: Path | None, overrides: Sequence[str], out: Path | None) -> Examined | None:
-    """What there is to know of a launch, and with a job file of that job in it; known at the server, called by all ranks.
+    """All facts of a launch, and of a job in it where a job file is given; known at the server, called by all ranks.
 
-    `told`: what the launcher says. A rank on which something fails still takes part in every collective; the server learns what failed.
+    `told`: what the launcher says. A rank on which something fails still takes part in every collective, and the server learns what failed.
     """
-    job, fault = probes.attempt(load, job_file, CHOICES, overrides) if job_file else (None, "")
-    facts, silent = gather_values(comm, *probes.attempt(probes.look_around, comm, job.run.device if job else "auto", devices.count_cores(comm)))
+    job, fault = attempt(load, job_file, CHOICES, overrides) if job_file else (None, "")
+    facts, silent = gather_attempts(comm, *attempt(probes.look_around, comm, job.run.device if job else "auto", devices.count_cores(comm)))
     wire = comm.share(probes.time_wire(comm))
     folder = run_folder.examine(comm, out or Path("runs"))
-    _, faults = gather_values(comm, None, fault)
+    _, faults = gather_attempts(comm, None, fault)
     faults |= {each.rank: each.device_fault for each in facts if each.device_fault}
     guess = None
-    if job_file and not comm.agree(bool(faults or silent)):
+    if job_file and not comm.agree(bool(faults or silent)) and job is not None:
         guess, faults = estimate_job(comm, job, wire)
     if not comm.is_server:
         return None
-    return Examined(comm.size, told, tuple(facts), silent, wire, folder, job, faults if job_file else None, guess)
+    return Examined(comm.size, told, tuple(facts), silent, wire, require_server(folder), job, faults if job_file else None, guess)
 
 
-def gather_values(comm: Communicator, value: Any, fault: str) -> tuple[list[Any], dict[int, str]]:
-    """At the server the values of the ranks that have one, and by rank the faults of the others; called by all ranks."""
-    answers = comm.gather((value, fault)) or []
-    return [value for value, fault in answers if not fault], {rank: fault for rank, (_, fault) in enumerate(answers) if fault}
-
-
-def estimate_job(comm: Communicator, job: Job, wire: Sequence[dict[str, Any]]) -> tuple[Estimate | None, dict[int, str]]:
+def estimate_job(comm: Communicator, job: Job, wire: Sequence[Timing]) -> tuple[Estimate | None, dict[int, str]]:
     """A round of the job with the threads and devices that its ranks would have; called by all ranks."""
     devices.set_threads(job, comm)
-    device, fault = probes.attempt(devices.choose_job_device, job, comm)
-    _, faults = gather_values(comm, None, fault)
+    device, fault = attempt(devices.choose_job_device, job, comm)
+    _, faults = gather_attempts(comm, None, fault)
     return (None, faults) if comm.agree(bool(fault)) else estimate(comm, job, device, wire)
 
 
 def list_findings(examined: Examined) -> list[Finding]:
-    """What every check came to that has something to say."""
+    """The findings of all checks that have something to say."""
     checks = CHECKS if examined.facts else (check_ranks,)
     return [finding for check in checks if (finding := check(examined)) is not None]
 
 
 def choose_exit_code(found: Sequence[Finding]) -> int:
-    """That of the process: 0 where a run could work."""
+    """The exit code of the process: 0 where a run could work."""
     return EnvironmentFault.exit_code if any(finding.verdict == PROBLEM for finding in found) else 0
 
 
@@ -78,12 +74,12 @@ def describe_findings(examined: Examined, found: Sequence[Finding]) -> dict[str,
 
 
 def find_worst(found: Sequence[Finding]) -> str:
-    """The verdict over all findings."""
+    """The worst verdict of all findings."""
     return next(verdict for verdict in (PROBLEM, WARNING, OK) if verdict == OK or any(finding.verdict == verdict for finding in found))
 
 
 def render(examined: Examined, found: Sequence[Finding]) -> str:
-    """Findings for people: a line or a few each, the fix below; then the figures of the wire, and how many findings there are of each kind."""
+    """Findings for people, each a few lines with the fix below; then the figures of the wire, and how many problems and warnings there are."""
     width = min(shutil.get_terminal_size((WIDTH, 1)).columns, WIDTH)
     indent = " " * 25
     lines = []
@@ -95,11 +91,11 @@ def render(examined: Examined, found: Sequence[Finding]) -> str:
     counts = {verdict: sum(finding.verdict == verdict for finding in found) for verdict in (PROBLEM, WARNING)}
     last = f"hpcfl doctor, {count_text(examined.ranks, 'rank')}: {count_text(counts[PROBLEM], 'problem')}, {count_text(counts[WARNING], 'warning')}" + \
            ("; mend the problems before a run" if counts[PROBLEM] else "")
-    return "\n".join([*lines, "", *wire_lines(examined.wire), last])
+    return "\n".join([*lines, "", *render_wire(examined.wire), last])
 
 
-def wire_lines(wire: Sequence[dict[str, Any]]) -> list[str]:
-    """Medians by size and collective."""
-    names, sizes = (list(dict.fromkeys(row[key] for row in wire)) for key in ("collective", "rank_bytes"))
+def render_wire(wire: Sequence[Timing]) -> list[str]:
+    """The medians of the timed collectives as a table, by size and collective."""
+    names, sizes = list(dict.fromkeys(row["collective"] for row in wire)), list(dict.fromkeys(row["rank_bytes"] for row in wire))
     took = {(row["collective"], row["rank_bytes"]): duration_text(row["median_s"]) for row in wire}
     return [align_rows([("of each rank", *names), *((byte_text(each), *(took[name, each] for name in names)) for each in sizes)], words=0), ""] if wire else []

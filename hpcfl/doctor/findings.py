@@ -1,12 +1,12 @@
-"""Finding: what one of the doctor's checks came to, and all the facts that a check may look at."""
+"""Findings: what a check of the doctor came to, and all the facts that a check may look at."""
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from hpcfl.doctor.estimate import Estimate
 from hpcfl.doctor.probes import Facts
 from hpcfl.doctor.run_folder import FolderFacts
 from hpcfl.settings.job import Job
+from hpcfl.wire.hockney import Timing
 from hpcfl.wire.launchers import Launch
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"                  # a problem: a run could not work, or by no means as it was meant
@@ -30,7 +30,7 @@ class Examined:
     launch: Launch | None
     facts: tuple[Facts, ...]                                       # of the ranks that could tell
     silent: dict[int, str]                                         # the others, and why
-    wire: Sequence[dict[str, Any]]
+    wire: Sequence[Timing]
     folder: FolderFacts
     job: Job | None = None
     job_faults: dict[int, str] | None = None                       # None where no job was given

@@ -1,4 +1,4 @@
-"""Verdicts on a launch: MPI, hosts, software, devices, cores and memory, one small function for each thing to check."""
+"""Launch checks: MPI, hosts, software, devices, cores and memory, a small function for each thing to check."""
 import math
 import re
 
@@ -6,11 +6,10 @@ from hpcfl.doctor.findings import OK, PROBLEM, WARNING, Check, Examined, Finding
 from hpcfl.doctor.probes import Facts
 from hpcfl.runs import host_limits
 from hpcfl.settings.sections import Run
-from hpcfl.wire.launchers import ALONE, RELAUNCH
+from hpcfl.wire.launchers import ALONE, RELAUNCH, find_libraries
 from hpcfl.wording import byte_text, count_text, numbers_text, reasons_text, shared_text
 
 PYTHON, TORCH = (3, 11), (2, 7)                                    # the oldest that setup.py allows
-FAMILIES = {"Open MPI": ("Open MPI",), "HYDRA": ("MPICH", "MVAPICH"), "Intel": ("Intel",)}       # what mpirun calls itself -> libraries that it launches
 CROWDED = 4                                                        # so many ranks on a core while others are idle are a mistake of the launch
 LITTLE_BYTES = 5e8                                                 # of memory for a rank
 ONE_ENVIRONMENT = "give all hosts the same environment: one venv on a shared file system, or one container"
@@ -25,10 +24,10 @@ def check_ranks(examined: Examined) -> Finding | None:
 
 def check_mpi_library(examined: Examined) -> Finding:
     """Whether there is an MPI library, the same for all ranks."""
-    def described(facts: Facts) -> str:
+    def describe(facts: Facts) -> str:
         versions = facts.versions
         return f"{versions['mpi']} ({versions['mpi standard']}) through mpi4py {versions['mpi4py']}" if "mpi standard" in versions else versions["mpi"]
-    found = group_by_trait(examined.facts, described)
+    found = group_by_trait(examined.facts, describe)
     if len(found) > 1:
         return Finding("MPI library", WARNING, shared_text(found), ONE_ENVIRONMENT)
     if "mpi standard" not in examined.facts[0].versions:
@@ -56,7 +55,7 @@ def check_mpirun(examined: Examined) -> Finding:
     told, versions = examined.facts[0].mpirun, examined.facts[0].versions
     if not told:
         return Finding("mpirun", OK, "none in PATH; srun can launch hpcfl where SLURM knows the PMI of the MPI library")
-    libraries = next((libraries for word, libraries in FAMILIES.items() if word in told), None)
+    libraries = find_libraries(told)
     if "mpi standard" in versions and libraries and not versions["mpi"].startswith(libraries):
         return Finding("mpirun", WARNING, f"in PATH: {told}, but mpi4py loads {versions['mpi']}: its ranks would not find each other", RELAUNCH)
     return Finding("mpirun", OK, f"in PATH: {told}")
@@ -81,17 +80,17 @@ def check_software(examined: Examined) -> Finding:
 
 def check_hdf5(examined: Examined) -> Finding:
     """Whether h5py is the serial build."""
-    def described(facts: Facts) -> str:
+    def describe(facts: Facts) -> str:
         return f"HDF5 {facts.versions['HDF5']}, {'parallel' if facts.parallel_hdf5 else 'serial'}, through h5py {facts.versions['h5py']}"
-    found = group_by_trait(examined.facts, described)
+    found = group_by_trait(examined.facts, describe)
     if any(facts.parallel_hdf5 for facts in examined.facts):
-        return Finding("HDF5", WARNING, f"{shared_text(found)}; hpcfl writes one file per rank and wants the serial build: a parallel one starts MPI wherever it is "
-                       "imported, and must be built with the MPI library of mpi4py", "pip install --force-reinstall --only-binary=:all: h5py")
+        return Finding("HDF5", WARNING, f"{shared_text(found)}; hpcfl writes one file per rank and wants the serial build: a parallel one starts MPI "
+                       "wherever it is imported, and must be built with the MPI library of mpi4py", "pip install --force-reinstall --only-binary=:all: h5py")
     return Finding("HDF5", OK, shared_text(found))
 
 
 def check_devices(examined: Examined) -> Finding:
-    """The device of every rank, and whether it works."""
+    """Which device every rank has, and whether it works."""
     faults = {facts.rank: facts.device_fault for facts in examined.facts if facts.device_fault}
     if faults:
         return Finding("devices", PROBLEM, reasons_text(faults), "run.device = 'auto' takes the CPU where there is no GPU; a GPU that is there but refuses may "
@@ -128,8 +127,8 @@ def check_unused_gpus(examined: Examined) -> Finding | None:
 
 
 def check_device_buffers(examined: Examined) -> Finding:
-    """Whether MPI can read GPU memory: good to know, no more."""
-    told = group_by_trait([facts for facts in examined.facts if facts.device_buffers], lambda facts: facts.device_buffers)
+    """Whether MPI can read GPU memory, which hpcfl does not need."""
+    told = group_by_trait([facts for facts in examined.facts if facts.device_buffers], lambda facts: facts.device_buffers or "")
     if not told:
         return Finding("CUDA-aware MPI", OK, "not probed: no rank uses a GPU")
     if set(told) == {"yes"}:
@@ -144,38 +143,39 @@ def check_compiler(examined: Examined) -> Finding:
         return Finding("compiler", WARNING, f"{reasons_text(missing)}; training runs uncompiled, also where run.compile asks for more",
                        "for a CPU: a C++ compiler with OpenMP (apt-get install g++, module load gcc, or its name in CXX); for CUDA: triton, which comes with "
                        "torch's CUDA wheels, and a C compiler (gcc, or CC); for both the headers of Python (apt-get install python3-dev)")
-    found = group_by_trait([facts for facts in examined.facts if facts.compiler], lambda facts: facts.compiler)
+    found = group_by_trait([facts for facts in examined.facts if facts.compiler], lambda facts: facts.compiler or "")
     return Finding("compiler", OK, f"{' and '.join(found)} for torch.compile")
 
 
 def check_cores(examined: Examined) -> Finding:
-    """Whether every rank has a core, and every thread, on the host where they have least."""
+    """Whether every rank and every thread has a core, on the host where ranks have least."""
     worst = min(examined.facts, key=lambda facts: facts.cores)
-    here, part = examined.on(worst.host), worst.cores
+    here, share = examined.on(worst.host), worst.cores
     bound = len({core for facts in here for core in facts.bound_cores})
     idle = worst.launcher_cores - bound
-    threads = host_limits.choose_threads(examined.job.run if examined.job else Run(), part, worst.thread_limit or math.inf)
+    threads = host_limits.choose_threads(examined.job.run if examined.job else Run(), share, worst.thread_limit or math.inf)
     quota = f", of which control groups grant the time of {worst.quota_cores:g}" if worst.quota_cores is not None else ""
-    limit = f" (OMP_NUM_THREADS = {worst.thread_limit})" if worst.thread_limit == threads < int(part) else ""
-    text = f"{worst.host}: {count_text(len(here), 'rank')} on {count_text(bound, 'core')}{quota}; for each rank {part:.3g}, and {count_text(threads, 'thread')}{limit}"
+    limit = f" (OMP_NUM_THREADS = {worst.thread_limit})" if worst.thread_limit == threads < int(share) else ""
+    text = f"{worst.host}: {count_text(len(here), 'rank')} on {count_text(bound, 'core')}{quota}; for each rank {share:.3g}, " \
+           f"and {count_text(threads, 'thread')}{limit}"
     unused = f"while {count_text(idle, 'more core')} of the host {'is' if idle == 1 else 'are'} idle"
     widen = f"mpirun --bind-to none, or srun --cpus-per-task={max(1, worst.launcher_cores // len(here))}"
-    if part * CROWDED <= 1 and idle > 0:
-        return Finding("cores", PROBLEM, f"{text}, {unused}: all would take {1 / part:.3g} times as long", widen)
-    if part < 1:
-        return Finding("cores", WARNING, f"{text}: all takes {1 / part:.3g} times as long as on cores of their own",
-                       f"{f'{widen}; or ' if idle > 0 else ''}start at most {count_text(max(1, int(part * len(here))), 'rank')} here, or ask for more cores "
+    if share * CROWDED <= 1 and idle > 0:
+        return Finding("cores", PROBLEM, f"{text}, {unused}: all would take {1 / share:.3g} times as long", widen)
+    if share < 1:
+        return Finding("cores", WARNING, f"{text}: all takes {1 / share:.3g} times as long as on cores of their own",
+                       f"{f'{widen}; or ' if idle > 0 else ''}start at most {count_text(max(1, int(share * len(here))), 'rank')} here, or ask for more cores "
                        "(sbatch and srun --cpus-per-task=N). mpirun --oversubscribe lets more ranks start than there are cores, but gives them none")
-    if threads > part:
+    if threads > share:
         return Finding("cores", WARNING, f"{text}: threads without a core of their own wait for each other",
-                       f"run.threads = {int(part)}, or more cores: --cpus-per-task={threads}")
+                       f"run.threads = {int(share)}, or more cores: --cpus-per-task={threads}")
     if worst.device == "cpu" and idle >= bound:
         return Finding("cores", WARNING, f"{text}, {unused}", widen)
     return Finding("cores", OK, text)
 
 
 def check_load(examined: Examined) -> Finding | None:
-    """Whether others are at work on the hosts."""
+    """Whether other processes keep the hosts busy."""
     busy = {facts.host: facts for facts in examined.facts if facts.load > facts.host_cores + len(examined.on(facts.host))}      # these ranks are part of it
     if not busy:
         return None
@@ -187,7 +187,7 @@ def check_load(examined: Examined) -> Finding | None:
 
 def check_memory(examined: Examined) -> Finding:
     """Whether hosts and devices have the memory that the job is estimated to need."""
-    rows = []                                                      # (bytes left, needed, a little, text)
+    rows: list[tuple[float, float, float, str]] = []               # (bytes left, bytes needed, bytes that are little, text)
     for host in group_by_trait(examined.facts, lambda facts: facts.host):
         here = examined.on(host)
         left, needed = min(facts.memory_left_bytes for facts in here), sum(examined.needs(facts) for facts in here if facts.device_free_bytes is None)
@@ -195,8 +195,8 @@ def check_memory(examined: Examined) -> Finding:
         rows.append((left, needed, LITTLE_BYTES * len(here), f"{host}: {byte_text(left)} left beside {count_text(len(here), 'rank')} of {byte_text(held)}"))
     for facts in examined.facts:
         if facts.device_free_bytes is not None:
-            left = facts.device_free_bytes / sum(other.device_id == facts.device_id for other in examined.on(facts.host))
-            rows.append((left, examined.needs(facts), LITTLE_BYTES, f"rank {facts.rank}: {byte_text(left)} left on {facts.device}"))
+            share = facts.device_free_bytes / sum(other.device_id == facts.device_id for other in examined.on(facts.host))
+            rows.append((share, examined.needs(facts), LITTLE_BYTES, f"rank {facts.rank}: {byte_text(share)} left on {facts.device}"))
     lacking = [f"{text}, and the job may need {byte_text(needed)} more" for left, needed, _, text in rows if needed > left]
     if lacking:
         return Finding("memory", PROBLEM, "; ".join(lacking), "more hosts, fewer clients, a smaller training.batch, or more memory for the job: sbatch --mem")
@@ -206,5 +206,6 @@ def check_memory(examined: Examined) -> Finding:
     return Finding("memory", OK, "; ".join(text + (f", of which the job may need {byte_text(needed)}" if needed else "") for _, needed, _, text in rows))
 
 
-LAUNCH_CHECKS: tuple[Check, ...] = (check_ranks, check_mpi_library, check_launch, check_mpirun, check_hosts, check_software, check_hdf5, check_devices, check_shared_gpus, check_unused_gpus, check_device_buffers,
-                                    check_compiler, check_cores, check_load, check_memory)
+LAUNCH_CHECKS: tuple[Check, ...] = (                               # in the order in which their findings are told
+    check_ranks, check_mpi_library, check_launch, check_mpirun, check_hosts, check_software, check_hdf5, check_devices, check_shared_gpus, check_unused_gpus,
+    check_device_buffers, check_compiler, check_cores, check_load, check_memory)

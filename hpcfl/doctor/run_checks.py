@@ -1,12 +1,12 @@
-"""Verdicts on what a run meets: the wire between the ranks, the run folder, and the job, one small function for each thing to check."""
+"""Run checks: the wire between the ranks, the run folder and the job, a small function for each thing to check."""
 from hpcfl.doctor.findings import OK, PROBLEM, WARNING, Check, Examined, Finding
 from hpcfl.wording import byte_text, count_text, duration_text, numbers_text, reasons_text
 
 SLOW_S, SLOW_BYTES_PER_S = 1e-3, 1e8                               # of a Bcast of 8 bytes, of the largest that is timed: slower than Gigabit Ethernet
 LITTLE_BYTES = 1e9                                                 # of disk
 KEPT_BESIDE = 2                                                    # checkpoints there beside checkpoint.keep: the best, and the one being written
-MUCH = 0.5                                                         # of a round, between the ranks
-CROWDED = 1.5                                                      # times as long for want of a core: more is no figure to believe
+MUCH = 0.5                                                         # of a round, in collectives
+CROWDED = 1.5                                                      # batches that take longer by more, for want of a core, are not believed
 
 
 def check_wire(examined: Examined) -> Finding:
@@ -33,9 +33,9 @@ def check_run_folder(examined: Examined) -> Finding:
     if folder.unwritable:
         return Finding("run folder", PROBLEM, reasons_text(folder.unwritable), "choose with --out a folder where every rank can write")
     kind = f" ({folder.file_system})" if folder.file_system else ""
-    text = f"{folder.folder}{kind}: {byte_text(folder.free_bytes)} free; {byte_text(folder.written_bytes)} of HDF5 by each rank written, flushed and read back in " \
-           f"{duration_text(folder.write_s)}"
-    needed = estimate.state_bytes * (examined.job.checkpoint.keep + KEPT_BESIDE) if estimate else 0
+    text = f"{folder.folder}{kind}: {byte_text(folder.free_bytes)} free; {byte_text(folder.written_bytes)} of HDF5 by each rank " \
+           f"written, flushed and read back in {duration_text(folder.write_s)}"
+    needed = estimate.state_bytes * (examined.job.checkpoint.keep + KEPT_BESIDE) if estimate and examined.job else 0
     if needed > folder.free_bytes:
         return Finding("run folder", PROBLEM, f"{text}; the checkpoints of this job may take {byte_text(needed)}",
                        "free space, choose another --out, or lower checkpoint.keep")
@@ -74,8 +74,8 @@ def check_renames(examined: Examined) -> Finding | None:
     if folder.fault:
         return None
     if folder.torn:
-        return Finding("renames", WARNING, f"while rank 0 replaced a file {count_text(folder.replaced, 'time')}: {reasons_text(folder.torn)}; a checkpoint that is cut "
-                       "short may be damaged", "choose another file system with --out")
+        return Finding("renames", WARNING, f"while rank 0 replaced a file {count_text(folder.replaced, 'time')}: {reasons_text(folder.torn)}; a checkpoint "
+                       "that is cut short may be damaged", "choose another file system with --out")
     found = f" and found whole by others in {count_text(folder.reads, 'read')}" if folder.reads else ""
     return Finding("renames", OK, f"a file was replaced {count_text(folder.replaced, 'time')}{found}")
 
@@ -84,14 +84,15 @@ def check_job(examined: Examined) -> Finding | None:
     """Whether the job could begin here, and gives every rank something to do."""
     if examined.job_faults is None:
         return None
-    if examined.estimate is None:
+    if examined.estimate is None or examined.job is None:
         return Finding("job", PROBLEM, reasons_text(examined.job_faults or examined.silent), "mend what it names; hpcfl run JOB --dry-run tries the same")
     described, estimate = examined.job, examined.estimate
     text = f"{described.run.name}: {described.algorithm_name} on {described.data.name}, {count_text(estimate.clients, 'client')} on " \
            f"{count_text(examined.ranks, 'rank')}"
     idle = [rank for rank, load in enumerate(estimate.loads) if not load.clients and not (rank == 0 and described.federation.server_rank == "dedicated")]
     if idle:
-        return Finding("job", WARNING, f"{text}; {numbers_text(idle)} would host none and wait", f"start at most {count_text(examined.ranks - len(idle), 'rank')}")
+        return Finding("job", WARNING, f"{text}; {numbers_text(idle)} would host none and wait",
+                       f"start at most {count_text(examined.ranks - len(idle), 'rank')}")
     return Finding("job", OK, text)
 
 
@@ -104,16 +105,16 @@ def check_round(examined: Examined) -> Finding | None:
     work = ", ".join(f"{count_text(count, 'batch', 'es')} of {name} at {duration_text(load.batch_s[name])}" for name, count in load.batches.items())
     wire = f"Bcast of a model of each architecture, {byte_text(estimate.down_bytes)} in {duration_text(estimate.down_s)}, {estimate.up_by} of " \
            f"{byte_text(estimate.up_bytes)} of each rank in {duration_text(estimate.up_s)}, small calls {duration_text(estimate.small_s)}"
-    text = f"an estimate: {estimate.wire_share:.1%} of a round is spent between the ranks ({wire}); {duration_text(estimate.train_s)} is local training on rank " \
-           f"{busiest}, which has most of it ({work}). Not in it: what a method sends instead of models or trains beside classifiers, the server's work, " \
-           "evaluation, checkpoints; hpcfl report shows what a run measured"
-    # Ranks that were started on one core wait for each other in a run too; that is told of the cores, and the estimate is right.
+    text = f"an estimate: {estimate.wire_share:.1%} of a round is spent between the ranks ({wire}); {duration_text(estimate.train_s)} is local training " \
+           f"on rank {busiest}, which has most of it ({work}). Not in it: what a method sends instead of models or trains beside classifiers, " \
+           "the server's work, evaluation, checkpoints; hpcfl report shows what a run measured"
+    # Ranks on one core wait for each other in a run too: check_cores tells that, and the estimate is right all the same.
     others = {facts.rank: load.crowding * min(1.0, facts.cores) for facts, load in zip(examined.facts, estimate.loads, strict=True)}
     rank, times = max(others.items(), key=lambda each: each[1])
     if times > CROWDED:
-        return Finding("round", WARNING, f"{text}. Others kept the cores busy meanwhile: for want of a core the batches of rank {rank} took {times:.2g} times as "
-                       "long as they need, so do not believe these figures", "repeat it while nothing else runs here (uptime shows "
-                       "the load), or on cores that are yours alone (sbatch --exclusive)")
+        return Finding("round", WARNING, f"{text}. Others kept the cores busy meanwhile: for want of a core the batches of rank {rank} took "
+                       f"{times:.2g} times as long as they need, so do not believe these figures",
+                       "repeat it while nothing else runs here (uptime shows the load), or on cores that are yours alone (sbatch --exclusive)")
     if estimate.wire_share > MUCH:
         return Finding("round", WARNING, text, "fewer ranks, more local work between rounds (training.epochs), or a faster network")
     return Finding("round", OK, text)

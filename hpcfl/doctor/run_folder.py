@@ -1,4 +1,4 @@
-"""Shared folder: what the file system does with the run folder, seen from all ranks: who can write and see what, locks, renames, the disk."""
+"""Run folder: what its file system does, seen from all ranks: who can write and see what, locks, renames, the disk."""
 import fcntl
 import os
 import shutil
@@ -14,10 +14,11 @@ from typing import Any, TextIO
 import psutil
 import torch
 
-from hpcfl.doctor.probes import LIMIT_S, attempt
+from hpcfl.doctor.attempts import attempt
+from hpcfl.doctor.probes import LIMIT_S
 from hpcfl.errors import CheckpointError
 from hpcfl.files import trees
-from hpcfl.wire.communicator import Communicator
+from hpcfl.wire.communicator import Communicator, require_server
 
 SIGN = "here"                                                      # a file that rank 0 leaves for the others to see
 SEEN_WITHIN_S = 5.0                                                # network file systems may show others a new file seconds later
@@ -29,7 +30,7 @@ ASK_FOR_LOCK = "import fcntl, sys; fcntl.flock(open(sys.argv[1], 'r+'), fcntl.LO
 
 @dataclass(frozen=True)
 class FolderFacts:
-    """The run folder; by rank, what did not go as it should."""
+    """What was found of the run folder, and by rank what failed there."""
 
     folder: str
     fault: str = ""                                                # why rank 0 cannot write there; then nothing else is known
@@ -48,7 +49,7 @@ class FolderFacts:
 def examine(comm: Communicator, folder: Path) -> FolderFacts | None:
     """The facts of a run folder, known at the server; called by all ranks.
 
-    All that is written lies in a folder of its own below, which is gone at the end, as are folders that had to be made for it.
+    All that is written lies in a new folder below it. That one is removed at the end, and so are the folders that had to be made for it.
     """
     entered, fault = comm.share(attempt(enter, folder) if comm.is_server else None)
     if fault:
@@ -75,25 +76,26 @@ def enter(folder: Path) -> tuple[str, list[str], dict[str, Any]]:
 
 
 def examine_folder(comm: Communicator, place: Path) -> dict[str, Any]:
-    """The other facts at the server, found out step by step: no rank goes on before all have told how they fared; one that sees nothing writes nothing."""
+    """The other facts, at the server. No rank begins a step before all have told how the last one went; a rank that sees nothing writes nothing."""
     _, blind = attempt(wait_for, (place / SIGN).is_file, f"what rank 0 wrote does not appear within {SEEN_WITHIN_S:g} s")
     files = [place / f"rank-{rank:04d}.h5" for rank in range(comm.size)]
-    told = comm.gather((blind, *(attempt(write, files[comm.rank]) if not blind else (None, ""))))
-    locks = lock(comm, place / "LOCK", not blind)
-    replaced, reads = rename(comm, place / "LATEST", not blind)
+    told = comm.gather((blind, *(attempt(try_write, files[comm.rank]) if not blind else (None, ""))))
+    locks = try_lock(comm, place / "LOCK", not blind)
+    replaced, reads = try_renames(comm, place / "LATEST", not blind)
     if not comm.is_server:
         return {}
-    unseen = {rank: blind for rank, (blind, _, _) in enumerate(told) if blind}
-    unwritable = {rank: fault for rank, (_, _, fault) in enumerate(told) if fault}
+    answers = require_server(told)
+    unseen = {rank: blind for rank, (blind, _, _) in enumerate(answers) if blind}
+    unwritable = {rank: fault for rank, (_, _, fault) in enumerate(answers) if fault}
     written = [rank for rank in range(comm.size) if rank not in unseen | unwritable]
     attempt(wait_for, lambda: all(files[rank].is_file() for rank in written), "")
     unseen |= {rank: "rank 0 does not see what it wrote" for rank in written if not files[rank].is_file()}
-    slowest_s = max((took for _, took, _ in told if took), default=0.0)
+    slowest_s = max((took for _, took, _ in answers if took), default=0.0)
     return {"written_bytes": 4 * WRITTEN, "write_s": round(slowest_s, 4), "unwritable": unwritable, "unseen": unseen, "locks": locks, "replaced": replaced,
             "reads": sum(count for count, _ in reads), "torn": {rank: fault for rank, (_, fault) in enumerate(reads) if fault}}
 
 
-def write(file: Path) -> float:
+def try_write(file: Path) -> float:
     """Seconds to write a file as checkpoints are written: HDF5, flushed to the disk, read back, renamed.
 
     Raises: CheckpointError where the disk does not take it or gives back something else.
@@ -105,8 +107,8 @@ def write(file: Path) -> float:
     return time.perf_counter() - start
 
 
-def lock(comm: Communicator, file: Path, sees: bool) -> dict[int, str]:
-    """What those are told that ask for the lock which rank 0 holds: "refused", "granted", or why there are no locks; by rank, at the server."""
+def try_lock(comm: Communicator, file: Path, sees: bool) -> dict[int, str]:
+    """By rank, at the server: what a rank is told that asks for the lock that rank 0 holds: "refused", "granted", or why there are no locks."""
     handle, fault = attempt(hold, file) if comm.is_server else (None, "")
     fault = comm.share(fault)
     asks = sees and (comm.rank > 0 or comm.size == 1)
@@ -124,27 +126,27 @@ def hold(file: Path) -> TextIO:
 
 
 def ask_for_lock(file: Path) -> str:
-    """What another process is told that asks for a lock; one process alone could lock a file twice where flock is made of POSIX locks."""
+    """What a process is told that asks for a lock: a new one, because a process may lock a file twice where flock is made of POSIX locks."""
     ended, fault = attempt(lambda: subprocess.run([sys.executable, "-I", "-S", "-c", ASK_FOR_LOCK, str(file)], stdin=subprocess.DEVNULL, capture_output=True,
                                                   encoding="utf-8", errors="replace", timeout=LIMIT_S, check=False))
     complaint = fault or ended.stderr.strip().rpartition("\n")[2]
     return "granted" if not complaint else "refused" if complaint.startswith("BlockingIOError") else complaint
 
 
-def rename(comm: Communicator, file: Path, sees: bool) -> tuple[int, list[tuple[int, str]]]:
-    """At the server how often it renamed a new file over an old one, and of every rank how often it read meanwhile and what it first found wrong."""
+def try_renames(comm: Communicator, file: Path, sees: bool) -> tuple[int, list[tuple[int, str]]]:
+    """At the server: how often it renamed a new file over an old one, and for every rank how often it read meanwhile and the first fault that it saw."""
     if comm.is_server:
-        attempt(replace, file, 0)                                  # what is wrong here shows again below
+        attempt(replace, file, 0)                                  # a fault shows again below
     comm.barrier()
     if comm.is_server:
         replaced, fault = attempt(keep_replacing, file)
-        return replaced or 0, comm.gather((0, fault))
+        return replaced or 0, comm.gather((0, fault)) or []
     _, late = attempt(wait_for, file.is_file, f"it does not appear within {SEEN_WITHIN_S:g} s") if sees else (None, "")
     return 0, comm.gather(keep_reading(file) if sees and not late else (0, late)) or []
 
 
 def keep_replacing(file: Path) -> int:
-    """Rename new files over a file for a while; how many."""
+    """Rename new files over a file for a while, and count them."""
     number, until = 0, time.monotonic() + RENAMING_S
     while time.monotonic() < until:
         number += 1
@@ -160,7 +162,7 @@ def replace(file: Path, number: int) -> None:
 
 
 def keep_reading(file: Path) -> tuple[int, str]:
-    """(how often the file was read for a while, the first thing that was wrong with it or nothing)."""
+    """Read the file for a while: (how often, the first fault or "")."""
     count, faults, until = 0, [], time.monotonic() + RENAMING_S
     while time.monotonic() < until:
         text, fault = attempt(file.read_text, "utf-8")
@@ -171,9 +173,9 @@ def keep_reading(file: Path) -> tuple[int, str]:
 
 
 def wait_for(appears: Callable[[], bool], otherwise: str) -> None:
-    """Give what others wrote the time that a network file system may take.
+    """Wait for what others wrote, as long as a network file system may take.
 
-    Raises: CheckpointError where it does not appear.
+    Raises: CheckpointError with the text `otherwise` where it does not appear.
     """
     until = time.monotonic() + SEEN_WITHIN_S
     while not appears():

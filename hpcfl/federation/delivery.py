@@ -169,7 +169,7 @@ class Delivery:
                 held_version, there = self.places.get(key, (None, set()))
                 if held_version != version:                        # nobody has it yet; ranks that get it later get the same message
                     there = set()
-                    self.comm.carry("bcast", leaf.nbytes, clients)
+                    self.comm.traffic.carry("bcast", leaf.nbytes, clients)
                 if away := ranks - there - {0}:
                     parcels.setdefault((0, *sorted(away)), {})[key] = leaf
                 self.places[key], self.held[key] = (version, there | ranks), leaf

@@ -157,8 +157,8 @@ class Simulation:
         return self.examination.count_of_federation(models)
 
     def _finish_round(self, place: Place) -> None:
-        sent, self.sent_bytes = self.sent_bytes, self.comm.sent_bytes
-        carried, self.carried = self.carried, dict(self.comm.carried)
+        sent, self.sent_bytes = self.sent_bytes, self.comm.traffic.sent_bytes
+        carried, self.carried = self.carried, dict(self.comm.traffic.carried)
         accounts = self.comm.gather({**self.ledger.close(), "sent_bytes": self.sent_bytes - sent,
                                      "carried": {kind: count - carried[kind] for kind, count in self.carried.items()}})
         if self.comm.is_server:

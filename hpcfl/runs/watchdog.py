@@ -207,7 +207,7 @@ def _find_place() -> str:
     frame, ours = sys._current_frames().get(threading.main_thread().ident), Path(hpcfl.__file__).parent
     while frame:
         path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(ours) and path.name not in ("communicator.py", "ranks.py", "watchdog.py"):
+        if path.is_relative_to(ours) and path.parent != ours / "wire" and path.name != "watchdog.py":
             return f"{path.relative_to(ours.parent)}:{frame.f_lineno} {frame.f_code.co_name}"
         frame = frame.f_back
     return "no place in hpcfl"

@@ -1,15 +1,20 @@
-"""Launchers: what mpirun and srun say in the environment of a process they started, and what Open MPI must find there."""
+"""Launchers: what mpirun and srun say of themselves and in the environment of a process that they start, and what Open MPI must find there."""
 import os
 import re
+import shutil
+import subprocess
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
+import hpcfl
 from hpcfl.errors import EnvironmentFault
 
 LAUNCHERS = {"OMPI_COMM_WORLD_SIZE": ("mpirun of Open MPI", "OMPI_COMM_WORLD_RANK"),         # the first one found counts: innermost launcher first
              "PMI_SIZE": ("mpirun of MPICH or Intel MPI", "PMI_RANK"),
              "SLURM_STEP_NUM_TASKS": ("srun", "SLURM_PROCID"), "SLURM_NTASKS": ("srun", "SLURM_PROCID")}
+LIBRARIES = {"Open MPI": ("Open MPI",), "HYDRA": ("MPICH", "MVAPICH"), "Intel": ("Intel",)}     # what mpirun calls itself -> libraries that it launches
 OF_THE_JOB = ("OMPI_COMM_WORLD", "PMIX_", "PMI_", "PRTE_LAUNCHED", "SLURM_")          # variables that make a process believe that it is a rank
 STEPS = ("SLURM_STEP_ID", "SLURM_STEPID")                          # without one of these SLURM_NTASKS belongs to the batch script, not to a launch
 RELAUNCH = ("Launch with the mpirun that belongs to the MPI library of mpi4py, or with srun --mpi=pmix (srun --mpi=list shows what the site offers); "
@@ -28,7 +33,7 @@ class Launch:
 
 
 def read_launch(environment: Mapping[str, str] = os.environ) -> Launch | None:
-    """What the environment says of the launch, None where there was no launcher."""
+    """What the environment says of the launch; None where there was no launcher."""
     in_step = any(environment.get(name) for name in STEPS)
     declared = next((name for name in LAUNCHERS if parse_whole_number(environment.get(name)) and (in_step or name != "SLURM_NTASKS")), None)
     if declared is None:
@@ -38,14 +43,38 @@ def read_launch(environment: Mapping[str, str] = os.environ) -> Launch | None:
 
 
 def parse_whole_number(text: str | None) -> int:
-    """What a variable of the environment says; 0 where it is not set, or set to what is no number."""
+    """The number that a variable of the environment says; 0 where it is not set or is no number."""
     return int(text) if text and re.fullmatch(r"\s*[0-9]+\s*", text) else 0
 
 
-def give_folders() -> None:
-    """Set what Open MPI does not start without, or dies of: a HOME, and a TMPDIR that takes files where one is set.
+def ask_mpirun(limit_s: float) -> str:
+    """What the mpirun in PATH says it is, or why it says nothing; empty where there is none."""
+    if shutil.which("mpirun") is None:
+        return ""
+    try:
+        ended = subprocess.run(["mpirun", "--version"], stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="replace",
+                               timeout=limit_s, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    return re.sub(r"\s+", " ", next(iter((ended.stdout + ended.stderr).strip().splitlines()), "mpirun of a kind that does not tell"))
 
-    Raises: EnvironmentFault where no folder for temporary files does.
+
+def find_libraries(mpirun: str) -> tuple[str, ...]:
+    """How the names of the MPI libraries begin that an mpirun launches, by what it says it is; none where its kind is unknown."""
+    return next((libraries for word, libraries in LIBRARIES.items() if word in mpirun), ())
+
+
+def make_lone_environment() -> dict[str, str]:
+    """The environment of a Python process that is started beside this one: it imports the same hpcfl, and does not believe that it is a rank."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(OF_THE_JOB)}
+    folders = [str(Path(hpcfl.__file__).parent.parent), environment.get("PYTHONPATH", "")]
+    return environment | {"PYTHONPATH": os.pathsep.join(filter(None, folders))}
+
+
+def give_folders() -> None:
+    """Set what Open MPI needs to start: a HOME, and where TMPDIR is set one that takes files.
+
+    Raises: EnvironmentFault where no folder takes temporary files.
     """
     try:
         temporary = tempfile.gettempdir()                          # TMPDIR if it can be used

@@ -10,22 +10,8 @@ from torch import Tensor
 from hpcfl.errors import EnvironmentFault
 from hpcfl.wire.packing import LINE
 
-AUDIENCES = 64                                                     # parts of the ranks whose communicators are kept: MPI libraries have some thousands to give
+AUDIENCES = 64                                                     # whose communicators are kept: MPI libraries have some thousands to give
 Audience = tuple[int, ...]                                         # ranks, ascending, rank 0 among them
-
-
-class Alone:
-    """The one rank of a process without MPI; has what Ranks has, less the buffers that nobody could receive."""
-
-    rank, size, local_rank, local_size = 0, 1, 0, 1
-    library = "no MPI library that mpi4py can load"
-    standard = ""
-
-    def abort(self, code: int) -> None:
-        """End the process at once."""
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
 
 
 class Ranks:
@@ -35,15 +21,17 @@ class Ranks:
         """`mpi` is the module mpi4py.MPI, `ranks` one of its intracommunicators."""
         self._mpi, self._ranks = mpi, ranks
         self._line = mpi.BYTE.Create_contiguous(LINE).Commit()
-        self.rank, self.size = ranks.Get_rank(), ranks.Get_size()
+        self.rank: int = ranks.Get_rank()
+        self.size: int = ranks.Get_size()
         self.library = mpi.Get_library_version().strip("\0\n ").split(",")[0]
         self.standard = "MPI {}.{}".format(*mpi.Get_version())
-        node = ranks.Split_type(mpi.COMM_TYPE_SHARED)              # not the launcher's variables: ranks of a mpirun inside srun inherit srun's
+        node = ranks.Split_type(mpi.COMM_TYPE_SHARED)              # not the launcher's variables: under mpirun inside srun ranks inherit those of srun
         self.local_rank, self.local_size = node.Get_rank(), node.Get_size()
         node.Free()
         self._audiences: dict[Audience, Any] = {}                  # None where this rank is not of them; the last used comes last
         self.bcast, self.gather, self.allgather = ranks.bcast, ranks.gather, ranks.allgather
-        self.send, self.barrier, self.abort = ranks.send, ranks.Barrier, ranks.Abort
+        self.send, self.barrier = ranks.send, ranks.Barrier
+        self.abort: Callable[[int], None] = ranks.Abort
 
     def receive(self, source: int) -> Any:
         """The object that `source` sent."""
@@ -51,10 +39,10 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether any rank says so."""
-        return self._ranks.allreduce(flag, op=self._mpi.LOR)
+        return bool(self._ranks.allreduce(flag, op=self._mpi.LOR))
 
     def among(self, audience: Audience) -> Any:
-        """The communicator of some of the ranks, None at the others; called by all ranks, so that all let go of the same one when there are too many."""
+        """The communicator of an audience, None at ranks that are not in it; called by all ranks, so that all free the same one when there are too many."""
         if len(audience) == self.size:
             return self._ranks
         if audience in self._audiences:
@@ -72,11 +60,11 @@ class Ranks:
         """Rank 0's buffer to the ranks of a communicator."""
         ranks.Bcast(self._lines(buffer), root=0)
 
-    def gather_lines(self, buffer: Tensor, lines: Sequence[int] = ()) -> Tensor | None:
-        """The buffers of all ranks one after the other at rank 0, which alone must know that rank r brings `lines[r]` lines."""
+    def gather_lines(self, buffer: Tensor, lines: Sequence[int] = ()) -> Tensor:
+        """The buffers of all ranks one after the other, at rank 0; nothing elsewhere. Rank r brings `lines[r]` lines, which rank 0 alone must know."""
         if self.rank > 0:
             self._ranks.Gatherv(self._lines(buffer), None, root=0)
-            return None
+            return buffer[:0]
         whole = torch.empty(sum(lines) * LINE, dtype=torch.uint8)
         starts = [sum(lines[:rank]) for rank in range(self.size)]
         self._ranks.Gatherv(self._lines(buffer), [whole.numpy(), (lines, starts), self._line], root=0)
@@ -96,7 +84,7 @@ class Ranks:
         ranks.Reduce(*here, op=self._mpi.SUM, root=0)
 
     def collectives(self, size: int) -> dict[str, Callable[[], object]]:
-        """Those of a round, each of `size` bytes, a multiple of 8, of every rank, in memory of its own."""
+        """The collectives of a round by name, each of `size` bytes of every rank, a multiple of 8, in memory of its own."""
         own, of_all = torch.zeros(size // 8, dtype=torch.float64).numpy(), None
         if self.rank == 0:
             of_all = torch.zeros(size // 8 * self.size, dtype=torch.float64).numpy()
@@ -104,11 +92,20 @@ class Ranks:
         return {"Bcast": lambda: self._ranks.Bcast(own, root=0), "Reduce": lambda: self._ranks.Reduce(own, total, op=self._mpi.SUM, root=0),
                 "Gatherv": lambda: self._ranks.Gatherv(own, of_all, root=0)}
 
-    def _lines(self, buffer: Tensor) -> list:
+    def _lines(self, buffer: Tensor) -> list[Any]:
         return [buffer.numpy(), len(buffer) // LINE, self._line]
 
 
-def find_ranks() -> Alone | Ranks:
+class Alone(Ranks):
+    """The one rank of a process without MPI: it is never asked for what takes two."""
+
+    def __init__(self) -> None:
+        self.rank, self.size, self.local_rank, self.local_size = 0, 1, 0, 1
+        self.library, self.standard = "no MPI library that mpi4py can load", ""
+        self.abort = _end_process
+
+
+def find_ranks() -> Ranks:
     """All ranks that MPI knows; this process alone where mpi4py is not installed, or finds no library to load."""
     try:
         from mpi4py import MPI  # here, not above: importing it starts MPI
@@ -118,9 +115,9 @@ def find_ranks() -> Alone | Ranks:
 
 
 def carry(device: str) -> None:
-    """Let MPI move tensors in the memory of a device from this process to itself; where it cannot, it raises or takes the process down with it.
+    """Let MPI move tensors in the memory of a device from this process to itself; where MPI cannot, it raises or ends the process.
 
-    Raises: EnvironmentFault where something else arrives than what was sent.
+    Raises: EnvironmentFault where other bits arrive than were sent.
     """
     from mpi4py import MPI
     sent = torch.arange(1024, dtype=torch.float64, device=device)
@@ -131,3 +128,9 @@ def carry(device: str) -> None:
     MPI.COMM_SELF.Reduce(sent, total, op=MPI.SUM, root=0)
     if not (received.equal(sent) and total.equal(sent)):
         raise EnvironmentFault(f"what MPI moved between buffers on {device} did not arrive as it was sent")
+
+
+def _end_process(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

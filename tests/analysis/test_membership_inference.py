@@ -1,6 +1,5 @@
 """Membership attacks: known answers of their scores, of AUC, interval and rate at few false alarms, and small networks with and without something to hide."""
 import math
-from dataclasses import fields
 from functools import cache
 from statistics import NormalDist
 
@@ -11,14 +10,13 @@ from torch.nn import functional as F
 from hpcfl.analysis import membership_inference
 from hpcfl.analysis.membership_inference import Attack, calibrate, compute_losses, measure_nearest, threshold_attack
 from hpcfl.analysis.reference_models import train_references
-from hpcfl.contract import Problem
 from hpcfl.data.shards import Scale, Shard
-from hpcfl.errors import DataError, JobError, NonFiniteError
+from hpcfl.errors import DataError, NonFiniteError
 from hpcfl.training.evaluate import bind
-from tests.support.in_memory import job, world
+from tests.support.random_labels import ARCHITECTURE, MEMBERS, marked, parts, problem
 
 NORMAL = NormalDist()
-MEMBERS, ARCHITECTURE, EPOCHS = 100, "mlp2", 150
+EPOCHS = 150
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -37,26 +35,6 @@ def shifted(distance: float, members: int, others: int, seed: int = 0) -> Attack
 def area(distance: float) -> float:
     """The AUC of two normal distributions of variance 1 that far apart."""
     return NORMAL.cdf(distance / math.sqrt(2))
-
-
-def marked(count: int) -> Shard:
-    """Images that carry their index in every pixel."""
-    return Shard(torch.arange(count).float().view(-1, 1, 1, 1).expand(-1, 1, 8, 8), torch.arange(count) % 10, Scale())
-
-
-@cache
-def problem() -> Problem:
-    return world(job("fedavg", training={"batch": 16, "lr": 0.2})).problem
-
-
-@cache
-def parts() -> tuple[Shard, Shard, Shard]:
-    """Members, others and a pool, of digits with labels drawn at random: to know such a label is to have seen it."""
-    digits = world(job("fedavg")).corpus
-    images = torch.from_numpy(digits.train_images())
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    labels = torch.randint(0, 10, (len(images),), generator=torch.Generator().manual_seed(1))
-    return tuple(Shard(images[part], labels[part], problem().scale) for part in order[:1000].split([MEMBERS, 300, 600]))
 
 
 @cache
@@ -261,67 +239,8 @@ def test_the_calibrated_attack_finds_it_too_and_leaves_the_others_alone():
     spared, *judges = references()
 
     def attack(predict) -> Attack:
-        return threshold_attack(*(calibrate(compute_losses(predict, part), torch.stack([compute_losses(judge, part) for judge in judges])) for part in (members, others)))
+        return threshold_attack(*(calibrate(compute_losses(predict, part), torch.stack([compute_losses(judge, part) for judge in judges]))
+                                 for part in (members, others)))
     assert attack(target()).auc_interval[0] > 0.65
     low, high = attack(spared).auc_interval
     assert low < 0.5 < high
-
-
-# Reference models
-
-class Watched(Problem):
-    """A Problem that trains nothing but gives away what it was to train on."""
-
-    def fit(self, group, modules, turns, batches, **options):
-        self.__dict__["seen"] = {model: list(batches(model)) for model in group.clients}
-        return group, {}
-
-
-def test_every_reference_model_has_its_own_draw_from_the_pool_each_image_once_an_epoch():
-    given = problem()
-    watched = Watched(**{field.name: getattr(given, field.name) for field in fields(given)})
-    train_references(watched, ARCHITECTURE, marked(50), 33, 2, 3)
-    drawn = []
-    for batches in watched.seen.values():
-        passes = [torch.cat([batch["x"][:, 0, 0, 0] for batch in half]) for half in (batches[:2], batches[2:])]
-        assert [len(batch["y"]) for batch in batches] == [16, 17] * 2
-        assert all(torch.equal(batch["x"][:, 0, 0, 0].long() % 10, batch["y"]) for batch in batches)
-        first, second = (set(each.tolist()) for each in passes)
-        assert first == second and len(first) == 33 and first <= set(range(50)) and not torch.equal(*passes)
-        drawn.append(frozenset(first))
-    orders = {tuple(batches[0]["index"].tolist()) for batches in watched.seen.values()}
-    assert len(set(drawn)) == 3 and len(orders) == 3
-
-
-@pytest.mark.parametrize("rule", ["sgd", "adam"])
-def test_a_reference_model_is_trained_from_its_beginning_by_the_jobs_optimiser(rule):
-    described, pool = world(job("fedavg", training={"batch": 40, "lr": 0.01, "optimizer": rule})).problem, parts()[2]
-    pool = Shard(pool.images[:40], pool.labels[:40], pool.scale)
-    predict = train_references(described, ARCHITECTURE, pool, 40, 3, 2)[1]
-    with described.stream(f"references/{ARCHITECTURE}/init", 1).seeding():
-        model = described.model(ARCHITECTURE)
-    optimizer = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[rule](model.parameters(), lr=0.01)
-    for _ in range(3):
-        optimizer.zero_grad()
-        F.cross_entropy(model(pool.pixels()), pool.labels).backward()
-        optimizer.step()
-    torch.testing.assert_close(predict(pool.pixels()), model(pool.pixels()).detach(), rtol=1e-4, atol=1e-5)
-
-
-def test_a_reference_model_follows_from_its_name_and_number_alone():
-    x, pool = parts()[0].pixels(), parts()[2]
-
-    def made(count: int, purpose: str = "references") -> list[torch.Tensor]:
-        return [predict(x) for predict in train_references(problem(), ARCHITECTURE, pool, 32, 1, count, purpose)]
-    torch.manual_seed(1)
-    one = made(1)
-    torch.manual_seed(2)
-    three = made(3)
-    assert torch.equal(one[0], three[0]) and not torch.equal(three[0], three[1])
-    assert not torch.equal(made(1, "others")[0], one[0])
-
-
-@pytest.mark.parametrize("size, epochs, count", [(51, 1, 1), (1, 1, 1), (0, 1, 1), (50, 0, 1), (50, 1, 0)])
-def test_reference_models_that_cannot_be_are_refused(size, epochs, count):
-    with pytest.raises(JobError, match="reference models: got"):
-        train_references(problem(), ARCHITECTURE, marked(50), size, epochs, count)

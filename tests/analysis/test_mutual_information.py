@@ -28,7 +28,8 @@ SHAPE, CLASSES = (1, 8, 8), 4
 
 def bits(one, other, **settings):
     """Mutual information of two variables, labels (N,) or points (N, ...)."""
-    return mutual_information.information(*(each if each.dim() == 2 and len(each) == each.shape[1] else near(each) for each in (one, other)), **settings)["bits"]
+    return mutual_information.information(*(each if each.dim() == 2 and len(each) == each.shape[1] else near(each)
+                                          for each in (one, other)), **settings)["bits"]
 
 
 def near(variable):
@@ -337,7 +338,7 @@ def test_the_models_compared_are_those_that_the_next_round_begins_with(convolvin
     opened = mutual_information.open_round(world, state)
     whole, small = tree.part(opened.server, "global"), tree.part(opened.server, "small/cnn5@0.75")
     compress = world.plan[0].steps[0]
-    filtered = compress.filtered("cnn5", "cnn5@0.75")
+    filtered = compress.build_filters("cnn5", "cnn5@0.75")
     made = evaluate.bind(filtered, filtered.derive_state(whole) | tree.part(opened.server, "filters/cnn5@0.75"), "weights")()
     assert made.keys() == small.keys()
     assert all(torch.equal(made[path], small[path]) for path, _ in compress.problem.structure("cnn5@0.75").named_parameters())

@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 
 from hpcfl import cli
+from hpcfl.doctor import examine
+from hpcfl.doctor.findings import OK, PROBLEM, Examined
 from hpcfl.wire import communicator
+from tests.support import doctor_facts
+from tests.support.doctor_facts import busy, cpu, gpu, of_a_job
 from tests.support.tiny_runs import outcome, started, tiny, undisturbed, write_job
 
 NAMES = ["MPI library", "launch", "mpirun", "hosts", "software", "HDF5", "devices", "CUDA-aware MPI", "compiler", "cores", "memory", "wire", "run folder",
@@ -196,3 +200,19 @@ def test_a_job_that_could_not_begin_is_a_problem(doctor, tmp_path, monkeypatch):
                             ("federation.clients=100", "100 clients with data.minimum = 12 images each need 1200")):
         code, text = doctor(job, "--set", setting, "--out", tmp_path / "run")
         assert code == 3 and "problem job " in text and reason in text and "Traceback" not in text, text
+
+
+@pytest.mark.parametrize("facts", [
+    doctor_facts.examined(*map(cpu, range(8))), doctor_facts.examined(*(gpu(rank, rank % 4) for rank in range(8))),
+    doctor_facts.examined(cpu(0, launcher_cores=2)),
+    doctor_facts.examined(*map(cpu, range(8)), **of_a_job(*[busy()] * 8))], ids=["cpu", "gpu", "alone", "job"])
+def test_nothing_is_wrong_where_nothing_is_wrong(facts):
+    found = examine.list_findings(facts)
+    assert not [finding for finding in found if finding.verdict != OK] and examine.choose_exit_code(found) == 0
+    assert examine.render(facts, found).endswith(f"hpcfl doctor, {len(facts.facts)} rank{'s' * (facts.ranks > 1)}: 0 problems, 0 warnings")
+
+
+def test_where_no_rank_can_tell_that_is_all_there_is_to_say():
+    found = examine.list_findings(Examined(2, None, (), {0: "broken", 1: "broken"}, doctor_facts.wire(), doctor_facts.FOLDER))
+    assert [(finding.name, finding.verdict, finding.text) for finding in found] == [("ranks", PROBLEM, "ranks 0-1: broken")]
+    assert examine.choose_exit_code(found) == 3

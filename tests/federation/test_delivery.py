@@ -123,10 +123,10 @@ def test_a_model_travels_to_the_ranks_of_its_clients_alone_and_back_from_them_al
     if comm.rank:
         (group,) = found.states[-1].groups
         down, up, counts = sizes[group.architecture]
-        good = comm.sent_bytes == 2 * (up + counts) and sent[0] == 3 * down              # the beginning, and what came of each round
+        good = comm.traffic.sent_bytes == 2 * (up + counts) and sent[0] == 3 * down              # the beginning, and what came of each round
     else:
-        good = comm.sent_bytes == 3 * sum(sizes[built.problem.architecture(client, 0)][0] for client in range(comm.size - 1))
-    mpi_assert(comm, good, f"{comm.sent_bytes} {sent} {sizes}")
+        good = comm.traffic.sent_bytes == 3 * sum(sizes[built.problem.architecture(client, 0)][0] for client in range(comm.size - 1))
+    mpi_assert(comm, good, f"{comm.traffic.sent_bytes} {sent} {sizes}")
 
 
 def noting(comm: Communicator, total: list[int]) -> Callable:
@@ -146,7 +146,7 @@ def test_what_is_carried_by_a_round_does_not_depend_on_the_number_of_ranks():
 
     def carried(of: Communicator) -> dict[str, int]:
         run(world(described, of))
-        return of.carried
+        return of.traffic.carried
     alone, ranks = carried(Communicator(Alone())), comm.share(comm.gather(carried(comm)))
     mpi_assert(comm, {kind: sum(each[kind] for each in ranks) for kind in alone} == alone and alone["bcast_by_client"] == 5 * alone["bcast"] > 0
                and alone["reduce_by_client"] == 5 * alone["reduce"] > 0, f"{alone} {ranks}")

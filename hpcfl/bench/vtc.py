@@ -1,55 +1,29 @@
-"""Benchmarks: the real loop and the real steps on fixed workloads; figures with their units in the key."""
-import time
+"""The benchmark of FedVTC's steps: its generator and a small classifier, one client after the other and together, eager and compiled."""
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from statistics import median
 from typing import Any
 
 import psutil
 import torch
 
 from hpcfl.algorithms.fedvtc import FedVTC
-from hpcfl.bench.clients import clients
-from hpcfl.bench.fedconv import fedconv
-from hpcfl.bench.gefl import gefl
+from hpcfl.bench.timing import time_call
 from hpcfl.contract import ClientSite, ServerSite
-from hpcfl.federation.exchange import Exchange
 from hpcfl.federation.ledger import Ledger
-from hpcfl.federation.loop import rounds
-from hpcfl.federation.state import begin
 from hpcfl.federation.world import World
 from hpcfl.runs import devices
 from hpcfl.runs.choices import CHOICES
 from hpcfl.settings.job import Job, resolve
 from hpcfl.training.group import Group
 from hpcfl.training.losses import cross_entropy
-from hpcfl.wire.communicator import Alone, Communicator, connect
-from hpcfl.wording import align_rows
+from hpcfl.wire.communicator import Communicator, require_server
+from hpcfl.wire.ranks import Alone
 
-
-def w1(comm: Communicator, arguments: Namespace) -> dict[str, float]:
-    """FedAvg of ten clients with 100 images of 3x32x32 each, a CNN of 878,538 parameters, batch 10, one epoch of SGD."""
-    comm = connect(deterministic=True) if arguments.deterministic else comm
-    job = resolve({"run": {"name": "w1", "threads": arguments.threads, "device": arguments.device, "deterministic": arguments.deterministic},
-                   "data": {"name": "random", "validation_fraction": 0.0, "test_fraction": 0.0}, "models": {"names": ["w1"], "feature_size": 512},
-                   "federation": {"clients": 10, "rounds": (arguments.rounds or ROUNDS) + 1}, "training": {"batch": 10, "lr": 0.01},
-                   "algorithm": {"name": "fedavg"}}, CHOICES)
-    devices.set_threads(job, comm)
-    device = devices.choose_device(job.run.device, comm.local_rank)
-    world, laps = World(job, comm, device), []
-    devices.spare_threads(world)
-    state, ledger = begin(world), Ledger(device)
-    startup = time.time() - psutil.Process().create_time()
-    comm.barrier()
-    start = time.perf_counter()
-    for _ in rounds(Exchange(world, ledger, lambda state, place: None), state):
-        comm.barrier()
-        laps.append(time.perf_counter() - start)
-        start = time.perf_counter()
-    return {"ranks": comm.size, "threads": torch.get_num_threads(), "device": str(device), "startup_s": round(startup, 3),
-            "first_round_s": round(laps[0], 4), "round_s": round(median(laps[1:]), 4)}
+CLIENTS, PASS = 4, 5                                               # clients, and batches in one pass over a client's images
+IMAGES = CLIENTS * PASS * 64                                       # of the 1,437 digits, so that all batches have one shape
+FEW_STEPS = {"cpu": PASS, "cuda": 200}
 
 
 def vtc(comm: Communicator, arguments: Namespace) -> dict[str, Any]:
@@ -73,7 +47,7 @@ def measure_work(work: str, engine: str, compile: str, job: Job, device: torch.d
     """One way to do one kind of work: the first passes (with the compilation, where there is one), and then the steps that count."""
     job = replace(job, run=replace(job.run, compile=compile), training=replace(job.training, engine=engine))
     world = World(job, Communicator(Alone()), device)
-    group, phase = world.join()[0], world.plan[0]
+    group, phase = world.join()[0].fetch(), world.plan[0]
     carry_out = WORKS[work](phase.steps[0], group, world.client_site(group, phase, 0), world.server_site(phase, 0, Ledger(device)))
     first_s = time_call(carry_out, device)
     if device.type == "cuda":
@@ -84,20 +58,11 @@ def measure_work(work: str, engine: str, compile: str, job: Job, device: torch.d
             "peak_memory_bytes" if device.type == "cuda" else "resident_memory_bytes": peak}
 
 
-def time_call(carry_out: Callable[[], object], device: torch.device) -> float:
-    """Seconds until the device has finished."""
-    start = time.perf_counter()
-    carry_out()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
-
-
 def run_generator(step: FedVTC, group: Group, site: ClientSite, server_site: ServerSite) -> Callable[[], object]:
     """The generator's training on the statistics of untrained features, as in the first round that has any."""
     latents = step.encode(group, site)
     local = step.measure(latents, site)
-    server = step.aggregate(step.found(server_site), Communicator(Alone()).combine(step.upload(local)), server_site)
+    server = step.aggregate(step.found(server_site), require_server(Communicator(Alone()).combine(step.upload(local))), server_site)
     return partial(step.train_generator, group, latents, local, step.read_gaussians(step.publish(server)), site)
 
 
@@ -106,17 +71,4 @@ def run_classifier(step: FedVTC, group: Group, site: ClientSite, server_site: Se
     return partial(site.train_model, group, cross_entropy)
 
 
-def render(figures: Mapping[str, Any]) -> str:
-    """Figures for people: one a line, and `rows` as a table."""
-    lines = [f"{key:<32} {value}" for key, value in figures.items() if key != "rows"]
-    rows = figures.get("rows", [])
-    table = [tuple(rows[0]), *(tuple(map(str, row.values())) for row in rows)] if rows else []
-    return "\n".join([*lines, *([align_rows(table, words=3)] if table else [])])
-
-
-ROUNDS = 15                                                        # of w1 that are timed
-CLIENTS, PASS = 4, 5                                               # clients, and batches in one pass over a client's images
-IMAGES = CLIENTS * PASS * 64                                       # of the 1,437 digits, so that all batches have one shape
-FEW_STEPS = {"cpu": PASS, "cuda": 200}
 WORKS = {"vtc": run_generator, "classifier": run_classifier}
-BENCHES = {"w1": w1, "vtc": vtc, "fedconv": fedconv, "gefl": gefl, "clients": clients}

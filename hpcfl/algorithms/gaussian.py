@@ -7,8 +7,7 @@ from torch import Tensor, nn
 from hpcfl import tree
 from hpcfl.algorithms import latent_statistics
 from hpcfl.algorithms.latent_statistics import DescribeLatents
-from hpcfl.contract import ClientSite, Phase, Plan, Problem, Update, choice, flag, integer, real
-from hpcfl.training.group import Group
+from hpcfl.contract import ClientSite, Group, Phase, Plan, Problem, Update, choice, flag, integer, real
 from hpcfl.tree import Tree
 
 
@@ -60,7 +59,7 @@ class AdoptGaussians(DiscriminantStep):
     refines = "adopt"
 
     def refine(self, group: Group, message: Tree, site: ClientSite) -> Update:
-        gaussians = self.read_gaussians(message)
+        gaussians = self.read_gaussians(message, site)
         factor = gaussians.factor.double()
         full = (factor if factor.dim() == 3 else torch.diag_embed(factor.expand(len(factor), gaussians.mean.shape[1]))).expand(self.problem.classes, -1, -1)
         offset = full.diagonal(dim1=1, dim2=2).log().sum(1).masked_fill(~gaussians.has, float("inf"))

@@ -276,7 +276,7 @@ def test_distribution_matching_moves_psi_and_not_g_k(dm):
     for name in ("model", "generator"):
         inside.site.modules[name].load_state_dict(tree.row(inside.group.part(name), 0))
     context = {"mean": inside.gaussians.mean, "variance": inside.gaussians.variance, "weight": inside.gaussians.weight}
-    loss = inside.step.matching(modules.eval(), inside.batch(client), context)
+    loss = inside.step.match_latents(modules.eval(), inside.batch(client), context)
     slopes = torch.autograd.grad(loss, list(inside.site.modules["generator"].parameters()))
     assert bool(loss != 0) and all(bool(slope.any()) and bool(torch.isfinite(slope).all()) for slope in slopes)
 
@@ -302,8 +302,8 @@ def test_distribution_matching_is_zero_where_mean_features_are_the_prototypes():
         features = inside.step.latent.encode(modules, modules.generator(batch["v"])).view(len(batch["classes"]), -1, SIZE)
         mean = inside.gaussians.mean.index_copy(0, batch["classes"], features.mean(1))
         context = {"mean": mean, "variance": inside.gaussians.variance, "weight": inside.gaussians.weight}
-        assert float(inside.step.matching(modules, batch, context)) == 0
-        assert float(inside.step.matching(modules, batch, context | {"mean": mean + 1})) > 1
+        assert float(inside.step.match_latents(modules, batch, context)) == 0
+        assert float(inside.step.match_latents(modules, batch, context | {"mean": mean + 1})) > 1
 
 # Classes that are not everywhere
 

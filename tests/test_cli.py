@@ -20,7 +20,7 @@ from hpcfl.errors import CheckpointError, JobError, LayoutError
 from hpcfl.federation.world import World
 from hpcfl.report import summary
 from hpcfl.report.measures import REFINING
-from hpcfl.runs import launch, simulation
+from hpcfl.runs import devices, simulation
 from hpcfl.runs.examination import Examination
 from hpcfl.wire.communicator import Alone, Communicator, connect
 from tests.support.tiny_runs import carry_out, checkpoint_of, outcome, tiny, undisturbed, write_job
@@ -155,9 +155,9 @@ def test_a_rank_takes_its_part_of_the_cores_it_is_bound_to(cores, threads, monke
     chosen = []
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: cores[0], raising=False)
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
-    monkeypatch.setattr(launch, "quota_cores", lambda: math.inf)
+    monkeypatch.setattr(devices, "read_quota_cores", lambda: math.inf)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    launch.set_threads(tiny("standalone", run={"threads": 0}), Node(cores))
+    devices.set_threads(tiny("standalone", run={"threads": 0}), Node(cores))
     assert chosen == [threads]
 
 
@@ -169,9 +169,9 @@ def test_control_groups_and_omp_num_threads_bound_the_threads_of_a_rank(quota, v
     chosen = []
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(64)), raising=False)
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
-    monkeypatch.setattr(launch, "quota_cores", lambda: quota)
+    monkeypatch.setattr(devices, "read_quota_cores", lambda: quota)
     monkeypatch.setenv("OMP_NUM_THREADS", variable)
-    launch.set_threads(tiny("standalone", run={"threads": 0} | settings), Node([set(range(64))] * 2))
+    devices.set_threads(tiny("standalone", run={"threads": 0} | settings), Node([set(range(64))] * 2))
     assert chosen == [threads]
 
 
@@ -182,7 +182,7 @@ def test_small_models_on_small_batches_train_on_one_thread(case, changes, thread
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     left = [8]
     monkeypatch.setattr(torch, "set_num_threads", left.append)
-    launch.spare_threads(World(tiny(case, **{"run": {"threads": 0}, **changes}), Communicator(Alone()), torch.device("cpu")))
+    devices.spare_threads(World(tiny(case, **{"run": {"threads": 0}, **changes}), Communicator(Alone()), torch.device("cpu")))
     assert left[-1] == threads
 
 

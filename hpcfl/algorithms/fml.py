@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hpcfl import tree
 from hpcfl.algorithms.fedavg import FedAvg
-from hpcfl.contract import Algorithm, ClientSite, Group, JobError, Problem, ServerSite, Sums, Turn, Uplink, plan_rounds, real, text
+from hpcfl.contract import Algorithm, ClientSite, Group, JobError, Problem, ServerSite, Sums, Turn, Uplink, name_of, plan_rounds, real
 from hpcfl.models import zoo
 from hpcfl.training.losses import divergence
 from hpcfl.tree import Tree
@@ -20,9 +20,9 @@ MEME = "meme"
 
 @dataclass(frozen=True)
 class Config:
-    alpha: float = real(0.5, 0.0, 1.0)                             # weight of the private model's cross-entropy; the authors' code
-    beta: float = real(0.5, 0.0, 1.0)                              # weight of the meme's cross-entropy; the authors' code
-    meme: str = text("cnn4")                                       # a name in the zoo; ours: the smallest of GeFL's ten
+    alpha: float = real(0.5, 0.0, 1.0, meaning="weight of the private model's cross-entropy; the authors' code")
+    beta: float = real(0.5, 0.0, 1.0, meaning="weight of the meme's cross-entropy; the authors' code")
+    meme: str = name_of(zoo.ENTRIES, "cnn4", besides="any of them narrower, as cnn4@0.75", meaning="the small common model; ours: the smallest of GeFL's ten")
 
 
 class FML(FedAvg):

@@ -18,7 +18,7 @@ from hpcfl.data.shards import Shard
 from hpcfl.errors import JobError
 from hpcfl.federation.state import State
 from hpcfl.federation.world import World
-from hpcfl.runs.launch import revisit
+from hpcfl.runs.revisit import revisit
 from hpcfl.training.evaluate import bind_model
 from hpcfl.training.group import Group
 from hpcfl.wording import align_rows, printable_text

@@ -17,7 +17,7 @@ from hpcfl.federation.ledger import Ledger
 from hpcfl.federation.state import State, schedule
 from hpcfl.federation.world import World
 from hpcfl.resize import slices
-from hpcfl.runs import launch
+from hpcfl.runs import revisit
 from hpcfl.training import evaluate
 from hpcfl.tree import Tree
 from hpcfl.wording import align_rows, printable_text
@@ -168,7 +168,7 @@ def analyse(run: str | Path, images: int = 2000, output: str = "logits") -> dict
     """
     if images < 1:
         raise JobError(f"information: got {images} images, wanted at least 1, and some {100 * NEIGHBOURS} for figures that mean something")
-    world, state = launch.revisit(run)
+    world, state = revisit.revisit(run)
     problem, test = world.problem, world.test
     chosen = torch.from_numpy(problem.stream("information").numpy().permutation(len(test))[:images]).to(test.labels.device)
     shard = Shard(test.images[chosen], test.labels[chosen], test.scale)

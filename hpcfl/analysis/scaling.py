@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from hpcfl.accounts import EXCHANGES
 from hpcfl.errors import JobError
 from hpcfl.federation.placement import place_clients
 from hpcfl.report.recording import Recording, read
-from hpcfl.wire.communicator import EXCHANGES, SMALL_CALLS
+from hpcfl.wire.communicator import SMALL_CALLS
 from hpcfl.wording import align_rows, byte_text, count_text, duration_text
 
 GOOD = 0.8                                                         # of the seconds of all ranks spent as one rank would spend them

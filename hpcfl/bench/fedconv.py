@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 
 from hpcfl import tree
-from hpcfl.algorithms import CONFIGS
 from hpcfl.algorithms.fedconv import Config, FedConv
 from hpcfl.contract import Problem, Totals
 from hpcfl.data.shards import Shard, iterate_epochs
@@ -20,7 +19,8 @@ from hpcfl.federation.exchange import Exchange
 from hpcfl.federation.ledger import Ledger
 from hpcfl.federation.state import Place, State, schedule
 from hpcfl.federation.world import World
-from hpcfl.runs import launch
+from hpcfl.runs import devices
+from hpcfl.runs.choices import CHOICES
 from hpcfl.settings.job import Job, resolve
 from hpcfl.training.group import Group
 from hpcfl.wire.communicator import Communicator
@@ -43,13 +43,13 @@ def fedconv(comm: Communicator, arguments: Namespace) -> dict[str, Any]:
     dilation filters (mean over both sizes), of the weights of ten models with the KL term. `server_phase_s`: all the server does in a round with a tenth of
     the authors' epochs, validation included, and `idle_s` of each rank in it. Medians over `--rounds` repetitions, plain steps and rounds in turn.
     """
-    device = launch.choose_device(arguments.device, comm.local_rank)
+    device = devices.choose_device(arguments.device, comm.local_rank)
     steps, repetitions = arguments.steps or FEW_STEPS[device.type], arguments.rounds or REPETITIONS
     job = resolve({"run": {"name": "fedconv", "threads": arguments.threads}, "data": {"image_size": 28, "public_fraction": 0.05},
                    "models": {"names": ["fedconv"], "feature_size": 0, "sizes": CLASSES_OF_SIZE},
                    "federation": {"clients": len(CLASSES_OF_SIZE), "rounds": repetitions},
-                   "algorithm": {"name": "fedconv", "public_batch": BATCH, **EPOCHS}}, CONFIGS)
-    launch.set_threads(job, comm)
+                   "algorithm": {"name": "fedconv", "public_batch": BATCH, **EPOCHS}}, CHOICES)
+    devices.set_threads(job, comm)
     rows = [{"engine": engine, **measure_engine(FedConvNoise(replace(job, training=replace(job.training, engine=engine)), comm, device, BATCH * steps))}
             for engine in ENGINES[device.type]]
     head = {"ranks": comm.size, "threads": torch.get_num_threads(), "device": str(device), "clients": len(CLASSES_OF_SIZE), "steps_per_epoch": steps,

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hpcfl.algorithms import CONFIGS
 from hpcfl.algorithms.gefl import GENERATOR, build_generator
 from hpcfl.algorithms.gefl_f import EXTRACTOR, Config
 from hpcfl.contract import ClientSite, Holdings
@@ -23,7 +22,8 @@ from hpcfl.federation.loop import rounds
 from hpcfl.federation.state import Place, State, begin
 from hpcfl.federation.world import World
 from hpcfl.generators.ddpm import Ddpm
-from hpcfl.runs import launch
+from hpcfl.runs import devices
+from hpcfl.runs.choices import CHOICES
 from hpcfl.settings.job import Job, resolve
 from hpcfl.training.evaluate import bind
 from hpcfl.training.turns import Modules
@@ -47,14 +47,14 @@ def gefl(comm: Communicator, arguments: Namespace) -> dict[str, Any]:
     hpcfl takes. Medians over `--rounds` repetitions, rounds and bare loops in turn, `*_ratio` of the pairs; all eager, but on CUDA or where asked diffusion
     is sampled compiled too. `rows`: where the server's rank spends a round.
     """
-    device = launch.choose_device(arguments.device, comm.local_rank)
+    device = devices.choose_device(arguments.device, comm.local_rank)
     clients, repetitions, count = (arguments.clients or (CLIENTS,))[0], arguments.rounds or REPETITIONS, arguments.epochs or EPOCHS
     job = resolve({"run": {"name": "gefl", "threads": arguments.threads, "compile": "off"},
                    "data": {"image_size": 32, "normalization": "unit", "validation_fraction": 0.0, "test_fraction": 0.0},
                    "models": {"names": [f"cnn{number}" for number in range(1, min(clients, ARCHITECTURES) + 1)], "assignment": "blocks", "feature_size": 0},
                    "federation": {"clients": clients, "rounds": repetitions + 1}, "training": {"batch": BATCH, "epochs": 5, "lr": 0.1},
-                   "algorithm": {"name": "gefl_f", "generator_rounds": repetitions + 1, "generator_epochs": count}}, CONFIGS)
-    launch.set_threads(job, comm)
+                   "algorithm": {"name": "gefl_f", "generator_rounds": repetitions + 1, "generator_epochs": count}}, CHOICES)
+    devices.set_threads(job, comm)
     world = GeFLNoise(job, comm, device, BATCH * arguments.steps or IMAGES)
     laps, bare, rows = measure_phases(world)
     steps = count * len(list_batch_sizes(world.images, BATCH)) * max(Counter(world.home).values())

@@ -13,7 +13,7 @@ from hpcfl import tree
 from hpcfl.data.shards import list_batch_sizes
 from hpcfl.doctor.probes import attempt
 from hpcfl.federation.world import World
-from hpcfl.runs import launch
+from hpcfl.runs import devices
 from hpcfl.runs.host_limits import read_core_seconds
 from hpcfl.settings.job import Job
 from hpcfl.training.group import Group
@@ -81,7 +81,7 @@ def estimate(comm: Communicator, job: Job, device: torch.device, wire: Sequence[
 
 def measure_load(world: World) -> Load:
     """The share of this rank, with a few batches of each of its architectures trained on noise."""
-    launch.spare_threads(world)
+    devices.spare_threads(world)
     job, problem = world.job, world.problem
     hosted = world.architectures(world.mine)
     sizes = {client: len(world.split.train[client]) for client in world.mine}

@@ -25,7 +25,7 @@ import torch
 
 import hpcfl
 from hpcfl.errors import EnvironmentFault, HpcflError
-from hpcfl.runs import launch
+from hpcfl.runs import devices
 from hpcfl.runs.host_limits import read_launcher_cores, read_memory_left_bytes, read_quota_cores, read_thread_limit
 from hpcfl.wire.communicator import Communicator
 from hpcfl.wire.launchers import OF_THE_JOB
@@ -93,7 +93,7 @@ def look_around(comm: Communicator, wanted: str, cores: float) -> Facts:
         device=str(device or ""), device_fault=fault, device_name=of_gpu.name if of_gpu else platform.processor() or platform.machine(),
         device_id=str(getattr(of_gpu, "uuid", device.index)) if of_gpu else "", visible_gpus=torch.cuda.device_count() if torch.cuda.is_available() else 0,
         has_driver=DRIVER.exists(), device_free_bytes=torch.cuda.mem_get_info(device)[0] if of_gpu else None,
-        cores=cores, bound_cores=tuple(sorted(launch.find_bound_cores())), launcher_cores=read_launcher_cores(), quota_cores=quota if quota < math.inf else None,
+        cores=cores, bound_cores=tuple(sorted(devices.find_bound_cores())), launcher_cores=read_launcher_cores(), quota_cores=quota if quota < math.inf else None,
         memory_left_bytes=read_memory_left_bytes(), resident_bytes=psutil.Process().memory_info().rss, compiler=compiler, compiler_fault=compiler_fault,
         device_buffers=(try_device_buffers(str(device)) if of_gpu else "") if first else None, mpirun=ask_mpirun() if first else None,
         thread_limit=limit if (limit := read_thread_limit()) < math.inf else None, load=psutil.getloadavg()[0], host_cores=os.cpu_count() or 1)
@@ -109,7 +109,7 @@ def find_versions(comm: Communicator) -> dict[str, str]:
 
 def try_device(wanted: str, local_rank: int) -> torch.device:
     """The device of this rank, after a sum on it. Raises: as `launch.choose_device`, and what the device raises."""
-    device = launch.choose_device(wanted, local_rank)
+    device = devices.choose_device(wanted, local_rank)
     torch.ones(8, device=device).sum().item()
     return device
 

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SECONDS = ("train", "idle", "combine", "aggregate", "publish", "refine", "evaluate", "checkpoint", "spread")
+from hpcfl.accounts import SECONDS
+
 SHORTEST_S = 1e-5                                                  # of an interval that is remembered; the seconds count all of them
 
 

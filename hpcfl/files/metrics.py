@@ -15,25 +15,14 @@ from typing import Any
 import h5py
 import numpy as np
 
+from hpcfl.accounts import GROWING, MISSING, MODELS, RECORD_VERSION, REQUIRED, ROW, SHAPES
 from hpcfl.errors import CheckpointError
 from hpcfl.files import atomic, hdf5
 
-RECORD_VERSION = 1
-SHAPES = {                                                         # of a dataset, or of all datasets of a group
-    "rounds": "R", "train": "RK", "bytes": "RK", "bytes/transported": "R.", "seconds": "R.", "wire": "R", "server": "R",
-    "evaluation": "EKC", "evaluation/at": "E", "evaluation/stage": "E", "evaluation/global_correct": "EGC", "evaluation/global_names": "G",
-    "evaluation/generalization_count": "C", "evaluation/personal_count": "KC", "evaluation/validation_count": "KC", "partition": "KC", "clients": "K",
-    "trace": "I", "trace/kinds": ".", "conditions": "RK", "conditions/duration_s": "R",
-    "samples/synthetic": "SC....", "samples/has": "SC", "samples/real": "C....", "samples/client": "S"}
-GROWING = {"R": "rounds/phase", "E": "evaluation/at", "I": "trace/row"}               # axes that rounds add to, and a dataset that has it
-ROW = {"E": "evaluation/at", "I": "trace/row"}                     # which dataset says to which round an entry of the axis belongs
-MODELS = ("evaluation/global_names", "evaluation/global_correct")
-REQUIRED = ("rounds/round", "rounds/wall_s", "bytes/simulated_up", "bytes/simulated_down", "bytes/transported")
 FOLDER = "metrics"                                                 # beside metrics.h5
 SMALL_BYTES = 1 << 20                                              # up to here everything is written anew, and metrics.h5 has all rows at any time
 SHARE = 4                                                          # the files beside metrics.h5 weigh at most a quarter of it
 CHUNK_BYTES = 1 << 18                                              # before compression; a chunk is what one checksum is of
-MISSING = {"conditions/answered": -1, "conditions/duration_s": 0.0}  # what stands for what was not recorded, where it is not NaN, or -1 of right answers
 
 Arrays = dict[str, np.ndarray]
 

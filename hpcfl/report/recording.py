@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from hpcfl.accounts import RECORD_VERSION, SHAPES
 from hpcfl.errors import CheckpointError, JobError
 from hpcfl.files import lock, metrics
-from hpcfl.files.metrics import RECORD_VERSION, SHAPES, rounds_text
+from hpcfl.files.metrics import rounds_text
 from hpcfl.report.measures import REFINING
 from hpcfl.settings.job import read_recorded
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hpcfl import tree
+from hpcfl.accounts import EXCHANGES
 from hpcfl.errors import EnvironmentFault
 from hpcfl.tree import Tree
 from hpcfl.wire import packing
@@ -19,7 +20,6 @@ from hpcfl.wire.launchers import ALONE, RELAUNCH, give_folders, read_launch
 from hpcfl.wire.ranks import Alone, Audience, Ranks, find_ranks
 from hpcfl.wire.uplink import Contribution, Header, SumLayout, Sums, Total, Uplink, Uploads, check_alike, count_payload_bytes, make_header
 
-EXCHANGES = ("bcast", "reduce", "gatherv", "send", "bcast_by_client", "reduce_by_client")            # kinds of `carried`
 SMALL_CALLS = 20                                                   # headers, barriers and agreements of a round, each like a collective of 8 bytes
 REDUCE_FLOATS = 1 << 22                                            # per Reduce: long enough for the wire, and the buffer takes 16 MiB however long a sum is
 

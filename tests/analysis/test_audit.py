@@ -13,7 +13,7 @@ from hpcfl.analysis.audit_generator import Sampler
 from hpcfl.analysis.audit_samples import draw_images, draw_replacements, find_unseen, match_classes, take_by_class
 from hpcfl.data.shards import Scale, Shard
 from hpcfl.errors import CheckpointError, JobError
-from hpcfl.runs import launch
+from hpcfl.runs import revisit
 from hpcfl.streams import Stream
 from tests.support.tiny_runs import carry_out, tiny
 
@@ -93,7 +93,7 @@ def test_images_are_taken_class_by_class_in_the_order_given():
 
 
 def test_the_pool_holds_nothing_that_anybody_trained_on(generating):
-    world, _ = launch.revisit(generating)
+    world, _ = revisit.revisit(generating)
     pool, trained = find_unseen(world), [*world.split.train, world.split.public]
     rest = world.corpus.train_images(np.setdiff1d(np.arange(len(world.corpus.train_labels)), np.concatenate(trained)))
     assert len(pool) > 1000 and sorted(image.numpy().tobytes() for image in pool.images) == sorted(image.tobytes() for image in rest)
@@ -128,7 +128,7 @@ def test_reference_models_calibrate_the_attack(found):
 
 
 def test_a_model_that_never_trained_gives_nothing_away(overfitted, tmp_path, monkeypatch):
-    world, state = launch.revisit(overfitted)
+    world, state = revisit.revisit(overfitted)
     monkeypatch.setattr(audit, "revisit", lambda run: (world, type(state)(state.server, tuple(world.join()), state.received, state.rows)))
     for row in audit.analyse(overfitted, out=tmp_path)["classifiers"]:
         assert abs(row["loss"]["auc"] - row["loss"]["unseen_auc"]) < 0.12 and row["loss"]["tpr_at_1_percent_fpr"] < 0.1
@@ -200,7 +200,7 @@ def test_a_generator_that_copies_a_clients_images_is_found_out(generating, tmp_p
 
 def test_closest_pairs_name_training_images_of_the_audited_client(generating, tmp_path):
     pairs = audit.analyse(generating, client=2, samples=5, out=tmp_path)["generator"]["closest_pairs"]
-    world, _ = launch.revisit(generating)
+    world, _ = revisit.revisit(generating)
     for side in pairs.values():
         assert len(side) > 1 and [pair["l2_distance"] for pair in side] == sorted(pair["l2_distance"] for pair in side)
         for pair in side:
@@ -216,7 +216,7 @@ def test_a_generator_of_maps_is_measured_in_maps_alone_and_attacked_by_its_loss(
 
 
 def test_losses_are_those_of_the_step_that_has_them(mapping):
-    world, state = launch.revisit(mapping)
+    world, state = revisit.revisit(mapping)
     drawing, judging = (Sampler.find(world, state, 1, verb) for verb in ("draw", "generator_losses"))
     shard = world.holdings[1].train
     assert drawing.group.clients == (1,) and type(drawing.step) is not type(judging.step)

@@ -7,13 +7,12 @@ import numpy as np
 import pytest
 
 from hpcfl import cli
+from hpcfl.accounts import EXCHANGES, SECONDS
 from hpcfl.analysis import scaling
 from hpcfl.analysis.scaling import ALGORITHMS, Line, Wire, measure_round
 from hpcfl.doctor.probes import SIZES
 from hpcfl.errors import JobError
-from hpcfl.federation.ledger import SECONDS
 from hpcfl.report.recording import read
-from hpcfl.wire.communicator import EXCHANGES
 from tests.support.tiny_runs import carry_out, tiny
 
 FREE = Wire(dict.fromkeys(ALGORITHMS, Line(0.0, 0.0)), "a wire that costs nothing")

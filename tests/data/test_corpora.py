@@ -11,7 +11,7 @@ import pytest
 
 from hpcfl.data import archive, corpora, partition, store
 from hpcfl.errors import DataError
-from hpcfl.settings.job import Data
+from hpcfl.settings.sections import Data
 
 COUNT, SHAPE = 400, (3, 16, 16)                                    # 42 images in a chunk, so ten chunks
 

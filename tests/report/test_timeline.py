@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from hpcfl import cli
+from hpcfl.accounts import SECONDS
 from hpcfl.errors import CheckpointError, JobError
-from hpcfl.federation.ledger import SECONDS, Ledger
+from hpcfl.federation.ledger import Ledger
 from hpcfl.report import summary, timeline
 from hpcfl.report.recording import read
 from tests.support.tiny_runs import carry_out, outcome, started, tiny, write_job

@@ -22,7 +22,7 @@ from hpcfl.contract import ClientSite
 from hpcfl.data import store
 from hpcfl.data.embedded import load_digits
 from hpcfl.files import lock
-from hpcfl.runs import checkpoint, launch
+from hpcfl.runs import checkpoint, devices, launch, revisit
 from hpcfl.training.group import Group
 from hpcfl.wire import communicator
 from tests.support.fork_server import Forked
@@ -242,7 +242,7 @@ def test_a_wanted_gpu_that_is_not_there_is_the_environment(hpcfl, tmp_path, monk
 
 
 def test_the_same_bits_are_not_promised_on_a_gpu(hpcfl, tmp_path, monkeypatch):
-    monkeypatch.setattr(launch, "choose_device", lambda wanted, local_rank: torch.device("cuda", local_rank))
+    monkeypatch.setattr(devices, "choose_device", lambda wanted, local_rank: torch.device("cuda", local_rank))
     code, text = hpcfl("run", write_job(tmp_path, deterministic(tiny("standalone"))), "--out", tmp_path / "run")
     assert code == 2 and "run.deterministic = true promises the same bits" in text and "set run.device = 'cpu'" in text
 
@@ -252,7 +252,7 @@ def test_a_gpu_computes_in_float32_and_not_in_tf32(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    assert launch.choose_device("auto", 3) == torch.device("cuda", 1)
+    assert devices.choose_device("auto", 3) == torch.device("cuda", 1)
     assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
 
 
@@ -414,7 +414,7 @@ def test_a_checkpoint_of_another_version_is_refused_unless_that_may_be(whole, hp
     code, text = hpcfl("run", whole[1], "--out", folder)
     assert code == 5 and f"written by hpcfl 7.8.9 in checkpoint format {checkpoint.CHECKPOINT_FORMAT}, this is hpcfl {__version__} with" in text
     assert "allow it with --may-differ hpcfl\n" in text
-    assert launch.revisit(folder)[1].rows == 4, "to look at it is allowed"
+    assert revisit.revisit(folder)[1].rows == 4, "to look at it is allowed"
     code, text = hpcfl("run", whole[1], "--out", folder, "--may-differ", "hpcfl")
     assert code == 0 and "resumed after round 4 of 4" in text
 

@@ -3,11 +3,10 @@ import h5py
 import numpy as np
 import pytest
 
+from hpcfl.accounts import EXCHANGES, SECONDS
 from hpcfl.errors import CheckpointError
-from hpcfl.federation.ledger import SECONDS
 from hpcfl.runs import record as record_module
 from hpcfl.runs.record import RECORD_VERSION, Record
-from hpcfl.wire.communicator import EXCHANGES
 
 CLIENTS = 3
 

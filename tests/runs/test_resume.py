@@ -17,8 +17,7 @@ from hpcfl.federation.world import World
 from hpcfl.files import metrics
 from hpcfl.report import summary
 from hpcfl.report.recording import read
-from hpcfl.runs import launch
-from hpcfl.runs.launch import revisit
+from hpcfl.runs.revisit import revisit
 from hpcfl.runs.simulation import Simulation
 from hpcfl.settings.job import RENAMED
 from hpcfl.wire.communicator import Alone, Communicator
@@ -318,7 +317,7 @@ def test_what_the_report_says_of_a_damaged_record_works(stopped):
     (folder / "metrics.h5").write_bytes(b"")
     with pytest.raises(CheckpointError, match="the run is done and its checkpoints hold its models, but the figures are lost: repeat it with another --out"):
         summary.summarise(folder)
-    assert launch.revisit(folder)[1].rows == 3
+    assert revisit(folder)[1].rows == 3
     assert summary.summarise(carry_out(job, folder.parent / "repeated"))["rounds"] == 3
 
 

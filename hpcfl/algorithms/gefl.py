@@ -151,7 +151,7 @@ class GeneratorStep(Algorithm):
     def __init__(self, config: Config, problem: Problem, space: Space):
         super().__init__(config, problem)
         self.space, self.generative = space, space.generative
-        self.structure = self.initialise("structure")                 # the same for clients of every architecture
+        self.structure = self.initialise("structure")              # the same for clients of every architecture
         self.networks = tuple(self.structure)                      # their names, and the parts of the server's state that hold w_g
 
     def modules(self, architecture: str) -> dict[str, nn.Module]:

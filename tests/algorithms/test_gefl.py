@@ -418,6 +418,9 @@ DDPM = {"generator": "ddpm", "generator_rounds": 1, "generator_epochs": 1, "step
 BALANCED = {"data": {"partition": "iid"}, "models": {"names": ["cnn1"]}}
 
 
+# Sampling, compiled or not
+
+
 def targets(settings, device="cpu", **run):
     """The step of the target rounds, its group and what that may see, in a federation of three clients with 71 or 72 images each."""
     described = in_memory.job("gefl", settings, run=run, federation={"rounds": ROUNDS}, **BALANCED)

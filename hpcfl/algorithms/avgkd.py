@@ -12,11 +12,9 @@ from torch import Tensor
 
 from hpcfl import tree
 from hpcfl.algorithms.fedavg import FedAvg
-from hpcfl.contract import ClientSite, Phase, Plan, Problem, ServerSite, Totals, choice
+from hpcfl.contract import ClientSite, Group, ServerSite, Totals, Turn, choice, plan_rounds
 from hpcfl.data.shards import Shard
 from hpcfl.training.evaluate import apply_in_batches, bind
-from hpcfl.training.group import Group
-from hpcfl.training.turns import Turn
 from hpcfl.tree import Tree
 
 TRAINED = "trained"                                                # beside the architectures in the server's state: which of them have been trained
@@ -53,7 +51,7 @@ class AvgKD(FedAvg):
         if not others:
             return super().learn(group, message, site)
         teachers = [bind(self.problem.structure(name), tree.to(tree.part(message, name), self.problem.device)) for name in others]
-        targets = {client: self.targets(site.holdings[client].train, teachers) for client in group.clients}
+        targets = {client: self.mix_targets(site.holdings[client].train, teachers) for client in group.clients}
         training, augmentation = self.problem.job.training, self.problem.augmentation()
 
         def batches(client: int) -> Iterator[Tree]:
@@ -61,7 +59,7 @@ class AvgKD(FedAvg):
                 yield {"x": batch["x"], "target": targets[client][batch["index"]]}
         return site.fit(group, [Turn(("model",), soft_cross_entropy, self.problem.optimizer())], batches, steps=site.steps(group))
 
-    def targets(self, shard: Shard, teachers: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:
+    def mix_targets(self, shard: Shard, teachers: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:
         """q of every image of a shard, (n, C), from the teachers' logits in eval mode."""
         total = F.one_hot(shard.labels, self.problem.classes) + sum(apply_in_batches(teacher, shard).softmax(1) for teacher in teachers)
         return total.softmax(1) if self.config.target == "softmax" else total / (1 + len(teachers))
@@ -73,10 +71,4 @@ class AvgKD(FedAvg):
         return super().adopt(group, tree.part(message, group.architecture))
 
 
-def plan(config: Config, problem: Problem) -> Plan:
-    """One phase of federation.rounds rounds.
-
-    Raises: JobError for images that are mixed: the loss needs the class of each.
-    """
-    problem.augmentation()
-    return (Phase("rounds", problem.job.federation.rounds, (AvgKD(config, problem),)),)
+plan = plan_rounds(AvgKD, mixed_images=False)            # its loss needs one class of each image

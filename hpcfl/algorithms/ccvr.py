@@ -16,10 +16,9 @@ from hpcfl.algorithms import lg_fedavg
 from hpcfl.algorithms.fedavg import FedAvg
 from hpcfl.algorithms.lg_fedavg import COMMON, LgFedAvg
 from hpcfl.algorithms.shared_head import HEAD, SharedHead, take_head, train_head
-from hpcfl.contract import Algorithm, ClientSite, Phase, Plan, Problem, ServerSite, Totals, Update, Uplink, Uploads, choice, integer, real
+from hpcfl.contract import Algorithm, ClientSite, Group, Phase, Plan, Problem, ServerSite, Totals, Update, Uplink, Uploads, choice, integer, real
 from hpcfl.latents import gaussians, moments
 from hpcfl.latents.moments import ClassGaussians
-from hpcfl.training.group import Group
 from hpcfl.training.synthetic import draw_synthetic_epochs
 from hpcfl.tree import Tree
 
@@ -67,15 +66,16 @@ class Calibrate(Algorithm):
 
     def aggregate(self, server: Tree, totals: Totals, site: ServerSite) -> Tree:
         for where, uploads in sorted(totals.items()):
-            gaussians_ = moments.aggregate([upload for _, upload in sorted(uploads.trees.items())], self.config.covariance)
-            if bool(gaussians_.has.any()):
-                server = server | tree.join(**{where: self.calibrate(take_head(tree.part(server, where)), gaussians_, where, site)})
+            estimate = moments.aggregate([upload for _, upload in sorted(uploads.trees.items())], self.config.covariance)
+            if bool(estimate.has.any()):
+                server = server | tree.join(**{where: self.calibrate(take_head(tree.part(server, where)), estimate, where, site)})
         return server
 
-    def calibrate(self, head: Tree, known: ClassGaussians, where: str, site: ServerSite) -> Tree:
+    def calibrate(self, head: Tree, estimate: ClassGaussians, where: str, site: ServerSite) -> Tree:
         """The head, trained on from where it was, on virtual features."""
         config, device = self.config, self.problem.device
-        mean, factor, classes = known.mean.to(device), compute_factors(known, config).to(device), known.has.nonzero().flatten().to(device)
+        factor = gaussians.compute_factors(unbias_covariances(estimate, config.floor)).to(device)
+        mean, classes = estimate.mean.to(device), estimate.has.nonzero().flatten().to(device)
 
         def draw(labels: Tensor, generator: torch.Generator) -> Tensor:
             eps = torch.randn(len(labels), mean.shape[1], generator=generator, device=device)
@@ -104,12 +104,10 @@ def locate_head(config: Config, architecture: str) -> str:
     return COMMON if config.scope == "all" else architecture
 
 
-def compute_factors(gaussians_: ClassGaussians, config: Config) -> Tensor:
-    """What noise is multiplied with, (C, p, p) or (C, p): roots of the unbiased covariances, floored; of single samples the floor alone."""
-    unbiased = (gaussians_.count / (gaussians_.count - 1).clamp(min=1)).view(-1, *[1] * (gaussians_.spread.dim() - 1)) * gaussians_.spread
-    if gaussians_.spread.dim() == 2:
-        return (unbiased + config.floor).sqrt()
-    return gaussians.cholesky(gaussians.floor(unbiased, config.floor))
+def unbias_covariances(estimate: ClassGaussians, floor: float) -> Tensor:
+    """The unbiased covariances (C, p, p) or variances (C, p), with the floor added; of a class with a single sample the floor alone."""
+    unbiased = (estimate.count / (estimate.count - 1).clamp(min=1)).view(-1, *[1] * (estimate.spread.dim() - 1)) * estimate.spread
+    return unbiased + floor if unbiased.dim() == 2 else gaussians.floor(unbiased, floor)
 
 
 def plan(config: Config, problem: Problem) -> Plan:

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hpcfl import tree
-from hpcfl.contract import Algorithm, ClientSite, Phase, Plan, Problem, ServerSite, Sums, Totals, Update, Uplink
-from hpcfl.training.group import Group
+from hpcfl.contract import Algorithm, ClientSite, Group, ServerSite, Sums, Totals, Update, Uplink, plan_rounds
 from hpcfl.training.losses import cross_entropy
 from hpcfl.tree import Tree
 
@@ -71,6 +70,4 @@ def average_parts(server: Tree, totals: Totals) -> Tree:
     return {path: means[path].to(leaf.dtype) if path in means else leaf for path, leaf in server.items()}
 
 
-def plan(config: Config, problem: Problem) -> Plan:
-    """One phase of federation.rounds rounds."""
-    return (Phase("rounds", problem.job.federation.rounds, (FedAvg(config, problem),)),)
+plan = plan_rounds(FedAvg)

@@ -19,19 +19,20 @@ from hpcfl.contract import (
     Algorithm,
     ClientSite,
     DataError,
+    Group,
     JobError,
-    Phase,
-    Plan,
     Problem,
     ServerSite,
     Totals,
     TrainingError,
+    Turn,
     Update,
     Uplink,
     Uploads,
     choice,
     choice_of,
     integer,
+    plan_rounds,
     real,
 )
 from hpcfl.data.shards import iterate_epochs
@@ -39,9 +40,8 @@ from hpcfl.resize.averaged import GRANULARITIES, Averaged
 from hpcfl.resize.derived import Derived
 from hpcfl.resize.filtered import INITS, Filtered
 from hpcfl.training.evaluate import apply_in_batches, bind, count_correct
-from hpcfl.training.group import OPTIMIZER, Group
+from hpcfl.training.group import OPTIMIZER
 from hpcfl.training.losses import cross_entropy, divergence
-from hpcfl.training.turns import Turn
 from hpcfl.tree import Tree
 
 LITTLE = 0.01                                                      # the coverage of weights that a client's model has none of
@@ -49,7 +49,7 @@ LITTLE = 0.01                                                      # the coverag
 
 @dataclass(frozen=True)
 class Config:
-    """The settings of FedConv; the authors' own are the defaults wherever they are known."""
+    """The settings of FedConv; the authors' own values are the defaults where they are known."""
 
     server_epochs: int = integer(10, 0, meaning="passes of W over the public set before each compression")
     server_lr: float = real(1e-4, 0.0, above=True, meaning="learning rate of these, and of server_finetune (Adam)")
@@ -85,8 +85,20 @@ class FedConv(Algorithm):
     config: Config
 
     def __init__(self, config: Config, problem: Problem):
+        """Raises: JobError without a public set or a part of it to select by, for several models, and for widths that differ in more than sizes."""
         super().__init__(config, problem)
+        data = problem.job.data
+        if data.public_fraction == 0 or data.validation_fraction == 0:
+            raise JobError("fedconv needs a public set at the server and a validation part of it to select by; got "
+                           f"data.public_fraction = {data.public_fraction:g} and data.validation_fraction = {data.validation_fraction:g}, "
+                           "wanted both above 0, for example 0.05 and 0.1")
         self.base = problem.common_base()
+        for architecture in self.smaller:
+            whole, small = (problem.structure(name).state_dict().keys() for name in (self.base, architecture))
+            if alone := sorted(whole ^ small):
+                raise JobError(f"fedconv resizes every weight of '{self.base}' to one of '{architecture}', but '{alone[0]}' is in only one of the two: "
+                               f"models.feature_size = {problem.job.models.feature_size} is the size at which one of them ends anyway, so that it needs no "
+                               "projection; set another models.feature_size, or 0 for each model's own")
 
     def found(self, site: ServerSite) -> Tree:
         if not len(site.public_validation):
@@ -99,7 +111,7 @@ class FedConv(Algorithm):
         with self.problem.stream("init").seeding():
             server = tree.join(**{"global": self.problem.model(self.base).state_dict()})
         for architecture in self.smaller:
-            filters = self.new_filters(self.build_filters(self.base, architecture), f"filters/{architecture}")
+            filters = self.init_filters(self.build_filters(self.base, architecture), f"filters/{architecture}")
             server |= tree.join(**{f"filters/{architecture}": filters})
         return server
 
@@ -111,15 +123,15 @@ class FedConv(Algorithm):
                                       member="the global model", setting="server_lr")
         trained = tree.row(group.part("model"), 0)
         items = {index: tree.join(model=trained, filters=tree.part(server, f"filters/{architecture}")) for index, architecture in enumerate(self.smaller)}
-        found = {self.smaller[index]: result for index, result in site.spread("compress", items).items()}
-        log_signs(site, trained, {architecture: tree.part(result, "model") for architecture, result in found.items()})
+        compressed = {self.smaller[index]: result for index, result in site.spread("compress", items).items()}
+        note_signs(site, trained, {architecture: tree.part(result, "model") for architecture, result in compressed.items()})
         new = {path: leaf for path, leaf in server.items() if not path.startswith(("global/", "filters/"))} | tree.join(**{"global": trained})
-        for architecture, result in found.items():
+        for architecture, result in compressed.items():
             new |= tree.join(**{f"small/{architecture}": tree.part(result, "model"), f"filters/{architecture}": tree.part(result, "filters")})
         return new
 
     def compress(self, items: Mapping[int, Tree], site: ServerSite) -> dict[int, Tree]:
-        """Step 2 for some size classes: min over Q_s of CE(f(compress(W; Q_s))), and the smaller models."""
+        """Step 2 for some size classes: Q_s = argmin CE(f(compress(W; Q_s))), and the smaller models that they make."""
         count, lr = self.schedule_filters(site.round)
         results = {}
         for index, item in items.items():
@@ -156,20 +168,20 @@ class FedConv(Algorithm):
                  for client, upload in uploads.items()}
         dilation = 2 * self.schedule_filters(site.round)[0]         # epochs, each of about twice the work: the full model, and the filters
         costs = {client: self.config.server_finetune + (dilation if self.architecture(client, site) != self.base else 0) for client in items}
-        found = site.spread("restore", items, costs)
+        restored = site.spread("restore", items, costs)
         previous = tree.part(server, "global")
-        merged = self.average(previous, found, [float(upload["samples"]) for upload in uploads.values()], site)
-        new = {path: leaf for path, leaf in server.items() if not path.startswith(("global/", "small/"))} | tree.join(**{"global": merged})
-        for client, result in found.items():
+        averaged = self.average(previous, restored, [float(upload["samples"]) for upload in uploads.values()], site)
+        new = {path: leaf for path, leaf in server.items() if not path.startswith(("global/", "small/"))} | tree.join(**{"global": averaged})
+        for client, result in restored.items():
             new |= tree.join(**{f"dilation/{client}/{self.architecture(client, site)}": tree.part(result, "filters")})
         return new
 
     def architecture(self, client: int, site: ServerSite) -> str:
-        """What a client trained in this round."""
+        """The architecture that a client trained in this round."""
         return self.problem.architecture(client, site.row)
 
     def restore(self, items: Mapping[int, Tree], site: ServerSite) -> dict[int, Tree]:
-        """Steps 4 and 5 for some clients: fine-tuned, dilated; the models of full size, R_k, and for learned weights the logits on the public set."""
+        """Steps 4 and 5 for some clients: their models of full size, R_k, and for learned weights the logits of these models on the public set."""
         by_architecture: dict[str, dict[int, Tree]] = {}
         for client, item in items.items():
             by_architecture.setdefault(self.architecture(client, site), {})[client] = tree.to(item, self.problem.device)
@@ -179,7 +191,7 @@ class FedConv(Algorithm):
         return {client: results[client] for client in items}
 
     def restore_group(self, architecture: str, items: Mapping[int, Tree], site: ServerSite) -> dict[int, Tree]:
-        """The same for clients of one architecture, as one Group."""
+        """`restore` for clients of one architecture, as one Group."""
         module = self.problem.structure(architecture)
         counters = {path: leaf for path, leaf in module.state_dict().items() if not leaf.is_floating_point()}
         group = Group.from_states(architecture, {client: tree.join(model=tree.part(item, "model") | counters) for client, item in items.items()})
@@ -196,43 +208,44 @@ class FedConv(Algorithm):
         return {client: tree.join(model=models[client], filters=filters.get(client, {})) | logits(client) for client in items}
 
     def dilate(self, architecture: str, models: Mapping[int, Tree], filters: Mapping[int, Tree], site: ServerSite) -> tuple[dict[int, Tree], dict[int, Tree]]:
-        """Step 5: min over R_k of CE(f(dilate(w_k; R_k))), for each client; below the floor again from new filters.
+        """Step 5: R_k = argmin CE(f(dilate(w_k; R_k))) for each client, and the dilated models; a client below the floor tries again from new filters.
 
         Raises: TrainingError naming the client that stays below the floor.
         """
         config, module = self.config, self.build_filters(architecture, self.base)
         count, lr = self.schedule_filters(site.round)
-        left, found, grown, reached = sorted(models), {}, {}, {}
+        left, tuned, dilated, reached = sorted(models), {}, {}, {}
         for attempt in range(config.dilation_tries):
             own = {client: module.derive_state(models[client]) | (filters[client] if filters[client] and not attempt else
-                                                        self.new_filters(module, f"dilation/{architecture}/{attempt}", client))
+                                                                  self.init_filters(module, f"dilation/{architecture}/{attempt}", client))
                    for client in left}
             group = Group.from_states(architecture, {client: tree.join(model=state) for client, state in own.items()})
             group, accuracy = self.tune(site, group, module, count, lr, f"dilation of {architecture}", member="client")
             for row, client in enumerate(group.clients):
-                grown[client], found[client], reached[client] = derive_model(module, group, row), take_filters(group, row), float(accuracy[row])
+                dilated[client], tuned[client], reached[client] = derive_model(module, group, row), take_filters(group, row), float(accuracy[row])
             left = [client for client in left if reached[client] < config.dilation_floor]
             if not left:
                 break
         else:
-            raise TrainingError(f"server, phase {site.phase}, round {site.round}: the dilated model of client {left[0]} ({architecture}) got {reached[left[0]]:.1f} % of the "
-                                f"public validation part right after {config.dilation_tries} tries with new filters, wanted algorithm.dilation_floor = "
-                                f"{config.dilation_floor:g} %; raise models.shrinkage, algorithm.first_epochs or data.public_fraction, or lower the floor")
+            raise TrainingError(f"server, phase {site.phase}, round {site.round}: the dilated model of client {left[0]} ({architecture}) got "
+                                f"{reached[left[0]]:.1f} % of the public validation part right after {config.dilation_tries} tries with new filters, wanted "
+                                f"algorithm.dilation_floor = {config.dilation_floor:g} %; raise models.shrinkage, algorithm.first_epochs or "
+                                "data.public_fraction, or lower the floor")
         site.book_metrics(tuple(reached), {"dilation_accuracy": torch.tensor(list(reached.values()))})
-        return grown, found
+        return dilated, tuned
 
-    def average(self, previous: Tree, found: Mapping[int, Tree], samples: list[float], site: ServerSite) -> Tree:
+    def average(self, previous: Tree, restored: Mapping[int, Tree], samples: list[float], site: ServerSite) -> Tree:
         """Step 6: W' = sum_k (n_k / n) a_k (*) W_k, a tuned by CE(f(W')) + lambda KL(f(W_prev) || f(W')) on the public set."""
         config, device = self.config, self.problem.device
         structure = self.problem.structure(self.base)
-        module = Averaged(structure, len(found), config.granularity, normalised=config.weights != "code").to(device)
-        state = module.derive_state([tree.to(tree.part(result, "model"), device) for result in found.values()], samples)
+        module = Averaged(structure, len(restored), config.granularity, normalised=config.weights != "code").to(device)
+        state = module.derive_state([tree.to(tree.part(result, "model"), device) for result in restored.values()], samples)
         loss, context = cross_entropy, {}
         if config.weights == "learned":
             loss = aggregation_loss
             context = {"teacher": apply_in_batches(bind(structure, tree.to(previous, device)), site.public).log_softmax(1),        # (n, C)
                        "strength": torch.tensor(config.lambda_kl, device=device)}
-        state["logits"] = self.first_logits(module, context, found, site)
+        state["logits"] = self.init_logits(module, context, restored, site)
         group = group_one(self.base, 0, state)
         if config.weights != "mean":
             group, accuracy = self.tune(site, group, module, config.aggregation_epochs, config.aggregation_lr, "aggregation", loss, context,
@@ -240,7 +253,7 @@ class FedConv(Algorithm):
             site.note("aggregation_accuracy", float(accuracy))
         return derive_model(module, group, 0)
 
-    def first_logits(self, module: Averaged, context: Tree, found: Mapping[int, Tree], site: ServerSite) -> Tensor:
+    def init_logits(self, module: Averaged, context: Tree, restored: Mapping[int, Tree], site: ServerSite) -> Tensor:
         """l_k = -KL(f(W_prev) || f(W_k)), the mean over the public set; N(0, 1) for `code`, zeros for `mean`.
 
         `coverage` (ours) adds the log of how much of a weight lies among the leading channels, where `slice` filters put the client's own: what only
@@ -250,10 +263,11 @@ class FedConv(Algorithm):
             return torch.randn(module.logits.shape, generator=site.stream("aggregation weights").torch()).to(self.problem.device)
         if self.config.weights == "mean":
             return torch.zeros_like(module.logits)
-        logits = [result["logits"].to(self.problem.device).log_softmax(1) for result in found.values()]
+        logits = [result["logits"].to(self.problem.device).log_softmax(1) for result in restored.values()]
         first = -torch.stack([divergence(context["teacher"], each) for each in logits])[:, None].expand(module.logits.shape).clone()
         if self.config.first_weights == "coverage":
-            shapes = [{path: parameter.shape for path, parameter in self.problem.structure(self.architecture(client, site)).named_parameters()} for client in found]
+            structures = [self.problem.structure(self.architecture(client, site)) for client in restored]
+            shapes = [{path: parameter.shape for path, parameter in structure.named_parameters()} for structure in structures]
             first += torch.stack([module.coverage(each, LITTLE) for each in shapes]).to(first.device).log()
         return first
 
@@ -267,8 +281,8 @@ class FedConv(Algorithm):
         with self.problem.stream("structure").seeding():
             return Filtered(self.problem.structure(source), self.problem.structure(target), self.config.mlr_passes).to(self.problem.device)
 
-    def new_filters(self, module: Filtered, purpose: str, client: int = -1) -> Tree:
-        """Untrained filters from the stream of their purpose."""
+    def init_filters(self, module: Filtered, purpose: str, client: int = -1) -> Tree:
+        """Untrained filters, drawn from the stream of their purpose."""
         with self.problem.stream(purpose, client).seeding():
             module.reset_parameters(self.config.filter_init)
         return tree.clone({path: parameter.data for path, parameter in module.named_parameters() if parameter.requires_grad})
@@ -277,11 +291,12 @@ class FedConv(Algorithm):
         """Epochs and learning rate of Q_s and R_k in a round."""
         config = self.config
         halvings = round_ // config.lr_halving if config.lr_halving else 0
-        return (config.first_epochs if round_ < config.first_rounds else config.filter_epochs), max(min(config.lr_floor, config.filter_lr), config.filter_lr / 2 ** halvings)
+        lr = max(min(config.lr_floor, config.filter_lr), config.filter_lr / 2 ** halvings)
+        return (config.first_epochs if round_ < config.first_rounds else config.filter_epochs), lr
 
     def train_public(self, site: ServerSite, group: Group, module: nn.Module, count: int, lr: float, purpose: str,
                      loss: Callable = cross_entropy, context: Tree | None = None, member: str = "model", out_of: int = 0, setting: str = "filter_lr") -> Group:
-        """`count` epochs of Adam on the public set for each model of the group, of the `out_of` that it gets in a round if these are more.
+        """`count` epochs of Adam on the public set for each model of the group; `out_of`: how many it gets in a round, where these are more.
 
         `setting`: the one that `lr` comes from.
         """
@@ -325,7 +340,7 @@ def group_one(architecture: str, key: int, model: Tree) -> Group:
 
 
 def derive_model(module: Derived, group: Group, row: int) -> Tree:
-    """The classifier that one row of a group of Made modules stands for, as a state_dict."""
+    """The classifier that one row of a group of Derived modules stands for, as a state_dict."""
     return tree.clone(bind(module, tree.part(tree.row(group.state, row), "model"), "weights")())
 
 
@@ -334,7 +349,7 @@ def take_filters(group: Group, row: int) -> Tree:
     return {path: leaf for path, leaf in tree.part(tree.row(group.state, row), "model").items() if path.startswith("filters.")}
 
 
-def log_signs(site: ServerSite, whole: Tree, small: Mapping[str, Tree]) -> None:
+def note_signs(site: ServerSite, whole: Tree, small: Mapping[str, Tree]) -> None:
     """Note the share of negative weights of each parameter, in percent, before compression and after it in each size class."""
     for size, model in {"1": whole, **small}.items():
         for path, leaf in model.items():
@@ -342,13 +357,4 @@ def log_signs(site: ServerSite, whole: Tree, small: Mapping[str, Tree]) -> None:
                 site.note(f"negative {path} {size}", 100 * float((leaf < 0).float().mean()))
 
 
-def plan(config: Config, problem: Problem) -> Plan:
-    """One phase of rounds: the server compresses; clients train, the server dilates and averages.
-
-    Raises: JobError without a public set, or without a part of it to select by.
-    """
-    data = problem.job.data
-    if data.public_fraction == 0 or data.validation_fraction == 0:
-        raise JobError(f"fedconv needs a public set at the server and a validation part of it to select by; got data.public_fraction = {data.public_fraction:g} and "
-                       f"data.validation_fraction = {data.validation_fraction:g}, wanted both above 0, for example 0.05 and 0.1")
-    return (Phase("rounds", problem.job.federation.rounds, (FedConv(config, problem),)),)
+plan = plan_rounds(FedConv)

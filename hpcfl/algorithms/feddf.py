@@ -14,12 +14,27 @@ from torch import Tensor
 
 from hpcfl import tree
 from hpcfl.algorithms.fedavg import FedAvg
-from hpcfl.contract import ClientSite, JobError, Phase, Plan, Problem, ServerSite, Sums, Totals, Update, Uplink, Uploads, choice, choice_of, integer, real
+from hpcfl.contract import (
+    ClientSite,
+    Group,
+    JobError,
+    Problem,
+    ServerSite,
+    Sums,
+    Totals,
+    Turn,
+    Update,
+    Uplink,
+    Uploads,
+    choice,
+    choice_of,
+    integer,
+    plan_rounds,
+    real,
+)
 from hpcfl.data.shards import iterate_epochs
 from hpcfl.training.evaluate import apply_in_batches, bind
-from hpcfl.training.group import Group
 from hpcfl.training.losses import divergence
-from hpcfl.training.turns import Turn
 from hpcfl.tree import Tree
 
 ENSEMBLES: dict[str, Callable[[Tensor], Tensor]] = {               # logits of K models (K, n, C) to log-probabilities (n, C)
@@ -38,7 +53,7 @@ class Config:
     patience: int = integer(300, 0, meaning="steps without a lower divergence that end the distillation; 0: none do; the paper 1,000", unit="steps")
 
 
-def distillation(modules, batch: Tree, context: Tree) -> Tensor:
+def distillation_loss(modules, batch: Tree, context: Tree) -> Tensor:
     """KL(ensemble || student), mean over the batch."""
     return divergence(batch["teacher"], modules.model(batch["x"]).log_softmax(1))
 
@@ -47,6 +62,12 @@ class FedDF(FedAvg):
     """theta_m <- mean over the clients of m, then argmin of KL(softmax(mean_k f_k(x)) || softmax(f_m(x))) over public x (the paper's Algorithm 3)."""
 
     config: Config
+
+    def __init__(self, config: Config, problem: Problem):
+        """Raises: JobError without a public set."""
+        super().__init__(config, problem)
+        if problem.job.data.public_fraction == 0:
+            raise JobError("feddf distils on public images at the server; got data.public_fraction = 0, wanted it above 0, for example 0.05")
 
     def train(self, group: Group, message: Tree, site: ClientSite) -> Update:
         update = super().train(group, message, site)
@@ -66,14 +87,13 @@ class FedDF(FedAvg):
             owned = {client: self.problem.architecture(client, site.row) for client in uploads}
             averages = super().aggregate(server, sum_uploads(uploads, owned), site)
             teachers = {client: (owned[client], tree.part(upload, "model")) for client, upload in uploads.items()}
-        answers = site.spread("answer", {key: tree.join(model=model) | {"architecture": torch.tensor(every.index(name))}
-                                         for key, (name, model) in teachers.items()})
-        logits = tree.stack([tree.to(answer, self.problem.device) for answer in answers.values()])                           # (K, n, C)
+        items = {key: tree.join(model=model) | {"architecture": torch.tensor(every.index(name))} for key, (name, model) in teachers.items()}
+        logits = tree.stack([tree.to(own, self.problem.device) for own in site.spread("predict", items).values()])          # (K, n, C)
         ensemble = tree.transform(logits, ENSEMBLES[self.config.ensemble])
         students = site.spread("distil", {index: tree.join(model=tree.part(averages, name), teacher=ensemble) for index, name in enumerate(every)})
         return tree.join(**{every[index]: model for index, model in students.items()})
 
-    def answer(self, items: Mapping[int, Tree], site: ServerSite) -> dict[int, Tree]:
+    def predict(self, items: Mapping[int, Tree], site: ServerSite) -> dict[int, Tree]:
         """Logits of some models on the public images and on those held out of them, (n, C)."""
         shards = {"public": site.public, "held_out": site.public_validation}
         found = {}
@@ -84,23 +104,23 @@ class FedDF(FedAvg):
         return found
 
     def distil(self, items: Mapping[int, Tree], site: ServerSite) -> dict[int, Tree]:
-        """Some averages taught by the ensemble, as they were when closest to it on what is held out, or without that at the end."""
+        """Some averages taught by the ensemble: each as it was when closest to it on the held-out images, or as it is at the end where there are none."""
         return {index: self.teach(index, tree.to(item, self.problem.device), site) for index, item in items.items()}
 
     def teach(self, index: int, item: Tree, site: ServerSite) -> Tree:
-        """One of them, at best what it was before; training ends early when `patience` steps have brought nothing."""
+        """One average, taught; it never ends further from the ensemble than it began. Training ends early when `patience` steps have brought nothing."""
         config, architecture, teacher = self.config, self.problem.sizes.every[index], tree.part(item, "teacher")
         group = Group(architecture, (index,), tree.repeat(tree.join(model=tree.part(item, "model")), 1))
-        best, reached, lowest = group, 0, self.distance(group, teacher, site)
+        best, best_steps, lowest = group, 0, self.measure_divergence(group, teacher, site)
         for done in range(0, config.steps, config.stage):
             count = min(config.stage, config.steps - done)
             group = self.train_stage(group, done, count, teacher["public"], site)
-            distance = self.distance(group, teacher, site)
-            if distance < lowest or "held_out" not in teacher:
-                best, reached, lowest = group, done + count, distance
-            if config.patience and done + count - reached >= config.patience:
+            reached = self.measure_divergence(group, teacher, site)
+            if reached < lowest or "held_out" not in teacher:
+                best, best_steps, lowest = group, done + count, reached
+            if config.patience and done + count - best_steps >= config.patience:
                 break
-        site.note(f"distillation_steps {architecture}", reached)
+        site.note(f"distillation_steps {architecture}", best_steps)
         site.note(f"distillation_divergence {architecture}", lowest)
         return tree.row(best.part("model"), 0)
 
@@ -112,12 +132,12 @@ class FedDF(FedAvg):
                 yield {"x": batch["x"], "teacher": teacher[batch["index"]]}
         lr = self.config.lr * (1 + math.cos(math.pi * done / self.config.steps)) / 2
         modules = {"model": self.problem.structure(group.architecture)}
-        return site.fit(group, modules, [Turn(("model",), distillation, self.rule("adam", "lr", lr))], batches, keep_optimizer=True,
+        return site.fit(group, modules, [Turn(("model",), distillation_loss, self.rule("adam", "lr", lr))], batches, keep_optimizer=True,
                         steps=self.config.steps * self.problem.job.federation.rounds, work=f"distillation from step {done}",
                         member="the average of architecture")[0]
 
-    def distance(self, group: Group, teacher: Tree, site: ServerSite) -> float:
-        """KL(ensemble || student) on what is held out of the public images, where there is any, else on the others."""
+    def measure_divergence(self, group: Group, teacher: Tree, site: ServerSite) -> float:
+        """KL(ensemble || student) on the held-out public images, where there are any, else on the others."""
         part, shard = ("held_out", site.public_validation) if "held_out" in teacher else ("public", site.public)
         predict = bind(self.problem.structure(group.architecture), tree.row(group.part("model"), 0))
         return float(divergence(teacher[part], apply_in_batches(predict, shard).log_softmax(1)))
@@ -130,11 +150,4 @@ def sum_uploads(uploads: Mapping[int, Tree], owned: Mapping[int, str]) -> Totals
                                 torch.stack([uploads[client]["samples"] for client in clients])).total() for name, clients in members.items()}
 
 
-def plan(config: Config, problem: Problem) -> Plan:
-    """One phase of federation.rounds rounds.
-
-    Raises: JobError without a public set.
-    """
-    if problem.job.data.public_fraction == 0:
-        raise JobError("feddf distils on public images at the server; got data.public_fraction = 0, wanted it above 0, for example 0.05")
-    return (Phase("rounds", problem.job.federation.rounds, (FedDF(config, problem),)),)
+plan = plan_rounds(FedDF)

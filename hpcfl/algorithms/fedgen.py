@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 from hpcfl import tree
 from hpcfl.algorithms.shared_head import HEAD, SharedHead, take_head
-from hpcfl.contract import ClientSite, Phase, Plan, Problem, ServerSite, Totals, Update, Uplink, Uploads, choice_of, integer, real
+from hpcfl.contract import ClientSite, Group, ServerSite, Totals, Turn, Update, Uplink, Uploads, choice_of, integer, plan_rounds, real
 from hpcfl.training.evaluate import bind
-from hpcfl.training.group import OPTIMIZER, Group
+from hpcfl.training.group import OPTIMIZER
 from hpcfl.training.losses import cross_entropy
-from hpcfl.training.turns import Turn
 from hpcfl.tree import Tree
 
 
@@ -75,12 +74,12 @@ class FeatureGenerator(nn.Module):
 
 
 def client_loss(modules, batch: Tree, context: Tree) -> tuple[Tensor, Tree]:
-    """CE(f(x), y) + alpha CE(h(z'), y') + beta KL(h(z) || f(x)), z' = G(eps', y') of any class, z = G(eps, y) of the image's; h(z) is no variable."""
+    """CE(f(x), y) + alpha CE(h(z'), y') + beta KL(h(z) || f(x)), z' = G(eps', y') of any class, z = G(eps, y) of the image's; h(z) is a constant to it."""
     logits, head = modules.model(batch["x"]), modules.model.head
     generated = F.cross_entropy(head(batch["z_wished"]), batch["wished"])
     teacher = head(batch["z"]).detach().log_softmax(1)                                      # (B, C)
-    known = context["has"][batch["y"]]
-    latent = (known * (teacher.exp() * (teacher - logits.log_softmax(1))).sum(1)).mean()
+    has = context["has"][batch["y"]]
+    latent = (has * (teacher.exp() * (teacher - logits.log_softmax(1))).sum(1)).mean()
     loss = F.cross_entropy(logits, batch["y"]) + context["alpha"] * generated + context["beta"] * latent
     return loss, {"generated": generated, "latent": latent}
 
@@ -98,10 +97,10 @@ class FedGen(SharedHead):
 
     def found(self, site: ServerSite) -> Tree:
         with self.problem.stream("init/generator").seeding():
-            generator = self.generator()
+            generator = self.build_generator()
         return super().found(site) | tree.join(generator=generator.state_dict()) | {"has": torch.zeros(self.problem.classes, dtype=torch.uint8)}
 
-    def generator(self) -> FeatureGenerator:
+    def build_generator(self) -> FeatureGenerator:
         """A newly initialised generator."""
         return FeatureGenerator(self.problem.classes, self.problem.common_feature_size(), self.config.noise_size, self.config.hidden)
 
@@ -113,7 +112,7 @@ class FedGen(SharedHead):
     def train(self, group: Group, message: Tree, site: ClientSite) -> Update:
         group = self.adopt(group, message)
         if bool(message["has"].any()):
-            group, metrics = self.train_with(message, group, site)
+            group, metrics = self.train_with_generator(message, group, site)
         else:
             group, metrics = site.train_model(group, cross_entropy)
         uploads = {}
@@ -122,22 +121,22 @@ class FedGen(SharedHead):
             uploads[client] = take_head(tree.part(own, "model")) | {"counts": counts}
         return Update(group, Uplink({"heads": Uploads(uploads)}), metrics)
 
-    def train_with(self, message: Tree, group: Group, site: ClientSite) -> tuple[Group, Tree]:
+    def train_with_generator(self, message: Tree, group: Group, site: ClientSite) -> tuple[Group, Tree]:
         """Local training with a generator that has learned something."""
         config, training, augmentation, device = self.config, self.problem.job.training, self.problem.augmentation(), self.problem.device
         with self.problem.stream("structure").seeding():
-            generator = self.generator().to(device)
+            generator = self.build_generator().to(device)
         draw = bind(generator, generator.state_dict() | tree.to(tree.part(message, "generator"), device))
         has = message["has"].bool().to(device)
-        there = has.nonzero().flatten()
+        present = has.nonzero().flatten()
         weights = {name: torch.tensor(getattr(config, name) * config.decay ** site.round, device=device) for name in ("alpha", "beta")}
 
         def batches(client: int) -> Iterator[Tree]:
             random = site.stream("generator", client).torch(device)
             for batch in site.epochs(client, training.epochs, training.batch, augmentation):
-                wished = draw_labels(there, config.per_batch, random)
-                yield batch | {"wished": wished, "z_wished": draw(self.noise(len(wished), random), wished),
-                               "z": draw(self.noise(len(batch["y"]), random), batch["y"])}
+                wished = draw_labels(present, config.per_batch, random)
+                yield batch | {"wished": wished, "z_wished": draw(self.draw_noise(len(wished), random), wished),
+                               "z": draw(self.draw_noise(len(batch["y"]), random), batch["y"])}
         return site.fit(group, [Turn(("model",), client_loss, self.problem.optimizer())], batches, context=weights | {"has": has}, steps=site.steps(group))
 
     def aggregate(self, server: Tree, totals: Totals, site: ServerSite) -> Tree:
@@ -154,14 +153,14 @@ class FedGen(SharedHead):
         """min over G of the teachers' loss + diversity; classes are drawn evenly from those that this round's clients have."""
         config, device = self.config, self.problem.device
         with self.problem.stream("structure").seeding():
-            generator = self.generator().to(device)
+            generator = self.build_generator().to(device)
 
-        there = counts.sum(0).nonzero().flatten()
+        present = counts.sum(0).nonzero().flatten()
 
         def batches(row: int) -> Iterator[Tree]:
             random = site.stream("generator").torch(device)
             for _ in range(config.server_steps):
-                yield {"y": draw_labels(there, config.server_batch, random), "noise": self.noise(config.server_batch, random)}
+                yield {"y": draw_labels(present, config.server_batch, random), "noise": self.draw_noise(config.server_batch, random)}
         state = {path: leaf for path, leaf in server.items() if path.startswith(("generator/", f"{OPTIMIZER}/"))}
         group = Group("generator", (0,), tree.repeat(tree.to(state, device), 1))
         rule = self.rule("adam", "server_lr", config.server_lr * config.decay ** site.round, weight_decay=config.server_decay)
@@ -180,20 +179,14 @@ class FedGen(SharedHead):
         teacher, alike = TEACHERS[self.config.teacher](logits, batch["y"], context["share"]), diversity_loss(batch["noise"], z)
         return teacher + self.config.diversity * alike, {"teacher": teacher, "diversity": alike}
 
-    def noise(self, count: int, random: torch.Generator) -> Tensor:
+    def draw_noise(self, count: int, random: torch.Generator) -> Tensor:
         """eps, (count, noise_size)."""
         return NOISES[self.config.noise](count, self.config.noise_size, generator=random, device=self.problem.device)
 
 
-def draw_labels(there: Tensor, count: int, random: torch.Generator) -> Tensor:
-    """Labels (count,) drawn evenly from the classes that there are."""
-    return there[torch.randint(len(there), (count,), generator=random, device=there.device)]
+def draw_labels(classes: Tensor, count: int, random: torch.Generator) -> Tensor:
+    """Labels (count,) drawn evenly from `classes` (n,)."""
+    return classes[torch.randint(len(classes), (count,), generator=random, device=classes.device)]
 
 
-def plan(config: Config, problem: Problem) -> Plan:
-    """One phase of federation.rounds rounds.
-
-    Raises: JobError for images that are mixed: the loss needs the class of each.
-    """
-    problem.augmentation()
-    return (Phase("rounds", problem.job.federation.rounds, (FedGen(config, problem),)),)
+plan = plan_rounds(FedGen, mixed_images=False)            # its loss needs one class of each image

@@ -10,8 +10,7 @@ import torch
 
 from hpcfl.algorithms.prototypes import describe_classes, gather_prototypes
 from hpcfl.algorithms.shared_head import SharedHead, train_head
-from hpcfl.contract import ClientSite, Phase, Plan, Problem, ServerSite, Totals, Update, integer, real
-from hpcfl.training.group import Group
+from hpcfl.contract import ClientSite, Group, ServerSite, Totals, Update, integer, plan_rounds, real
 from hpcfl.training.losses import cross_entropy
 from hpcfl.tree import Tree
 
@@ -47,6 +46,4 @@ class FedGH(SharedHead):
         return train_head(server, batches(), self.rule("sgd", "server_lr"), site, "global header")
 
 
-def plan(config: Config, problem: Problem) -> Plan:
-    """One phase of federation.rounds rounds."""
-    return (Phase("rounds", problem.job.federation.rounds, (FedGH(config, problem),)),)
+plan = plan_rounds(FedGH)

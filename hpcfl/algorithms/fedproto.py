@@ -5,9 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hpcfl.contract import Algorithm, ClientSite, Phase, Plan, Problem, ServerSite, Sums, Totals, Update, Uplink, real
+from hpcfl.contract import Algorithm, ClientSite, Group, ServerSite, Sums, Totals, Update, Uplink, plan_rounds, real
 from hpcfl.latents.moments import measure
-from hpcfl.training.group import Group
 from hpcfl.training.losses import prototype_distance
 from hpcfl.tree import Tree
 
@@ -51,10 +50,4 @@ class FedProto(Algorithm):
                 "has": (server["has"].bool() | held.squeeze(1)).to(torch.uint8)}
 
 
-def plan(config: Config, problem: Problem) -> Plan:
-    """One phase of federation.rounds rounds.
-
-    Raises: JobError for images that are mixed: the loss needs the class of each.
-    """
-    problem.augmentation()
-    return (Phase("rounds", problem.job.federation.rounds, (FedProto(config, problem),)),)
+plan = plan_rounds(FedProto, mixed_images=False)            # its loss needs one class of each image

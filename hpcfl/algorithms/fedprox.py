@@ -7,8 +7,7 @@ from torch import Tensor
 
 from hpcfl import tree
 from hpcfl.algorithms.fedavg import FedAvg
-from hpcfl.contract import ClientSite, Phase, Plan, Problem, choice_of, real
-from hpcfl.training.group import Group
+from hpcfl.contract import ClientSite, Group, choice_of, plan_rounds, real
 from hpcfl.tree import Tree
 
 NORMS = {"squared": lambda apart: sum(each.square().sum() for each in apart),                   # ||w - w^t||^2
@@ -35,10 +34,4 @@ class FedProx(FedAvg):
         return F.cross_entropy(modules.model(batch["x"]), batch["y"]) + self.config.mu / 2 * proximal, {"proximal": proximal}
 
 
-def plan(config: Config, problem: Problem) -> Plan:
-    """One phase of federation.rounds rounds.
-
-    Raises: JobError for images that are mixed: the loss needs the class of each.
-    """
-    problem.augmentation()
-    return (Phase("rounds", problem.job.federation.rounds, (FedProx(config, problem),)),)
+plan = plan_rounds(FedProx, mixed_images=False)            # its loss needs one class of each image

@@ -1,7 +1,7 @@
 """FedRolex (Alam et al., NeurIPS 2022, arXiv 2212.01548): a client trains a window of the channels of every layer that moves on by one each round."""
 from hpcfl.algorithms.submodel import Config as Config
 from hpcfl.algorithms.submodel import SubModel
-from hpcfl.contract import Phase, Plan, Problem
+from hpcfl.contract import plan_rounds
 
 
 class FedRolex(SubModel):
@@ -14,6 +14,4 @@ class FedRolex(SubModel):
         return round_
 
 
-def plan(config: Config, problem: Problem) -> Plan:
-    """One phase of federation.rounds rounds."""
-    return (Phase("rounds", problem.job.federation.rounds, (FedRolex(config, problem),)),)
+plan = plan_rounds(FedRolex)

@@ -14,11 +14,9 @@ from torch import Tensor, nn
 from hpcfl import tree
 from hpcfl.algorithms.fedproto import loss
 from hpcfl.algorithms.prototypes import describe_classes, gather_prototypes
-from hpcfl.contract import Algorithm, ClientSite, Phase, Plan, Problem, ServerSite, Totals, Update, choice, integer, real
+from hpcfl.contract import Algorithm, ClientSite, Group, ServerSite, Totals, Turn, Update, choice, integer, plan_rounds, real
 from hpcfl.training.evaluate import bind
-from hpcfl.training.group import Group
 from hpcfl.training.optimizers import Optimizer
-from hpcfl.training.turns import Turn
 from hpcfl.tree import Tree
 
 TINY = 1e-12                                                       # added to squared distances: the root has no slope at 0
@@ -76,11 +74,11 @@ class FedTGP(Algorithm):
 
     def found(self, site: ServerSite) -> Tree:
         with self.problem.stream("init/prototypes").seeding():
-            network = self.network()
+            network = self.build_network()
         has = torch.zeros(self.problem.classes, dtype=torch.uint8)
         return tree.join(network=network.state_dict()) | {"prototypes": network().detach(), "has": has}
 
-    def network(self) -> GlobalPrototypes:
+    def build_network(self) -> GlobalPrototypes:
         """A newly initialised network."""
         return GlobalPrototypes(self.problem.classes, self.problem.common_feature_size())
 
@@ -104,7 +102,7 @@ class FedTGP(Algorithm):
                 for chosen in torch.randperm(len(classes), generator=generator).to(classes.device).split(config.server_batch):
                     yield {"z": means[chosen], "y": classes[chosen]}
         with site.problem.stream("structure").seeding():
-            network = self.network().to(self.problem.device)
+            network = self.build_network().to(self.problem.device)
         group = Group("prototypes", (0,), tree.repeat(tree.to(tree.join(prototypes=tree.part(server, "network")), self.problem.device), 1))
         own = self.problem.optimizer()
         rule = self.rule("sgd", "server_lr") if config.server_lr else Optimizer("sgd", own.lr, rate_setting=own.rate_setting)
@@ -120,10 +118,4 @@ class FedTGP(Algorithm):
         return tree.join(network=trained) | {"prototypes": bind(network, trained)(), "has": has}
 
 
-def plan(config: Config, problem: Problem) -> Plan:
-    """One phase of federation.rounds rounds.
-
-    Raises: JobError for images that are mixed: the loss needs the class of each.
-    """
-    problem.augmentation()
-    return (Phase("rounds", problem.job.federation.rounds, (FedTGP(config, problem),)),)
+plan = plan_rounds(FedTGP, mixed_images=False)            # its loss needs one class of each image

@@ -1,11 +1,12 @@
 """FedVTC (Niu, Dong, Qin, arXiv 2508.01669): clients share the mean and covariance of their features, train a variational transposed-convolution
-generator (VTC) that decodes such features into images, and fine-tune their own models on what it draws from the global statistics.
+generator (VTC) that decodes such features into images, and fine-tune their own models on what it draws from the global class Gaussians.
 
-One round of a client: train the classifier f_k = h_k o g_k with alignment to the global prototypes; measure the features' statistics; train the VTC
-psi_k by reconstruction + KL + distribution matching; send the statistics (and psi_k). The server merges them. After the last round every client
-fine-tunes f_k on images psi(v), v ~ N(c^y, Sigma). What the paper leaves open is a setting here.
+One round of a client: it trains the classifier f_k = h_k o g_k with alignment to the global means, measures the moments of its features, trains the VTC
+psi_k by reconstruction + KL + distribution matching, and sends the moments (and psi_k). The server merges them to one Gaussian N(c^y, Sigma) of each
+class and averages psi. After the last round every client fine-tunes f_k on images psi(v), v ~ N(c^y, Sigma). What the paper leaves open is a setting
+here; section numbers are those of the specification.
 """
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import chain, count, islice
@@ -15,11 +16,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpcfl import tree
-from hpcfl.algorithms.latent_statistics import DescribeLatents, Latents, LocalMoments, SendMoments, read_gaussians
-from hpcfl.contract import ClientSite, JobError, Phase, Plan, Problem, ServerSite, Sums, Totals, Update, Uplink, choice, choice_of, flag, integer, real
+from hpcfl.algorithms.latent_statistics import DescribeLatents, Latents, LocalMoments, SendMeans, SendMoments, SendScatter, take_means
+from hpcfl.contract import (
+    ClientSite,
+    Group,
+    JobError,
+    Phase,
+    Plan,
+    Problem,
+    ServerSite,
+    Sums,
+    Totals,
+    Turn,
+    Update,
+    Uplink,
+    choice,
+    choice_of,
+    flag,
+    integer,
+    real,
+)
 from hpcfl.data.shards import iterate_epochs
 from hpcfl.generators.vtc import VTC
-from hpcfl.latents import moments
 from hpcfl.latents.announced import AnnouncedGaussians
 from hpcfl.latents.encoders import LATENTS
 from hpcfl.latents.gaussians import TARGETS, kl
@@ -27,19 +45,17 @@ from hpcfl.latents.matching import MATCHINGS
 from hpcfl.latents.moments import MODES, Moments
 from hpcfl.models.fixed_maps import MAPS
 from hpcfl.training.evaluate import bind
-from hpcfl.training.group import Group
 from hpcfl.training.losses import cross_entropy, prototype_distance
 from hpcfl.training.synthetic import Draw, draw_synthetic_epochs
-from hpcfl.training.turns import Turn
 from hpcfl.tree import Tree
 
 BETAS = (0.5, 0.999)                                               # Adam's for psi and sigma_k, as unofficial implementations have them
-SCOPES = {"all": None, "head": lambda path: path.startswith("model/head.")}
+SCOPES = {"all": None, "head": lambda path: path.startswith("model/head.")}                # which parameters fine-tuning trains
 
 
 @dataclass(frozen=True)
 class Config:
-    """The settings of FedVTC; the paper's own choices are the defaults wherever they are known."""
+    """The settings of FedVTC; the paper's own choices are the defaults where they are known."""
 
     latent: str = choice_of(LATENTS, "own", meaning="own: g_k(x), the paper's; common: a fixed map that all clients share, ours")
     common_map: str = choice_of(MAPS, "dct", meaning="of latent = common: which map")
@@ -124,11 +140,11 @@ class VTCStep(DescribeLatents):
         return group
 
     def publish(self, server: Tree) -> Tree:
-        """The statistics, and psi where it was averaged."""
+        """The class Gaussians, and psi where it was averaged."""
         return super().publish(server) | tree.join(generator=tree.part(server, "generator"))
 
     def aggregate(self, server: Tree, totals: Totals, site: ServerSite) -> Tree:
-        """The statistics, and the mean of the psi_k that came; an older psi is not said again."""
+        """The class Gaussians, and the mean of the psi_k that came; an older psi is not published again."""
         if not totals and not tree.part(server, "generator"):
             return server
         new = {path: leaf for path, leaf in super().aggregate(server, totals, site).items() if not path.startswith("generator/")}
@@ -140,13 +156,13 @@ class VTCStep(DescribeLatents):
         return group.with_common_part("generator", tree.to(generator, self.problem.device)) if generator else group
 
     def split_group(self, group: Group) -> tuple[Group, Tree]:
-        """The group as far as classifying needs it, and what only the VTC needs, where that rests: with `offload` in host memory."""
+        """The group as far as the classifier needs it, and what only the VTC needs; with `offload` that rests in host memory."""
         classifying = reduce(Group.without, VTC_PARTS, group)
         resting = {path: leaf for path, leaf in group.state.items() if path not in classifying.state}
         return classifying, tree.to(resting, "cpu" if self.config.offload else self.problem.device)
 
     def draw(self, group: Group, message: Tree, site: ClientSite, per_class: int) -> tuple[Tensor, Tensor]:
-        gaussians, client = self.read_gaussians(message), group.clients[0]
+        gaussians, client = self.read_gaussians(message, site), group.clients[0]
         generate, images = self.generate(self.adopt(group, message), gaussians, site, client), []
         generator = site.stream("sample", client).torch(self.problem.device)
         for y in range(self.problem.classes):
@@ -166,16 +182,23 @@ class VTCStep(DescribeLatents):
         return draw
 
 
+def aligned_loss(modules, batch: Tree, context: Tree) -> tuple[Tensor, Tree]:
+    """CE + lambda A(z, y): features drawn to the global prototypes, weighted by inverse variance (3.1)."""
+    z = modules.model.features(batch["x"])                                                  # (B, p)
+    alignment = prototype_distance(z, batch["y"], context["mean"], context["has"], context["weight"])
+    return F.cross_entropy(modules.model.head(z), batch["y"]) + context["strength"] * alignment, {"alignment": alignment}
+
+
 class FedVTC(VTCStep):
-    """One round at a client: classifier, statistics (of its own latents), VTC; what goes up."""
+    """One round at a client: classifier, moments (of its own latents), VTC; what goes up."""
 
     def train(self, group: Group, message: Tree, site: ClientSite) -> Update:
-        gaussians = self.read_gaussians(message)
+        gaussians = self.read_gaussians(message, site)
         group, vtc = self.split_group(self.adopt(group, message))
         group, metrics = self.train_classifier(group, gaussians, site)
         latents = self.encode(group, site)
         local = self.measure(latents, site)
-        statistics = self.upload(local) if self.config.latent == "own" else Uplink()
+        uplink = self.upload(local) if self.config.latent == "own" else Uplink()
         if bool(gaussians.has.any()):
             whole = replace(group, state=group.state | tree.to(vtc, self.problem.device))
             whole, measured = self.train_generator(whole, latents, local, gaussians, site)
@@ -183,8 +206,8 @@ class FedVTC(VTCStep):
             metrics |= measured
             if self.sends_generator(site):
                 weights = site.sizes(group) if self.config.vtc_weights == "counts" else torch.ones(len(group.clients), dtype=torch.float64)
-                statistics += Uplink({"generator": Sums.weighted(group.clients, tree.part(vtc, "generator"), weights, weights_sent=False)})
-        return Update(replace(group, state=group.state | vtc), statistics, metrics)
+                uplink += Uplink({"generator": Sums.weighted(group.clients, tree.part(vtc, "generator"), weights, weights_sent=False)})
+        return Update(replace(group, state=group.state | vtc), uplink, metrics)
 
     def sends_generator(self, site: ClientSite) -> bool:
         """Whether psi_k goes up this round: every vtc_sync_every rounds, and after the last."""
@@ -192,7 +215,7 @@ class FedVTC(VTCStep):
         return config.vtc_sync == "fedavg" and ((site.round + 1) % config.vtc_sync_every == 0 or site.round + 1 == rounds)
 
     def train_classifier(self, group: Group, gaussians: AnnouncedGaussians, site: ClientSite) -> tuple[Group, dict[str, Tensor]]:
-        """L_f = CE + lambda(t) A(z, y) (3.1); CE alone without global statistics in the features' own space."""
+        """L_f = CE + lambda(t) A(z, y) (3.1); CE alone where no class Gaussians are known in the features' own space."""
         config = self.config
         if config.latent == "common" or config.alignment == 0 or not bool(gaussians.has.any()):
             return site.train_model(group, cross_entropy)
@@ -200,26 +223,28 @@ class FedVTC(VTCStep):
         context = {"mean": gaussians.mean, "weight": gaussians.weight, "has": gaussians.has, "strength": torch.tensor(strength, device=gaussians.mean.device)}
         return site.train_model(group, aligned_loss, context)
 
-    def train_generator(self, group: Group, latents: Latents, local: LocalMoments, gaussians: AnnouncedGaussians, site: ClientSite) -> tuple[Group, dict[str, Tensor]]:
+    def train_generator(self, group: Group, latents: Latents, local: LocalMoments, gaussians: AnnouncedGaussians, site: ClientSite
+                        ) -> tuple[Group, dict[str, Tensor]]:
         """E_v epochs of Adam on psi_k, and on sigma_k where it is learnable; f_k is frozen (3.3)."""
         config = self.config
-        turns = [Turn(("generator",), self.generator_loss, self.rule("adam", "vtc_lr", betas=BETAS, clip=config.vtc_clip,
-                                                                             clip_setting=f"algorithm.vtc_clip = {config.vtc_clip:g}"))]
+        rule = self.rule("adam", "vtc_lr", betas=BETAS, clip=config.vtc_clip, clip_setting=f"algorithm.vtc_clip = {config.vtc_clip:g}")
+        turns = [Turn(("generator",), self.generator_loss, rule)]
         if config.sigma_source == "learnable":
             turns.append(Turn(("deviation",), self.generator_loss, self.rule("adam", "sigma_lr", betas=BETAS)))
-        deviations = {client: self.deviation(local[client]) for client in group.clients}
+        deviations = {client: self.find_deviation(local[client]) for client in group.clients}
 
         def batches(client: int) -> Iterator[Tree]:
             return self.generator_batches(client, latents[client], deviations[client], gaussians, site)
         context = {"mean": gaussians.mean, "variance": gaussians.variance, "precision": gaussians.precision, "coupling": gaussians.coupling,
-                   "least": gaussians.mean.new_tensor(config.variance_floor ** 0.5), "weight": gaussians.weight if config.dm_whiten else torch.ones_like(gaussians.weight)}
+                   "least": gaussians.mean.new_tensor(config.variance_floor ** 0.5),
+                   "weight": gaussians.weight if config.dm_whiten else torch.ones_like(gaussians.weight)}
         images = max(len(site.holdings[client].train) for client in group.clients)
         steps = (config.vtc_steps or config.vtc_epochs * -(-images // config.vtc_batch)) * self.problem.job.federation.rounds
         group, measured = site.fit(group, turns, batches, context=context, keep_optimizer=config.vtc_sync == "none", steps=steps)
         measured["vtc_loss"] = measured.pop("loss")
         return group, measured
 
-    def deviation(self, local: Moments) -> Tensor:
+    def find_deviation(self, local: Moments) -> Tensor:
         """sigma_k, the local standard deviation for each class (C, p), floored: of each class in the class modes, else pooled within classes."""
         scatter = local.scatter.diagonal(dim1=-2, dim2=-1) if self.full else local.scatter                  # (C, p)
         pooled = self.config.covariance.startswith("shared")
@@ -227,10 +252,10 @@ class FedVTC(VTCStep):
         return variance.clamp_min(self.config.variance_floor).sqrt().float()
 
     def generator_batches(self, client: int, z: Tensor, deviation: Tensor, gaussians: AnnouncedGaussians, site: ClientSite) -> Iterator[Tree]:
-        """Passes over the client's images with their latents and the noise of each step; latents of all known classes for L_DM."""
+        """Passes over the client's images with their latents and the noise of each step; latents of the announced classes for L_DM."""
         config, shard, device = self.config, site.holdings[client].train, z.device
         generator, away = site.stream("vtc", client).torch(device), gaussians.distance(shard.labels, z)
-        there = gaussians.has.nonzero().flatten()
+        present = gaussians.has.nonzero().flatten()
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, z.shape[1], generator=generator, device=device)
@@ -241,7 +266,7 @@ class FedVTC(VTCStep):
             batch = {"x": self.problem.scale.to_symmetric(shard.pixels(indices)), "y": y, "z": z[indices], "eps": normal(len(indices)),
                      "deviation": deviation[y], "away": away[indices], "has": gaussians.has[y]}
             if config.dm != "off":
-                chosen = there[torch.randperm(len(there), generator=generator, device=device)[:config.dm_classes]]
+                chosen = present[torch.randperm(len(present), generator=generator, device=device)[:config.dm_classes]]
                 labels = chosen.repeat_interleave(config.dm_samples)
                 batch |= {"classes": chosen, "v": gaussians.draw(labels, normal(len(labels))), "fresh": gaussians.draw(labels, normal(len(labels)))}
             yield batch
@@ -250,7 +275,8 @@ class FedVTC(VTCStep):
         """L_e = L_rc + beta_kl D_KL + beta_dm L_DM (3.3), divided by the number of pixels so that Adam and clipping see one scale for all images."""
         config, z, y, deviation = self.config, batch["z"], batch["y"], batch["deviation"]
         if config.sigma_source == "learnable":
-            deviation = torch.maximum(deviation * (0.5 * modules.deviation.log_ratio).exp(), context["least"])          # not clamp: it stops the slope on the floor
+            deviation = deviation * (0.5 * modules.deviation.log_ratio).exp()
+            deviation = torch.maximum(deviation, context["least"])                          # not clamp: it stops the slope on the floor
         images = modules.generator(z + config.noise * deviation * batch["eps"])             # v = z + sigma_k * eps, (B, C, H, W)
         pixels = images[0].numel()
         error = (images - batch["x"]).square().flatten(1)                                   # (B, pixels)
@@ -260,13 +286,13 @@ class FedVTC(VTCStep):
         loss = reconstruction + config.beta_kl * divergence
         measured = {"reconstruction": reconstruction, "kl": divergence}
         if config.dm != "off":
-            measured["dm"] = self.matching(modules, batch, context)
+            measured["dm"] = self.match_latents(modules, batch, context)
             loss = loss + config.beta_dm * measured["dm"]
         if config.beta_tv:
             loss = loss + config.beta_tv * (images.diff(dim=2).abs().sum() + images.diff(dim=3).abs().sum()) / len(images)
         return loss / pixels, measured
 
-    def matching(self, modules, batch: Tree, context: Tree) -> Tensor:
+    def match_latents(self, modules, batch: Tree, context: Tree) -> Tensor:
         """L_DM over the classes of this step: what encoding the generated images gives, against the global Gaussians (3.5)."""
         classes, size = batch["classes"], self.latent.size
         features = self.latent.encode(modules, modules.generator(batch["v"])).view(len(classes), -1, size)              # (Y, M, p)
@@ -274,58 +300,16 @@ class FedVTC(VTCStep):
                                          context["variance"][classes].sqrt(), context["weight"][classes])
 
 
-class SendMeans(VTCStep):
-    """Where the server sees nothing but sums (8.4), the first of two phases: counts and sums, from which the global means follow."""
-
-    def sum_first(self, group: Group, site: ClientSite) -> Uplink:
-        """What each client adds to counts and sums."""
-        firsts = [moments.sum_features(z, y, self.problem.classes) for z, y in self.sent_samples(group, site)]
-        return Uplink({"first": Sums.weighted(group.clients, tree.stack(firsts), torch.ones(len(group.clients)), weights_sent=False)})
-
-    def aggregate(self, server: Tree, totals: Totals, site: ServerSite) -> Tree:
-        new = super().aggregate(server, {name: total for name, total in totals.items() if name == "generator"}, site)
-        first = totals["first"].values
-        mean = torch.where(first["counts"][:, None] > 0, first["sums"] / first["counts"].clamp(min=1)[:, None], server["mean"])
-        return {**new, "mean": mean, **tree.join(first=first)}
-
-
-class FedVTCBySums(SendMeans, FedVTC):
-    """FedVTC's round, with sums in the place of its statistics."""
+class FedVTCBySums(FedVTC):
+    """FedVTC's round where the server sees nothing but sums: counts and sums in the place of each client's moments."""
 
     def train(self, group: Group, message: Tree, site: ClientSite) -> Update:
-        update = FedVTC.train(self, group, message, site)
+        update = super().train(group, message, site)
         kept = Uplink({name: sums for name, sums in update.uplink.pieces.items() if name != "moments"})
-        return replace(update, uplink=kept + self.sum_first(update.group, site))
-
-
-class SendMeansOnce(SendMeans):
-    """Common latents, once."""
-
-    def publish(self, server: Tree) -> Tree:
-        return {}
-
-    def train(self, group: Group, message: Tree, site: ClientSite) -> Update:
-        return Update(group, self.sum_first(group, site))
-
-
-class SendScatter(VTCStep):
-    """The second of the two phases: the scatter around the global means, summed."""
-
-    def publish(self, server: Tree) -> Tree:
-        """The new means alone: the spread is still the old one, and psi goes with what comes of this phase."""
-        return {"mean": server["mean"].float()}
-
-    def train(self, group: Group, message: Tree, site: ClientSite) -> Update:
-        mean, mode = message["mean"].double().to(self.problem.device), self.config.covariance
-        around = [moments.measure_scatter(z, y, mean, mode) for z, y in self.sent_samples(group, site)]
-        sums = Sums.weighted(group.clients, {"scatter": torch.stack(around)}, torch.ones(len(group.clients)), weights_sent=False)
-        return Update(group, Uplink({"scatter": sums}))
+        return replace(update, uplink=kept + self.upload_sums(update.group, site))
 
     def aggregate(self, server: Tree, totals: Totals, site: ServerSite) -> Tree:
-        first, mode = tree.part(server, "first"), self.config.covariance
-        merged = moments.from_sums(first["counts"], first["sums"], totals["scatter"].values["scatter"], mode)
-        kept = {path: leaf for path, leaf in server.items() if not path.startswith("first/")}
-        return kept | vars(moments.keep_previous(merged, read_gaussians(server), mode))
+        return take_means(super().aggregate(server, totals, site), totals)
 
 
 class FineTune(VTCStep):
@@ -334,7 +318,7 @@ class FineTune(VTCStep):
     refines = "finetune"
 
     def refine(self, group: Group, message: Tree, site: ClientSite) -> Update:
-        config, gaussians = self.config, self.read_gaussians(message)
+        config, gaussians = self.config, self.read_gaussians(message, site)
         whole = self.adopt(group, message)
         classes = gaussians.has.nonzero().flatten()
         if not len(classes):
@@ -342,9 +326,11 @@ class FineTune(VTCStep):
         group, vtc = self.split_group(whole)
 
         def batches(client: int) -> Iterator[Tree]:
-            real = (lambda epoch: iterate_epochs(site.holdings[client].train, config.finetune_batch, 1, site.stream(f"real/{epoch}", client))) if config.ft_real else None
-            return draw_synthetic_epochs(self.generate(whole, gaussians, site, client), classes, config.per_class, config.finetune_batch, config.finetune_epochs,
-                                    site.stream("finetune", client), resample=config.resample, real=real)
+            def real(epoch: int) -> Iterable[Tree]:
+                return iterate_epochs(site.holdings[client].train, config.finetune_batch, 1, site.stream(f"real/{epoch}", client))
+            return draw_synthetic_epochs(self.generate(whole, gaussians, site, client), classes, config.per_class, config.finetune_batch,
+                                         config.finetune_epochs, site.stream("finetune", client), resample=config.resample,
+                                         real=real if config.ft_real else None)
         rule = self.problem.optimizer()
         if config.finetune_lr:
             rule = replace(rule, lr=config.finetune_lr, rate_setting=f"algorithm.finetune_lr = {config.finetune_lr:g}")
@@ -355,15 +341,8 @@ class FineTune(VTCStep):
         return Update(replace(group, state=group.state | vtc), metrics=metrics)
 
 
-def aligned_loss(modules, batch: Tree, context: Tree) -> tuple[Tensor, Tree]:
-    """CE + lambda A(z, y): features drawn to the global prototypes, weighted by inverse variance (3.1)."""
-    z = modules.model.features(batch["x"])                                                  # (B, p)
-    alignment = prototype_distance(z, batch["y"], context["mean"], context["has"], context["weight"])
-    return F.cross_entropy(modules.model.head(z), batch["y"]) + context["strength"] * alignment, {"alignment": alignment}
-
-
 def plan(config: Config, problem: Problem) -> Plan:
-    """Own latents: rounds, then fine-tuning. Common latents: statistics once, rounds, then fine-tuning.
+    """Own latents: rounds, then fine-tuning. Common latents: moments once, rounds, then fine-tuning.
 
     Raises: JobError for statistics = "sums" without between_client.
     """
@@ -375,7 +354,7 @@ def plan(config: Config, problem: Problem) -> Plan:
     learning = (FedVTC(config, problem),) if common else (FedVTCBySums(config, problem), *scatter) if sums else (FedVTC(config, problem),)
     each = (finetune,) if config.finetune == "every_round" else ()
     rounds = Phase("rounds", problem.job.federation.rounds, learning + each)
-    share = SendMeansOnce(config, problem) if sums else SendMoments(config, problem)
+    share = SendMeans(config, problem) if sums else SendMoments(config, problem)
     first = (Phase("statistics", 1, (share, *scatter), everyone=True),) if common else ()
     last = (Phase("finetune", 1, (finetune,), everyone=True),) if config.finetune == "final" else ()
     return (*first, rounds, *last)

@@ -10,11 +10,9 @@ from torch import Tensor, nn
 
 from hpcfl import tree
 from hpcfl.algorithms.fedavg import FedAvg
-from hpcfl.contract import Algorithm, ClientSite, JobError, Phase, Plan, Problem, ServerSite, Sums, Uplink, name_of, real
+from hpcfl.contract import Algorithm, ClientSite, Group, JobError, Problem, ServerSite, Sums, Turn, Uplink, name_of, plan_rounds, real
 from hpcfl.models import zoo
-from hpcfl.training.group import Group
 from hpcfl.training.losses import divergence
-from hpcfl.training.turns import Turn
 from hpcfl.tree import Tree
 
 MEME = "meme"
@@ -37,17 +35,25 @@ class FML(FedAvg):
     config: Config
     refine = Algorithm.refine                                      # memes are for training alone: the next round's is early enough
 
+    def __init__(self, config: Config, problem: Problem):
+        """Raises: JobError for a meme that is not in the zoo."""
+        super().__init__(config, problem)
+        try:
+            zoo.find_entry(config.meme)
+        except JobError as error:
+            raise JobError(f"algorithm.meme: {error}") from error
+
     def modules(self, architecture: str) -> dict[str, nn.Module]:
         return {**super().modules(architecture), MEME: self.problem.model(self.config.meme)}
 
     def join(self, group: Group, site: ClientSite) -> Group:
         group = super().join(group, site)
-        return group if group.part(MEME) else group.with_common_part(MEME, self.first())
+        return group if group.part(MEME) else group.with_common_part(MEME, self.init_meme())
 
     def found(self, site: ServerSite) -> Tree:
-        return tree.join(**{MEME: self.first()})
+        return tree.join(**{MEME: self.init_meme()})
 
-    def first(self) -> Tree:
+    def init_meme(self) -> Tree:
         """The meme before the first round."""
         with self.problem.stream(f"init/{MEME}").seeding():
             return self.problem.model(self.config.meme).state_dict()
@@ -81,14 +87,4 @@ class FML(FedAvg):
         return group.with_common_part(MEME, tree.to(message, self.problem.device))
 
 
-def plan(config: Config, problem: Problem) -> Plan:
-    """One phase of federation.rounds rounds.
-
-    Raises: JobError for a meme that is not in the zoo, and for images that are mixed: the loss needs the class of each.
-    """
-    problem.augmentation()
-    try:
-        zoo.find_entry(config.meme)
-    except JobError as error:
-        raise JobError(f"algorithm.meme: {error}") from error
-    return (Phase("rounds", problem.job.federation.rounds, (FML(config, problem),)),)
+plan = plan_rounds(FML, mixed_images=False)                        # its losses need one class of each image

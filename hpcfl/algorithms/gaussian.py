@@ -7,11 +7,10 @@ from torch import Tensor, nn
 from hpcfl import tree
 from hpcfl.algorithms import latent_statistics
 from hpcfl.algorithms.latent_statistics import DescribeLatents
-from hpcfl.contract import ClientSite, Phase, Plan, Problem, Update, choice, choice_of, flag, integer, real
+from hpcfl.contract import ClientSite, Group, Phase, Plan, Problem, Update, choice, choice_of, flag, integer, real
 from hpcfl.latents.gaussians import TARGETS
 from hpcfl.latents.moments import MODES
 from hpcfl.models.fixed_maps import MAPS
-from hpcfl.training.group import Group
 from hpcfl.tree import Tree
 
 
@@ -63,7 +62,7 @@ class AdoptGaussians(DiscriminantStep):
     refines = "adopt"
 
     def refine(self, group: Group, message: Tree, site: ClientSite) -> Update:
-        gaussians = self.read_gaussians(message)
+        gaussians = self.read_gaussians(message, site)
         factor = gaussians.factor.double()
         full = (factor if factor.dim() == 3 else torch.diag_embed(factor.expand(len(factor), gaussians.mean.shape[1]))).expand(self.problem.classes, -1, -1)
         offset = full.diagonal(dim1=1, dim2=2).log().sum(1).masked_fill(~gaussians.has, float("inf"))

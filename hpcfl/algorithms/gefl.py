@@ -19,6 +19,7 @@ from hpcfl.contract import (
     Algorithm,
     ClientSite,
     DataError,
+    Group,
     JobError,
     LayoutError,
     Phase,
@@ -27,6 +28,7 @@ from hpcfl.contract import (
     ServerSite,
     Sums,
     Totals,
+    Turn,
     Update,
     Uplink,
     choice,
@@ -44,9 +46,9 @@ from hpcfl.models.classifier import Shape
 from hpcfl.streams import Stream
 from hpcfl.training.compiling import compiles
 from hpcfl.training.evaluate import BATCH, bind
-from hpcfl.training.group import OPTIMIZER, Group
+from hpcfl.training.group import OPTIMIZER
 from hpcfl.training.losses import cross_entropy
-from hpcfl.training.turns import Modules, Turn
+from hpcfl.training.turns import Modules
 from hpcfl.tree import Tree
 
 GENERATOR = "generator"                                            # of the networks of a generative model the one that draws
@@ -99,18 +101,18 @@ def build_generator(config: Config, shape: Shape, classes: int, features: bool) 
 
 
 class Space(Protocol):
-    """What a generator makes and learns from, between the client's images and its classifier."""
+    """What a generator learns from and draws: images, or maps between the client's images and its classifier."""
 
     generative: GenerativeModel
 
     def batches(self, message: Tree, site: ClientSite, client: int, count: int, batch: int) -> Iterator[Tree]:
-        """Shuffled batches {"x": (B, *kind.shape), "y": (B,)} of the client's own, `count` times over."""
+        """Shuffled batches {"x": (B, *generative.shape), "y": (B,)} of the client's own, `count` times over."""
 
     def from_images(self, message: Tree, x: Tensor) -> Tensor:
-        """Classifier input (B, C, H, W) as the generator would make it, (B, *kind.shape)."""
+        """Classifier input (B, C, H, W) as the generator would make it, (B, *generative.shape)."""
 
     def to_classifier(self, samples: Tensor) -> Tensor:
-        """Samples (B, *kind.shape) as the classifier takes them."""
+        """Samples (B, *generative.shape) as the classifier takes them."""
 
     def to_pictures(self, samples: Tensor) -> Tensor:
         """Samples for people to look at: images in [0, 1], or what stands for them."""
@@ -142,14 +144,14 @@ class Images:
 
 
 class GeneratorStep(Algorithm):
-    """What both steps share: the networks of the generator and drawing from it."""
+    """What the steps of both stages share: the networks of the generator, and drawing from it."""
 
     config: Config
 
     def __init__(self, config: Config, problem: Problem, space: Space):
         super().__init__(config, problem)
         self.space, self.generative = space, space.generative
-        self.structure = self.initialise("structure")                 # the same for clients of every architecture
+        self.structure = self.initialise("structure")              # the same for clients of every architecture
         self.networks = tuple(self.structure)                      # their names, and the parts of the server's state that hold w_g
 
     def modules(self, architecture: str) -> dict[str, nn.Module]:
@@ -169,7 +171,7 @@ class GeneratorStep(Algorithm):
                             "use fewer clients")
 
     def build_drawer(self, message: Tree, site: ClientSite, compile: bool = False) -> Callable[[Tensor, torch.Generator], Tensor]:
-        """Samples (B, *kind.shape) of labels (B,), G in eval mode and without gradients."""
+        """Samples (B, *generative.shape) of labels (B,), G in eval mode and without gradients."""
         call = bind(site.modules[GENERATOR], tree.to(tree.part(message, GENERATOR), self.problem.device), compile=compile)
         return lambda y, random: self.generative.sample(call, y, random)
 
@@ -250,7 +252,7 @@ class TeachStep(GeneratorStep):
     def __init__(self, config: Config, problem: Problem, space: Space, continued: bool):
         """`continued`: whether the generator goes on training in these rounds."""
         super().__init__(config, problem, space)
-        self.continued, self.drawn = continued, None
+        self.continued = continued
 
     def publish(self, server: Tree) -> Tree:
         unused = tuple(f"{name}/" for name in self.networks if name != GENERATOR)
@@ -313,9 +315,7 @@ class TeachStep(GeneratorStep):
         """The batches that this rank has drawn in this round, by number; each follows from round and number, so that all ranks draw the same."""
         if self.config.pool == "client":
             return None
-        if self.drawn is None or self.drawn[0] != (site.phase, site.round):
-            self.drawn = (site.phase, site.round), {}
-        return self.drawn[1]
+        return site.once_for_all("pool", (site.phase, site.round), dict)
 
 
 class TrainTargets(TeachStep, FedAvg):
@@ -325,7 +325,8 @@ class TrainTargets(TeachStep, FedAvg):
 def plan(config: Config, problem: Problem) -> Plan:
     """T_KA generator rounds, then T_TN target rounds; where the generator goes on training, the two overlap in rounds of both steps (2.1)."""
     space = Images(config, problem)
-    return plan_stages(config, problem, lambda first: TrainGenerator(config, problem, space, first), lambda continued: TrainTargets(config, problem, space, continued))
+    return plan_stages(config, problem, lambda first: TrainGenerator(config, problem, space, first),
+                       lambda continued: TrainTargets(config, problem, space, continued))
 
 
 def plan_stages(config: Config, problem: Problem, generator: Callable[[int], Algorithm], targets: Callable[[bool], Algorithm]) -> Plan:

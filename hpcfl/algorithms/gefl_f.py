@@ -14,13 +14,11 @@ from hpcfl import tree
 from hpcfl.algorithms import gefl
 from hpcfl.algorithms.gefl import TeachStep, TrainGenerator, build_generator, plan_stages
 from hpcfl.algorithms.lg_fedavg import COMMON, LgFedAvg
-from hpcfl.contract import Algorithm, ClientSite, Phase, Plan, Problem, Sums, Uplink, integer
+from hpcfl.contract import Algorithm, ClientSite, Group, Phase, Plan, Problem, Sums, Turn, Uplink, integer
 from hpcfl.data.augment import Augmentation
 from hpcfl.data.shards import Shard, iterate_epochs
 from hpcfl.streams import Stream
 from hpcfl.training.evaluate import apply_in_batches, bind
-from hpcfl.training.group import Group
-from hpcfl.training.turns import Turn
 from hpcfl.tree import Tree
 
 EXTRACTOR = "extractor."
@@ -57,7 +55,7 @@ class Maps:
         return self.epochs(message, site, client, count, batch, site.stream("generator batches", client), augmentation)
 
     def epochs(self, message: Tree, site: ClientSite, client: int, count: int, batch: int, stream: Stream, augmentation: Augmentation) -> Iterator[Tree]:
-        """Shuffled batches {"x": (B, *kind.shape), "y"} of the maps of a client's training images, `count` times over; augmented ones are mapped anew."""
+        """Shuffled batches {"x": (B, *generative.shape), "y"} of the maps of a client's training images, `count` times over; augmented ones are mapped anew."""
         if not augmentation.words:
             return iterate_epochs(self.encode_own(message, site, client), batch, count, stream)
         extract, images = self.extractor(message), iterate_epochs(site.holdings[client].train, batch, count, stream, augmentation)

@@ -1,7 +1,7 @@
 """HeteroFL (Diao, Ding and Tarokh, ICLR 2021, arXiv 2010.01264): a client trains the leading channels of every layer, as many as its width allows."""
 from hpcfl.algorithms.submodel import Config as Config
 from hpcfl.algorithms.submodel import SubModel
-from hpcfl.contract import Phase, Plan, Problem
+from hpcfl.contract import plan_rounds
 
 
 class HeteroFL(SubModel):
@@ -11,6 +11,4 @@ class HeteroFL(SubModel):
         return 0
 
 
-def plan(config: Config, problem: Problem) -> Plan:
-    """One phase of federation.rounds rounds."""
-    return (Phase("rounds", problem.job.federation.rounds, (HeteroFL(config, problem),)),)
+plan = plan_rounds(HeteroFL)

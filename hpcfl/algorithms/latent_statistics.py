@@ -1,23 +1,27 @@
-"""Describing: clients describe their images by counts, means and covariances of latents, and the server makes one Gaussian of each class of them."""
+"""Statistics of latents: clients send the moments of their latents by class, the server makes one Gaussian of each class of them and announces it.
+
+There are two ways to the same Gaussians: every client's moments go up and the server merges them; or, where the server is to see nothing but sums over
+clients, counts and sums go up, the means come down, and the scatter around them goes up.
+"""
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from hpcfl.contract import Algorithm, ClientSite, Problem, ServerSite, Totals, Update, Uplink, Uploads
+from hpcfl import tree
+from hpcfl.contract import Algorithm, ClientSite, Group, Problem, ServerSite, Sums, Totals, Update, Uplink, Uploads
 from hpcfl.latents import moments
 from hpcfl.latents.announced import HEADER, AnnouncedGaussians, announce_gaussians, make_empty
 from hpcfl.latents.encoders import LATENTS
 from hpcfl.latents.moments import ClassGaussians, Moments
-from hpcfl.training.group import Group
 from hpcfl.tree import Tree
 
 Latents = dict[int, Tensor]                                        # client -> (n, p), one per training image
-LocalMoments = dict[int, Moments]                                         # client -> statistics of its latents
+LocalMoments = dict[int, Moments]                                  # client -> moments of its latents
 
 
 class LatentSettings(Protocol):
-    """The settings that describing needs; FedVTC's Config and the Gaussian classifier's have them."""
+    """The settings that describing latents needs; FedVTC's Config and the Gaussian classifier's have them."""
 
     latent: str
     common_map: str
@@ -30,15 +34,17 @@ class LatentSettings(Protocol):
 
 
 class DescribeLatents(Algorithm):
-    """What all methods by statistics of latents share: what goes up, what the server makes of it, and how a client reads what comes down."""
+    """What all steps that describe latents share: what goes up, what the server makes of it, and how a client reads what comes down.
+
+    The server's state is a `ClassGaussians` as a Tree.
+    """
 
     config: LatentSettings
 
     def __init__(self, config: LatentSettings, problem: Problem):
         super().__init__(config, problem)
         self.latent = LATENTS[config.latent](config, problem)
-        self.full = moments.needs_full(config.covariance)
-        self.read: tuple[Tree, AnnouncedGaussians | None] = ({}, None)          # the last message, and what it says
+        self.full = moments.needs_full(config.covariance)          # whether scatter matrices are measured, or their diagonals
 
     def modules(self, architecture: str) -> dict[str, nn.Module]:
         return super().modules(architecture) | self.latent.modules()
@@ -48,21 +54,20 @@ class DescribeLatents(Algorithm):
 
     def publish(self, server: Tree) -> Tree:
         """has, c^y and the spread as float32 (packed triangles): the down message of FedVTC's specification, 2.5."""
-        return announce_gaussians(read_gaussians(server), self.config.covariance, self.config.shrink_target, self.config.server_floor)
+        return announce_gaussians(load_gaussians(server), self.config.covariance, self.config.shrink_target, self.config.server_floor)
 
     def aggregate(self, server: Tree, totals: Totals, site: ServerSite) -> Tree:
         """Merge the clients' moments by the law of total covariance; a server that got none stays as it is."""
         if "moments" not in totals:
             return server
         merged = moments.aggregate(list(totals["moments"].trees.values()), self.config.covariance, between_client=self.config.between_client)
-        return server | vars(moments.keep_previous(merged, read_gaussians(server), self.config.covariance))
+        return server | vars(moments.keep_previous(merged, load_gaussians(server), self.config.covariance))
 
-    def read_gaussians(self, message: Tree) -> AnnouncedGaussians:
-        """The global statistics of a message, ready to be drawn from; read once for all groups, verbs and chunks that it comes to."""
+    def read_gaussians(self, message: Tree, site: ClientSite) -> AnnouncedGaussians:
+        """The class Gaussians of a message, ready to be drawn from; read once for all groups, verbs and chunks that it comes to."""
         told = {name: message[name] for name in ("has", "mean", "spread")}
-        if self.read[1] is None or any(leaf is not self.read[0][name] for name, leaf in told.items()):
-            self.read = told, AnnouncedGaussians.from_message(told, self.config.covariance, self.problem.device)
-        return self.read[1]
+        return site.once_for_all("gaussians", tuple(told.values()),
+                                 lambda: AnnouncedGaussians.from_message(told, self.config.covariance, self.problem.device))
 
     def encode(self, group: Group, site: ClientSite) -> Latents:
         """Each client's training images as latents, without augmentation and gradients."""
@@ -78,6 +83,11 @@ class DescribeLatents(Algorithm):
         messages = {client: header | moments.to_message(m, self.config.covariance, self.config.min_count) for client, m in local.items()}
         return Uplink({"moments": Uploads(messages)})
 
+    def upload_sums(self, group: Group, site: ClientSite) -> Uplink:
+        """What each client adds to counts and sums."""
+        firsts = [moments.sum_features(z, y, self.problem.classes) for z, y in self.sent_samples(group, site)]
+        return Uplink({"first": Sums.weighted(group.clients, tree.stack(firsts), torch.ones(len(group.clients)), weights_sent=False)})
+
     def sent_samples(self, group: Group, site: ClientSite) -> list[tuple[Tensor, Tensor]]:
         """Each client's latents (n, p) and labels (n,), without the classes that min_count keeps from being sent."""
         samples = []
@@ -89,7 +99,7 @@ class DescribeLatents(Algorithm):
 
 
 class SendMoments(DescribeLatents):
-    """Common latents, once: every client sends counts, means and spread of phi(x), and the server merges them."""
+    """All in one phase: every client sends counts, means and spread, and the server merges them."""
 
     def publish(self, server: Tree) -> Tree:
         return {}
@@ -98,6 +108,49 @@ class SendMoments(DescribeLatents):
         return Update(group, self.upload(self.measure(self.encode(group, site), site)))
 
 
-def read_gaussians(server: Tree) -> ClassGaussians:
-    """The statistics in the server's state."""
+class SendMeans(DescribeLatents):
+    """The first of two phases of sums (FedVTC's specification, 8.4): counts and sums go up, from which the global means follow.
+
+    The server's state keeps them as "first/..." until the second phase has come.
+    """
+
+    def publish(self, server: Tree) -> Tree:
+        return {}
+
+    def train(self, group: Group, message: Tree, site: ClientSite) -> Update:
+        return Update(group, self.upload_sums(group, site))
+
+    def aggregate(self, server: Tree, totals: Totals, site: ServerSite) -> Tree:
+        return take_means(server, totals)
+
+
+class SendScatter(DescribeLatents):
+    """The second phase of sums: the scatter around the global means goes up."""
+
+    def publish(self, server: Tree) -> Tree:
+        """The new means alone: the spread is still the old one, and all else goes with what comes of this phase."""
+        return {"mean": server["mean"].float()}
+
+    def train(self, group: Group, message: Tree, site: ClientSite) -> Update:
+        mean, mode = message["mean"].double().to(self.problem.device), self.config.covariance
+        around = [moments.measure_scatter(z, y, mean, mode) for z, y in self.sent_samples(group, site)]
+        sums = Sums.weighted(group.clients, {"scatter": torch.stack(around)}, torch.ones(len(group.clients)), weights_sent=False)
+        return Update(group, Uplink({"scatter": sums}))
+
+    def aggregate(self, server: Tree, totals: Totals, site: ServerSite) -> Tree:
+        first, mode = tree.part(server, "first"), self.config.covariance
+        merged = moments.from_sums(first["counts"], first["sums"], totals["scatter"].values["scatter"], mode)
+        kept = {path: leaf for path, leaf in server.items() if not path.startswith("first/")}
+        return kept | vars(moments.keep_previous(merged, load_gaussians(server), mode))
+
+
+def take_means(server: Tree, totals: Totals) -> Tree:
+    """The server's state with the means that follow from counts and sums; classes without a sample keep their mean."""
+    first = totals["first"].values
+    mean = torch.where(first["counts"][:, None] > 0, first["sums"] / first["counts"].clamp(min=1)[:, None], server["mean"])
+    return {**server, "mean": mean, **tree.join(first=first)}
+
+
+def load_gaussians(server: Tree) -> ClassGaussians:
+    """The class Gaussians in the server's state."""
     return ClassGaussians(**{name: server[name] for name in ClassGaussians.__dataclass_fields__})

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 from hpcfl import tree
 from hpcfl.algorithms.fedavg import FedAvg
-from hpcfl.contract import ClientSite, JobError, Phase, Plan, Problem, ServerSite, Sums, Uplink, choice, choice_of
-from hpcfl.training.group import Group
+from hpcfl.contract import ClientSite, Group, JobError, Problem, ServerSite, Sums, Uplink, choice, choice_of, plan_rounds
 from hpcfl.tree import Tree
 
 COMMON = "common"                                                  # what all clients share, beside the architectures in the server's state
@@ -34,8 +33,8 @@ class LgFedAvg(FedAvg):
         for name in (first, *others):
             got, wanted = self.shapes(name), self.shapes(first)
             if got != wanted or not got:
-                raise JobError(f"{self.problem.job.algorithm_name} averages '{SHARED[config.shared]}*' over all clients, but of '{name}' that is {got or 'empty'} and of "
-                               f"'{first}' {wanted or 'empty'}; wanted models with one common extractor, for example cnn1 to cnn10, or "
+                raise JobError(f"{problem.job.algorithm_name} averages '{SHARED[config.shared]}*' over all clients, but of '{name}' that is {got or 'empty'} "
+                               f"and of '{first}' {wanted or 'empty'}; wanted models with one common extractor, for example cnn1 to cnn10, or "
                                "algorithm.shared = 'head' with models.feature_size above 0")
 
     def shapes(self, architecture: str) -> dict[str, tuple[int, ...]]:
@@ -82,6 +81,4 @@ class LgFedAvg(FedAvg):
         return group.with_part("model", group.part("model") | received)
 
 
-def plan(config: Config, problem: Problem) -> Plan:
-    """One phase of federation.rounds rounds."""
-    return (Phase("rounds", problem.job.federation.rounds, (LgFedAvg(config, problem),)),)
+plan = plan_rounds(LgFedAvg)

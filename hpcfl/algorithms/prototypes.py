@@ -2,9 +2,8 @@
 import torch
 from torch import Tensor
 
-from hpcfl.contract import ClientSite, Totals, Uplink, Uploads
+from hpcfl.contract import ClientSite, Group, Totals, Uplink, Uploads
 from hpcfl.latents.moments import measure
-from hpcfl.training.group import Group
 
 
 def describe_classes(group: Group, site: ClientSite) -> Uplink:

@@ -4,11 +4,9 @@ from collections.abc import Iterable
 from torch import nn
 
 from hpcfl import tree
-from hpcfl.contract import Algorithm, ClientSite, ServerSite, Update
-from hpcfl.training.group import Group
+from hpcfl.contract import Algorithm, ClientSite, Group, ServerSite, Turn, Update
 from hpcfl.training.losses import cross_entropy
 from hpcfl.training.optimizers import Optimizer
-from hpcfl.training.turns import Turn
 from hpcfl.tree import Tree
 
 HEAD = ("head.weight", "head.bias")                                # (C, p) and (C,), by their paths in a model

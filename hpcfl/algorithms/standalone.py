@@ -1,8 +1,7 @@
 """Standalone: every client trains on its own images and nothing is exchanged; the floor of every comparison."""
 from dataclasses import dataclass
 
-from hpcfl.contract import Algorithm, ClientSite, Phase, Plan, Problem, Update
-from hpcfl.training.group import Group
+from hpcfl.contract import Algorithm, ClientSite, Group, Update, plan_rounds
 from hpcfl.training.losses import cross_entropy
 from hpcfl.tree import Tree
 
@@ -20,6 +19,4 @@ class Standalone(Algorithm):
         return Update(group, metrics=metrics)
 
 
-def plan(config: Config, problem: Problem) -> Plan:
-    """One phase of federation.rounds rounds."""
-    return (Phase("rounds", problem.job.federation.rounds, (Standalone(config, problem),)),)
+plan = plan_rounds(Standalone)

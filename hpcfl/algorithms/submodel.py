@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpcfl import tree
-from hpcfl.contract import Algorithm, ClientSite, Problem, ServerSite, Sums, Totals, Update, Uplink, choice, flag
+from hpcfl.contract import Algorithm, ClientSite, Group, Problem, ServerSite, Sums, Totals, Update, Uplink, choice, flag
 from hpcfl.models import zoo
 from hpcfl.resize import slices
-from hpcfl.training.group import Group
 from hpcfl.tree import Tree
 
 GLOBAL = "global"

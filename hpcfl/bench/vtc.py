@@ -63,7 +63,7 @@ def run_generator(step: FedVTC, group: Group, site: ClientSite, server_site: Ser
     latents = step.encode(group, site)
     local = step.measure(latents, site)
     server = step.aggregate(step.found(server_site), require_server(Communicator(Alone()).combine(step.upload(local))), server_site)
-    return partial(step.train_generator, group, latents, local, step.read_gaussians(step.publish(server)), site)
+    return partial(step.train_generator, group, latents, local, step.read_gaussians(step.publish(server), site), site)
 
 
 def run_classifier(step: FedVTC, group: Group, site: ClientSite, server_site: ServerSite) -> Callable[[], object]:

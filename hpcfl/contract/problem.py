@@ -34,11 +34,11 @@ class Problem:
 
     @cached_property
     def architectures(self) -> tuple[str, ...]:
-        """Those of client 0 .. K-1 in the first round."""
+        """The architectures of clients 0 to K-1 in the first round."""
         return tuple(self.architecture(client, 0) for client in range(self.sizes.clients))
 
     def architecture(self, client: int, row: int) -> str:
-        """What a client trains in a round, rows counted over all phases."""
+        """The architecture that a client trains in a round; `row` is the round's number over all phases."""
         return self.sizes.architecture(client, row)
 
     def model(self, architecture: str) -> nn.Module:
@@ -49,7 +49,7 @@ class Problem:
     def structure(self, architecture: str) -> nn.Module:
         """A model of the zoo on the device whose weights do not matter, to compute with somebody's state.
 
-        Built once, and the same object for everybody: who changes anything of it takes a copy.
+        It is built once and is the same object for everybody: take a copy to change anything of it.
         """
         if architecture not in self.structures:
             with self.stream("structure").seeding():
@@ -79,9 +79,10 @@ class Problem:
     def fit(self, group: Group, modules: Mapping[str, nn.Module], turns: Sequence[Turn], batches: Callable[[int], Iterable[Tree]], *,
             context: Tree | None = None, frozen_norm: bool = False, keep_optimizer: bool = False, steps: int = 0, channels_last: bool | None = None,
             where: str = "fit", member: str = "client", streams: Callable[[int], Stream] | None = None) -> tuple[Group, dict[str, Tensor]]:
-        """Train a group by the one training loop, with the engine, precision and compilation of the job; `steps`: of one model in the whole run.
+        """Train a group by the one training loop, with the engine, precision and compilation of the job.
 
-        `streams`: client -> what it draws from where it uses global generators; by default the one of `where` and the client.
+        `steps`: those of one model in the whole run, by which compiling pays or not. `streams`: client -> the stream of what its training draws from global
+        generators; by default that of `where` and the client.
         """
         training, run = self.job.training, self.job.run
         return fit.fit(group, modules, turns, batches, context=context, frozen_norm=frozen_norm, keep_optimizer=keep_optimizer,
@@ -90,7 +91,7 @@ class Problem:
                        streams=streams or partial(self.stream, where))
 
     def rates(self) -> str:
-        """The learning rates that the job sets, with their values: what may have made a state that nobody can go on with."""
+        """The learning rates of the job with their values, for errors about states that are not finite."""
         own = {name: value for name, value in vars(self.job.algorithm).items() if name.endswith("lr") and value}
         return " or ".join(f"{name} = {value:g}" for name, value in {**{f"algorithm.{name}": value for name, value in own.items()},
                                                                      "training.lr": self.job.training.lr}.items())

@@ -3,6 +3,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from hpcfl.tree import Tree
 
 @dataclass(frozen=True)
 class Holdings:
-    """What a method may use of one client's data; the part for its personal test is not here."""
+    """What a method may use of one client's data: images to train on and images to select by. Those of its personal test are not here."""
 
     train: Shard
     validation: Shard
@@ -28,24 +29,37 @@ class Holdings:
 
 @dataclass(frozen=True)
 class ClientSite:
-    """What client code may see: the problem, the parts of the group's own clients, and nothing of anybody else."""
+    """What client code may see: the problem, the images of the group's own clients, and nothing of anybody else.
+
+    `remembered`, `shared` and `trainings` are what this rank remembers between calls; code of methods reaches the first two by `once` and `once_for_all`.
+    """
 
     problem: Problem
     holdings: Mapping[int, Holdings]
     modules: Mapping[str, nn.Module]                               # structure only; the parameters are the group's state
     phase: str
     round: int
-    remembered: Mapping[int, dict[str, Tensor]] = field(default_factory=lambda: defaultdict(dict))
+    remembered: Mapping[int, dict[str, Tensor]] = field(default_factory=lambda: defaultdict(dict))     # client -> name -> what `once` made
+    shared: dict[str, tuple[tuple, Any]] = field(default_factory=dict)         # name -> what `once_for_all` made, and of what
     trainings: Counter[int] = field(default_factory=Counter)       # client -> how often it was trained in this round, by whatever step
 
     def once(self, name: str, client: int, make: Callable[[], Tensor]) -> Tensor:
-        """What `make` gives of a client's data, computed once in a run and by any step that asks for the name: for what no round changes.
+        """What `make` gives of a client's data, computed once in a run for all steps that ask for the name: for what no round changes.
 
-        Remembered in memory at the client alone, made again after a resume, in no checkpoint.
+        It stays in the memory of the client's rank, is in no checkpoint, and is made again after a resume.
         """
         if name not in self.remembered[client]:
             self.remembered[client][name] = make()
         return self.remembered[client][name]
+
+    def once_for_all(self, name: str, source: tuple, make: Callable[[], Any]) -> Any:
+        """What `make` gives of `source`, computed once for all clients of this rank: for what follows from a message or a round and from nobody's data.
+
+        It is made again when something of `source` is another: a Tensor another object, all else unequal. It stays in this rank's memory, as by `once`.
+        """
+        if name not in self.shared or not _is_same(self.shared[name][0], source):
+            self.shared[name] = source, make()
+        return self.shared[name][1]
 
     def stream(self, purpose: str, client: int) -> Stream:
         """The random stream of one purpose, client and this round."""
@@ -61,7 +75,8 @@ class ClientSite:
 
     def features(self, group: Group, client: int) -> Tensor:
         """z = g_k(x) of a client's training images, (n, p), in eval mode and without gradients. Raises: NonFiniteError naming the client."""
-        return extract_features(group, self.modules, client, self.holdings[client].train, f"phase {self.phase}, round {self.round}", self.problem.optimizer().advice)
+        where = f"phase {self.phase}, round {self.round}"
+        return extract_features(group, self.modules, client, self.holdings[client].train, where, self.problem.optimizer().advice)
 
     def fit(self, group: Group, turns: Sequence[Turn], batches: Callable[[int], Iterable[Tree]], *, context: Tree | None = None,
             frozen_norm: bool = False, keep_optimizer: bool = False, steps: int = 0, channels_last: bool | None = None) -> tuple[Group, dict[str, Tensor]]:
@@ -88,9 +103,9 @@ class ClientSite:
 class ServerSite:
     """What server code may see: the problem, the public part of the data, and a way to spread independent work over all ranks.
 
-    `spread(verb, items, costs)` gives {key: Tree} for {key: Tree}: every rank calls the step's method of that name, `step.<verb>(its share, its own site)`, on a
-    share of the items, of about equal cost; results come back to the server in host memory. `note` records one number of the round under a name, `measured` one per client:
-    measured((0, 2), {"dilation_accuracy": (2,)}).
+    `spread(verb, items, costs)` gives {key: Tree} for {key: Tree}: every rank calls the step's method of that name, `step.<verb>(its share, its own
+    site)`, on a share of the items of about equal cost; results come back to the server in host memory. `note`
+    records one number of the round under a name, `book_metrics` one number for each client: book_metrics((0, 2), {"dilation_accuracy": (2,)}).
     """
 
     problem: Problem
@@ -118,3 +133,7 @@ class ServerSite:
         return self.problem.fit(group, modules, turns, batches, context=context, frozen_norm=frozen_norm, keep_optimizer=keep_optimizer,
                                 steps=steps, where=f"server, phase {self.phase}, round {self.round}, {work}", member=member,
                                 streams=partial(self.stream, f"training/{work}"))
+
+
+def _is_same(before: tuple, now: tuple) -> bool:
+    return len(before) == len(now) and all(new is old or not isinstance(new, Tensor) and new == old for old, new in zip(before, now, strict=True))

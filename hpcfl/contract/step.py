@@ -1,7 +1,7 @@
 """Step: what an algorithm is, a few verbs over Trees, and the plan that puts its steps in order."""
 import copy
-from abc import ABC
-from collections.abc import Mapping
+from abc import ABCMeta
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -12,6 +12,7 @@ from hpcfl import tree
 from hpcfl.contract.problem import Problem
 from hpcfl.contract.sites import ClientSite, ServerSite
 from hpcfl.data.shards import Shard
+from hpcfl.errors import LayoutError
 from hpcfl.training.group import Group
 from hpcfl.training.optimizers import Optimizer
 from hpcfl.tree import Tree
@@ -30,10 +31,20 @@ class Update:
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-class Algorithm(ABC):
+class StepType(ABCMeta):
+    """The type of step classes: it freezes what they construct, whatever their own __init__ does, in files outside hpcfl too."""
+
+    def __call__(cls, *args: Any, **options: Any) -> Any:
+        step = super().__call__(*args, **options)
+        vars(step)["_frozen"] = True
+        return step
+
+
+class Algorithm(metaclass=StepType):
     """One step of a federated method: state in, state out, no communicator in sight.
 
-    A step overrides what it does differently; every default does nothing. `config` is the [algorithm] section of the job.
+    A step overrides what it does differently; every default does nothing. `config` is the [algorithm] section of the job. A step is frozen once it is
+    constructed: a checkpoint knows nothing of it, so that what it remembered of a run would be lost, and be another on each rank.
     """
 
     refines: ClassVar[str] = "refine"                              # what `refine` does, a key of measures.REFINING: reports name the models by it
@@ -41,11 +52,18 @@ class Algorithm(ABC):
     def __init__(self, config, problem: Problem):
         self.config, self.problem = config, problem
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute while the step is constructed. Raises: LayoutError afterwards."""
+        if "_frozen" in vars(self):
+            raise LayoutError(f"'{name}' of {type(self).__name__} is set after its construction, but a step is frozen; what a run remembers belongs in the "
+                              "server's or the group's state, and what can be computed again in site.once or site.once_for_all")
+        super().__setattr__(name, value)
+
     def modules(self, architecture: str) -> dict[str, nn.Module]:
         """The networks of a client; their parameters live in Group.state under the names given here.
 
-        A network that no client holds is what it is built as: inside a stream, so that it is the same on all ranks and after a restart; and for clients of
-        all architectures, unless something is drawn before it that depends on theirs. What this default gives draws nothing.
+        A network without parameters in Group.state keeps the weights that it is built with. It is built inside a stream, so that these are the same on all
+        ranks and after a restart, and for all architectures unless something is drawn before it that depends on one. This default draws nothing.
         """
         return {"model": copy.deepcopy(self.problem.structure(architecture))}
 
@@ -70,7 +88,7 @@ class Algorithm(ABC):
         return group if group.part("model") else group.with_part("model", tree.stack([initial(client) for client in group.clients]))
 
     def prepare(self, server: Tree, site: ServerSite) -> Tree:
-        """The server's state as clients are to find it in this round: what it works out alone before it tells them anything."""
+        """The server's state after its own work at the start of a round, before it publishes."""
         return server
 
     def publish(self, server: Tree) -> Tree:
@@ -78,7 +96,7 @@ class Algorithm(ABC):
         return {}
 
     def global_models(self, message: Tree) -> Mapping[str, tuple[str, Tree]]:
-        """The models in a message that belong to nobody but the federation, to be evaluated: name -> (architecture of the zoo, its state_dict)."""
+        """The global models in a message, to be evaluated: name -> (architecture of the zoo, its state_dict)."""
         return {}
 
     def averages(self, architecture: str) -> tuple[str, ...]:
@@ -86,7 +104,7 @@ class Algorithm(ABC):
         return ()
 
     def receive(self, message: Tree, architecture: str) -> Tree:
-        """The part of the message that a client of this architecture downloads; by default all of it. Worked out at the server, for all clients alike."""
+        """The part of the message that a client of this architecture downloads; by default all of it. The server computes it once for all its clients."""
         return message
 
     def train(self, group: Group, message: Tree, site: ClientSite) -> Update:
@@ -115,7 +133,7 @@ class Algorithm(ABC):
 
     @classmethod
     def overrides(cls, verb: str) -> bool:
-        """Whether this step does anything of its own under a verb; the loop skips what it does not."""
+        """Whether this step does anything of its own under a verb; the loop skips the others."""
         return getattr(cls, verb) is not getattr(Algorithm, verb)
 
 
@@ -140,3 +158,15 @@ class Phase:
 
 
 Plan = tuple[Phase, ...]
+
+
+def plan_rounds(step: type[Algorithm], mixed_images: bool = True) -> Callable[[Any, Problem], Plan]:
+    """The `plan` of a method that is one step: a phase named "rounds", federation.rounds rounds of that step.
+
+    `mixed_images`: whether its loss takes images that training.augment has mixed of several classes; where not, the plan raises JobError for such a job.
+    """
+    def plan(config: Any, problem: Problem) -> Plan:
+        if not mixed_images:
+            problem.augmentation()
+        return (Phase("rounds", problem.job.federation.rounds, (step(config, problem),)),)
+    return plan

@@ -1,4 +1,4 @@
-"""Verbs: whether the steps of a plan can do what they are written for, and whether what their verbs give is what is wanted of them."""
+"""Verbs: checks that the steps of a plan can be carried out, and that what their verbs give has the form that the loop wants."""
 import inspect
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -60,15 +60,15 @@ def _check_verbs(where: str, kind: type[Algorithm]) -> None:
 
 @contextmanager
 def blame(step: Algorithm, verb: str, whose: str = "") -> Iterator[None]:
-    """What goes wrong in the block is said to be the verb's: in the words of an error of ours, and as a note under the traceback of any other."""
+    """Name the verb in what goes wrong in the block: at the head of a LayoutError, and as a note under the traceback of an error that is not ours."""
     where = verb_text(step, verb, whose)
     try:
         yield
     except LayoutError as error:
-        if str(error).startswith(f"{type(step).__name__}."):       # it says where already
+        if str(error).startswith(f"{type(step).__name__}."):       # it names its verb already
             raise
         raise LayoutError(f"{where}: {error}") from error
-    except HpcflError:                                             # it says what the user is to do
+    except HpcflError:                                             # it says where, and what the user is to do
         raise
     except Exception as error:
         error.add_note(f"raised in {where}")
@@ -134,12 +134,12 @@ def require_group(where: str, found: Any, before: Group) -> Group:
 
 
 def require_update(where: str, found: Any, before: Group, heard: bool) -> Update:
-    """What a client's verb gave. `heard`: whether anybody waits for what it sends up.
+    """What a client's verb gave. `heard`: whether the server takes what it sends up.
 
-    Raises: LayoutError for anything else than an Update with the same clients, statistics of these clients and one number per client for each metric.
+    Raises: LayoutError for anything else than an Update with the same clients, an Uplink of these clients and one number per client for each metric.
     """
     if not isinstance(found, Update):
-        raise LayoutError(f"{where}: gave {_type_text(found)}, wanted an Update(group, statistics, metrics)")
+        raise LayoutError(f"{where}: gave {_type_text(found)}, wanted an Update(group, uplink, metrics)")
     require_group(where, found.group, before)
     if not isinstance(found.uplink, Uplink):
         raise LayoutError(f"{where}: sends up {_type_text(found.uplink)}, wanted an Uplink")
@@ -165,7 +165,7 @@ def require_results(where: str, found: Any, items: Collection[int]) -> dict[int,
 
 
 def _type_text(found: Any) -> str:
-    """What something is, for people who expected something else."""
+    """The type of something, in words."""
     if isinstance(found, tuple):
         return f"a tuple of {', '.join(type(each).__name__ for each in found) or 'nothing'}"
     return "None" if found is None else f"a {type(found).__name__}"

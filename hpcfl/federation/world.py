@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from decimal import ROUND_HALF_UP, Decimal
 from functools import cached_property, lru_cache, partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,6 +53,7 @@ class World:
         self._name_models = lru_cache(maxsize=2)(lambda row: tuple(self.problem.architecture(client, row) for client in range(self.clients)))
         residence = RESIDENCIES[job.residency.location](device, job.residency.folder)
         self.park: Callable[[Group], Group | Parked] = residence.park                    # puts a Group away until it works again
+        self._shared: dict[str, tuple[tuple, Any]] = {}                                  # what this rank's clients compute once for all of them
         self._trainings: tuple[object, Counter[int]] = (None, Counter())                 # a round, and how often each client has trained in it
 
     @cached_property
@@ -143,7 +145,7 @@ class World:
         holdings, remembered = ({client: every[client] for client in group.clients} for every in (self.holdings, self._remembered))
         if self._trainings[0] != (phase, round_):
             self._trainings = (phase, round_), Counter()
-        return ClientSite(self.problem, holdings, self.modules[group.architecture], phase.name, round_, remembered, self._trainings[1])
+        return ClientSite(self.problem, holdings, self.modules[group.architecture], phase.name, round_, remembered, self._shared, self._trainings[1])
 
     def server_site(self, phase: Phase, round_: int, ledger: Ledger, row: int = 0) -> ServerSite:
         """What server code may see in a round; the same on every rank, for all take a share of its work."""

@@ -1,4 +1,4 @@
-"""Known: the global Gaussians of the classes, as the server announces them and as a client draws from them."""
+"""Announced: the class Gaussians as the server announces them and as a client draws from them."""
 from dataclasses import dataclass
 
 import torch
@@ -13,11 +13,11 @@ HEADER = 4                                                         # int32 words
 
 @dataclass(frozen=True)
 class AnnouncedGaussians:
-    """Global statistics on a client's device.
+    """The class Gaussians on a client's device, float32 but for `has`.
 
-    has (C,) bool; mean (C, p) float32; variance (C, p) float32, the diagonal of each class's covariance; weight (C, p), inverse variances with mean 1
-    over the classes there are; factor, what noise is multiplied with, as gaussian.draw takes it; precision (C, p) and coupling (C,), as
-    gaussian.precision gives them.
+    has (C,) bool, whether anybody has a sample of the class; mean (C, p); variance (C, p), the diagonal of each covariance; weight (C, p), inverse
+    variances with mean 1 over the classes that are there; factor, what noise is multiplied with, as `gaussians.draw` takes it; precision (C, p) and
+    coupling (C,), as `gaussians.precision` gives them.
     """
 
     has: Tensor
@@ -30,10 +30,10 @@ class AnnouncedGaussians:
 
     @classmethod
     def from_message(cls, message: Tree, mode: str, device: torch.device) -> "AnnouncedGaussians":
-        """Read a down message."""
+        """The Gaussians of a down message, as `announce_gaussians` made it; `mode`: that of the moments."""
         kind, has, mean, spread = MODES[mode], message["has"].bool(), message["mean"], message["spread"].double()
         spread = spread[None] if kind.shared else spread[:, None] if kind.isotropic else spread            # leading axis 1 or C
-        factor = gaussians.cholesky(moments.unpack_triangle(spread)) if kind.full else spread.sqrt()
+        factor = gaussians.compute_factors(moments.unpack_triangle(spread) if kind.full else spread)
         variance = (factor.square().sum(-1) if kind.full else spread).expand(mean.shape)                    # (C, p)
         inverse = 1 / variance.clamp_min(torch.finfo(torch.float32).tiny)
         weight = inverse / inverse[has].mean() if bool(has.any()) else torch.ones_like(inverse)
@@ -51,9 +51,9 @@ class AnnouncedGaussians:
 
 
 def make_empty(classes: int, size: int, mode: str) -> ClassGaussians:
-    """What is known before anybody said anything: zeros, and has = false everywhere."""
-    none = torch.zeros(0, size, dtype=torch.float64), torch.zeros(0, dtype=torch.int64), torch.zeros(classes, size, dtype=torch.float64)
-    return moments.from_sums(none[2][:, 0], none[2], moments.measure_scatter(*none, mode), mode)
+    """The class Gaussians before anybody has sent moments: zeros, and `has` false everywhere."""
+    z, y, centre = torch.zeros(0, size, dtype=torch.float64), torch.zeros(0, dtype=torch.int64), torch.zeros(classes, size, dtype=torch.float64)
+    return moments.from_sums(centre[:, 0], centre, moments.measure_scatter(z, y, centre, mode), mode)
 
 
 def announce_gaussians(server: ClassGaussians, mode: str, target: str, floor: float) -> Tree:

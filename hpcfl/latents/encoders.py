@@ -1,4 +1,4 @@
-"""Latents: the space in which clients describe their images to each other: each client's own features, or one fixed map that all share."""
+"""Encoders: what turns images into latents, the space of the class Gaussians: each client's own features, or one fixed map that all share."""
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ class OwnLatent:
     scale: Scale
 
     def modules(self) -> dict[str, nn.Module]:
-        """Networks that encoding needs beside the classifier: none."""
+        """The networks that encoding needs beside the classifier: none."""
         return {}
 
     def encode(self, modules, images: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ class CommonLatent:
         return self.map.size
 
     def modules(self) -> dict[str, nn.Module]:
-        """The map; it has no state of any client."""
+        """The map; no client has a state of it."""
         return {"map": self.map}
 
     def encode(self, modules, images: Tensor) -> Tensor:

@@ -1,9 +1,8 @@
-"""Gaussians of features: estimated covariances made safe to sample from, draws, and divergences."""
+"""Gaussians of latents: estimated covariances are made safe to draw from; draws, distances and divergences."""
 import torch
 from torch import Tensor
 
 from hpcfl.errors import NonFiniteError
-from hpcfl.latents.moments import MODES, ClassGaussians
 
 FLOOR = 1e-4                                                       # variance; smallest that a server lets pass
 RELATIVE_FLOOR = 1e-6                                              # of the mean variance tr(S)/p
@@ -52,21 +51,15 @@ def cholesky(covariance: Tensor, minimum: float = FLOOR) -> Tensor:
     return factor
 
 
-def compute_factors(gaussians: ClassGaussians, mode: str, target: str = "iso", minimum: float = FLOOR) -> Tensor:
-    """What `draw` multiplies noise with, float64, computed once per server message: deviations (1, p), (C, p) or (C, 1) in the diagonal modes,
-    else Cholesky factors (1, p, p) or (C, p, p) of the shrunk and floored covariances."""
-    kind = MODES[mode]
-    covariance = gaussians.spread[None] if kind.shared else gaussians.spread[:, None] if kind.isotropic else gaussians.spread
-    if not kind.full:
-        return covariance.clamp(min=minimum).sqrt()
-    count = gaussians.count.sum()[None] if kind.shared else gaussians.count
-    return cholesky(floor(shrink((covariance + covariance.mT) / 2, count, target), minimum), minimum)
+def compute_factors(covariances: Tensor) -> Tensor:
+    """What `draw` multiplies noise with: deviations (n, p or 1) of variances, Cholesky factors (n, p, p) of covariances; n is 1 or C."""
+    return covariances.sqrt() if covariances.dim() == 2 else cholesky(covariances)
 
 
 def draw(mean: Tensor, factor: Tensor, labels: Tensor, eps: Tensor) -> Tensor:
     """Features v = c^y + L^y eps of the classes `labels` (n,), in the type of eps (n, p), standard normal noise.
 
-    mean (C, p); factor as `factors` gives it: deviations (1 or C, 1 or p), or matrices (1 or C, p, p).
+    mean (C, p); factor as `compute_factors` gives it: deviations (1 or C, 1 or p), or matrices (1 or C, p, p).
     """
     centre, factor = mean.to(eps)[labels], factor.to(eps)          # (n, p)
     if factor.dim() == 2:
@@ -103,7 +96,7 @@ def distance(mean: Tensor, factor: Tensor, labels: Tensor, z: Tensor) -> Tensor:
 def precision(factor: Tensor) -> tuple[Tensor, Tensor]:
     """Of S = L L^T the diagonal of S^-1, and ln det S + sum_j ln (S^-1)_jj, which is 0 where S is diagonal: all that `kl` needs besides a distance.
 
-    Factor as `factors` gives it, (n, p or 1) or (n, p, p); to (n, p or 1) and (n,).
+    Factor as `compute_factors` gives it, (n, p or 1) or (n, p, p); to (n, p or 1) and (n,).
     """
     if factor.dim() == 2:
         return factor.square().reciprocal(), factor.new_zeros(len(factor))

@@ -16,7 +16,7 @@ def match_class_mean(f: Tensor, v: Tensor, fresh: Tensor, mean: Tensor, deviatio
 
 
 def match_second_moment(f: Tensor, v: Tensor, fresh: Tensor, mean: Tensor, deviation: Tensor, weight: Tensor) -> Tensor:
-    """`class_mean` plus the squared distance of the standard deviations: both uploaded statistics (ours; wants M >= 32)."""
+    """`match_class_mean` plus the squared distance of the standard deviations: both uploaded statistics (ours; wants M >= 32)."""
     centred = f - f.mean(1, keepdim=True)
     deviation_now = (centred.square().sum(1) / (f.shape[1] - 1) + 1e-12).sqrt()                    # (Y, p); the 1e-12 keeps the gradient finite at 0
     return match_class_mean(f, v, fresh, mean, deviation, weight) + (deviation_now - deviation).square().sum(1).mean()

@@ -1,4 +1,4 @@
-"""Moments, the first two moments of features by class: measured on a client, merged, sent, and aggregated by the law of total covariance."""
+"""Moments, the first two of latents by class: measured at a client, sent, and merged at the server by the law of total covariance."""
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isqrt
@@ -34,17 +34,14 @@ class Moments:
     mean: Tensor                                                   # (C, p)
     scatter: Tensor                                                # (C, p): its diagonal; or (C, p, p); from a message: in the shape of the mode
 
-    def __add__(self, other: "Moments") -> "Moments":
-        """The moments of both sets of samples together: `merge`."""
-        return merge(self, other)
-
 
 @dataclass(frozen=True)
 class ClassGaussians:
-    """What all clients know together, float64. Every field is a tensor: `dict(vars(m))` is a Tree, `GlobalMoments(**tree)` the way back.
+    """A Gaussian of each class, of all clients' samples together, float64.
 
-    `within` and `between` are the traces of the two parts of the pooled covariance: the spread inside clients, and that of the clients' means
-    around the common ones, which dominates while the clients' feature spaces are not aligned.
+    Every field is a tensor, so that `dict(vars(it))` is a Tree and `ClassGaussians(**tree)` the way back.
+    `within` and `between` are the traces of the two terms of the pooled covariance: the scatter inside clients, and that of the clients' means around
+    the common ones, which dominates while the clients' feature spaces are not aligned.
     """
 
     has: Tensor                                                    # (C,) bool: whether anybody has a sample of the class
@@ -72,16 +69,6 @@ def measure(z: Tensor, y: Tensor, classes: int, full: bool, where: str = "featur
     return Moments(sums["counts"], mean, _scatter(z.detach().double() - mean[y], y, classes, full))
 
 
-def merge(a: Moments, b: Moments) -> Moments:
-    """The moments of both sets of samples together (Chan, Golub, LeVeque 1979, eq. 2.1); exactly one side where the other has no samples."""
-    count = a.count + b.count
-    share = b.count / count.clamp(min=1)                           # (C,)
-    apart = b.mean - a.mean                                        # (C, p)
-    weight = a.count * share                                       # n_a n_b / n
-    square = _outer(weight, apart) if a.scatter.dim() == 3 else weight[:, None] * apart.square()
-    return Moments(count, a.mean + apart * share[:, None], a.scatter + b.scatter + square)
-
-
 def find_covariances(moments: Moments, mode: str) -> Tensor:
     """One client's variances or covariances W/n, float64, as a message has them: (p,), (C, p), (C,), (p(p+1)/2,) or (C, p(p+1)/2).
 
@@ -97,7 +84,7 @@ def find_covariances(moments: Moments, mode: str) -> Tensor:
 
 
 def to_message(moments: Moments, mode: str, min_count: int = 1, dtype: torch.dtype = torch.float32) -> Tree:
-    """What a client sends: {"counts": int64 (C,), "means": (C, p), "spread": as `spread_of`}, the last two in `dtype`.
+    """What a client sends: {"counts": int64 (C,), "means": (C, p), "spread": as `find_covariances`}, the last two in `dtype`.
 
     Classes with fewer than `min_count` samples are left out, of the shared spread as well: with one sample the mean is that sample's feature.
     """
@@ -148,7 +135,7 @@ def sum_features(z: Tensor, y: Tensor, classes: int, where: str = "features") ->
 
 
 def measure_scatter(z: Tensor, y: Tensor, centre: Tensor, mode: str) -> Tensor:
-    """Second phase: a client's scatter around the common means `centre` (C, p), float64, in the form of `spread_of`; add over clients."""
+    """Second phase: a client's scatter around the common means `centre` (C, p), float64, in the form of `find_covariances`; add over clients."""
     kind, centred = MODES[mode], z.detach().double() - centre[y]
     if kind.shared and kind.full:
         return pack_triangle(centred.T @ centred)
@@ -164,12 +151,12 @@ def from_sums(counts: Tensor, sums: Tensor, scatter: Tensor, mode: str) -> Class
 
 
 def keep_previous(new: ClassGaussians, old: ClassGaussians, mode: str) -> ClassGaussians:
-    """`new`, where classes without a sample keep what `old` knew of them; a shared spread is kept only where nobody had any sample."""
-    def kept(name: str, by_class: bool) -> Tensor:
-        ours, theirs = getattr(new, name), getattr(old, name)
-        return torch.where(_align_counts(new.has, ours) if by_class else new.has.any(), ours, theirs)
-    return ClassGaussians(new.has | old.has, kept("mean", True), kept("spread", not MODES[mode].shared), kept("count", True),
-                         kept("within", False), kept("between", False))
+    """`new`, in which classes without a sample are as in `old`; a shared spread is that of `old` only where nobody had any sample."""
+    def choose(name: str, by_class: bool) -> Tensor:
+        now, before = getattr(new, name), getattr(old, name)
+        return torch.where(_align_counts(new.has, now) if by_class else new.has.any(), now, before)
+    return ClassGaussians(new.has | old.has, choose("mean", True), choose("spread", not MODES[mode].shared), choose("count", True),
+                          choose("within", False), choose("between", False))
 
 
 def pack_triangle(matrix: Tensor) -> Tensor:
@@ -236,7 +223,7 @@ def _finish(count: Tensor, mean: Tensor, within: Tensor, between: Tensor, kind: 
 
 def _check_alike(messages: Sequence[Tree]) -> None:
     if not messages:
-        raise DataError("no client sent moments; at least one of the cohort must have samples")
+        raise DataError("no client sent moments; at least one client of the cohort must have samples")
     for index, message in enumerate(messages):
         for path, leaf in messages[0].items():
             if message[path].shape != leaf.shape:

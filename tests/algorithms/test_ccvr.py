@@ -5,9 +5,9 @@ import torch
 
 from hpcfl import tree
 from hpcfl.algorithms import ccvr
-from hpcfl.algorithms.ccvr import Calibrate, TakeHead, compute_factors
+from hpcfl.algorithms.ccvr import Calibrate, TakeHead, unbias_covariances
 from hpcfl.algorithms.shared_head import HEAD
-from hpcfl.latents import moments
+from hpcfl.latents import gaussians, moments
 from hpcfl.tree import Tree
 from tests.support.feature_methods import CLASSES, CLIENTS, FOUR, HEAD_BYTES, SIZE, features_of, labels_of, server_site, shares, usual, went
 from tests.support.in_memory import Run, bits, changed, finite, job, run, step, world
@@ -46,14 +46,14 @@ def test_virtual_features_have_the_unbiased_covariance_of_all_clients_features(m
     pieces = [np.arange(30)[part::3] for part in range(3)]
     measured = [moments.measure(torch.from_numpy(z[piece]), torch.from_numpy(y[piece]), CLASSES, moments.needs_full(mode)) for piece in pieces]
     messages = [moments.to_message(each, mode, dtype=torch.float64) for each in measured]
-    known = moments.aggregate(messages, mode)
-    factor = compute_factors(known, ccvr.Config(covariance=mode, floor=1e-3)).numpy()
+    estimate = moments.aggregate(messages, mode)
+    factor = gaussians.compute_factors(unbias_covariances(estimate, floor=1e-3)).numpy()
     for label in (0, 4, 7):
         covariance = np.cov(z[y == label].T) if label != 7 else np.zeros((SIZE, SIZE))
         got = factor[label] @ factor[label].T if mode == "class_full" else np.diag(factor[label] ** 2)
         want = covariance if mode == "class_full" else np.diag(np.diag(covariance))
         np.testing.assert_allclose(got, want + 1e-3 * np.eye(SIZE), rtol=1e-6, atol=1e-9)
-        np.testing.assert_allclose(known.mean[label], z[y == label].mean(0), atol=1e-12)
+        np.testing.assert_allclose(estimate.mean[label], z[y == label].mean(0), atol=1e-12)
 
 
 def test_the_virtual_set_is_balanced_over_the_classes_there_are_and_the_same_in_every_epoch(monkeypatch):
@@ -85,7 +85,7 @@ def test_calibration_turns_statistics_into_a_head_that_tells_classes_apart():
     spread = 0.1 * torch.eye(SIZE, dtype=torch.float64).expand(CLASSES, -1, -1)
     known = moments.ClassGaussians(has, mean, spread, 50.0 * has, torch.tensor(0.0), torch.tensor(0.0))
     zeros = {"head.weight": torch.zeros(CLASSES, SIZE), "head.bias": torch.zeros(CLASSES)}
-    head = algorithm.calibrated(zeros, known, "common", server_site(found, 1))
+    head = algorithm.calibrate(zeros, known, "common", server_site(found, 1))
     assert (mean[:SIZE].float() @ head["head.weight"].T + head["head.bias"]).argmax(1).tolist() == list(range(SIZE))
 
 

@@ -76,10 +76,10 @@ def test_the_best_epoch_by_the_public_validation_part_is_kept_for_each_model_by_
     scores = iter([10.0, 50.0, 30.0, 20.0, 20.0, 20.0, 5.0, 50.0])                                     # of two models, epoch by epoch
     epochs: list[dict] = []
 
-    def validate(site, module, own):
+    def validate(self, site, module, own):
         epochs.append(bits(own))
         return torch.tensor(next(scores))
-    monkeypatch.setattr(fedconv, "validate", validate)
+    monkeypatch.setattr(FedConv, "validate", validate)
     module = fedconv.problem.structure("fedconv")
     group = Group("fedconv", (3, 8), tree.repeat(tree.join(model=module.state_dict()), 2))
     best, accuracy = fedconv.tune(site, group, module, 4, 1e-3, "test")
@@ -202,3 +202,12 @@ def test_dilation_below_the_floor_ends_after_bounded_tries_and_names_the_client(
 def test_filters_that_are_not_finite_end_the_run(settings, said):
     with pytest.raises(NonFiniteError, match=rf"server, phase rounds, round \d, {said}.*NaN or infinity"):
         went(settings, federation={"clients": 3, "rounds": 3})
+
+
+def test_a_feature_size_that_only_one_width_ends_with_is_refused_before_anything_runs():
+    odd = {"names": ["cnn5"], "sizes": [0, 1]}
+    with pytest.raises(JobError, match="resizes every weight of 'cnn5' to one of 'cnn5@0.75', but 'projection.bias' is in only one of the two: "
+                                       "models.feature_size = 64 is the size .* set another models.feature_size, or 0"):
+        world(described(models=odd | {"feature_size": 64}))
+    for size in (0, 16):                                           # the ways out
+        assert world(described(models=odd | {"feature_size": size})).found()

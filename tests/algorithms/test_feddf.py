@@ -92,7 +92,7 @@ def test_the_loss_of_feddf_is_the_divergence_of_the_student_from_its_teacher():
     found = world(job("feddf"))
     model, (x, _) = built(found.problem, "cnn1", 0), images(found)
     teacher = softmax(np.random.default_rng(0).normal(size=(8, CLASSES)))
-    value = feddf.distillation(Modules({"model": model}), {"x": x, "teacher": torch.from_numpy(np.log(teacher))}, {})
+    value = feddf.distillation_loss(Modules({"model": model}), {"x": x, "teacher": torch.from_numpy(np.log(teacher))}, {})
     assert float(value) == pytest.approx(kl(teacher, softmax(model(x).numpy())), rel=1e-10)
 
 
@@ -111,8 +111,8 @@ def watched_stages(monkeypatch, distances: list[float]) -> tuple[FedDF, Run, lis
     def watched(self, group, done, count, teacher, site):
         stages.append((group, done, count, stage(self, group, done, count, teacher, site)))
         return stages[-1][3]
-    monkeypatch.setattr(FedDF, "stage", watched)
-    monkeypatch.setattr(FedDF, "distance", lambda self, group, teacher, site: next(left))
+    monkeypatch.setattr(FedDF, "train_stage", watched)
+    monkeypatch.setattr(FedDF, "measure_divergence", lambda self, group, teacher, site: next(left))
     return step(found, FedDF), found, stages
 
 
@@ -160,7 +160,7 @@ def test_the_rate_of_distillation_falls_along_half_a_cosine_and_its_moments_go_o
     group = Group("cnn1", (0,), tree.repeat(tree.join(model=built(found.problem, "cnn1", 0).float().state_dict()), 1))
     site, teacher = found.server_site(found.plan[0], 0, Ledger(found.problem.device)), torch.randn(len(found.public[0]), CLASSES).log_softmax(1)
     for done, count in ((0, 2), (2, 2), (4, 2), (6, 1)):
-        group = step(found, FedDF).stage(group, done, count, teacher, site)
+        group = step(found, FedDF).train_stage(group, done, count, teacher, site)
         assert group.state["optimizer/model/step/head.weight"].tolist() == [done + count]
     assert seen == [Optimizer("adam", pytest.approx(0.1 * (1 + math.cos(math.pi * done / 7)))) for done in (0, 2, 4, 6)]
 

@@ -1,5 +1,4 @@
 """FedVTC as a whole: what crosses the wire, what each phase may change, what becomes of classes nobody has, and that every setting does something."""
-import functools
 
 import numpy as np
 import pytest
@@ -21,33 +20,13 @@ from hpcfl.settings.fields import Setting
 from hpcfl.training.evaluate import bind_model, count_correct
 from hpcfl.training.group import Group
 from hpcfl.training.turns import Modules
-from hpcfl.wire.uplink import Sums, Uploads
+from tests.support.fedvtc_runs import QUICK, baseline, described, went
 from tests.support.in_memory import Run, bits, changed, finite, job, run, step, world
 
-QUICK = {"per_class": 3, "finetune_epochs": 2, "dm_classes": 4, "dm_samples": 4}
 CLASSES, SIZE, CLIENTS = 10, 6, 3                                  # of the small job
 PSI_BYTES = 4 * sum(parameter.numel() for parameter in VTC(SIZE, (1, 8, 8)).parameters())
 TRIANGLE = SIZE * (SIZE + 1) // 2
 SPREAD = {"shared_diag": SIZE, "class_diag": CLASSES * SIZE, "class_iso": CLASSES, "shared_full": TRIANGLE, "class_full": CLASSES * TRIANGLE}
-
-
-def described(settings=None, **sections):
-    return job("fedvtc", QUICK | (settings or {}), **sections)
-
-
-def went(settings=None, **sections) -> Run:
-    return run(world(described(settings, **sections)))
-
-
-def baseline(**settings) -> Run:
-    """A run that tests share; they must not change it."""
-    defaults = vars(Config()) | QUICK
-    return _baseline(tuple(sorted((name, value) for name, value in settings.items() if value != defaults[name])))
-
-
-@functools.cache
-def _baseline(settings) -> Run:
-    return went(dict(settings))
 
 
 class Inside:
@@ -59,24 +38,23 @@ class Inside:
         self.group = next(group for group in found.states[position].groups if group.architecture == architecture)
         self.site = self.world.client_site(self.group, phase, position)
         self.message = self.step.publish(found.states[position].server)
-        self.read_gaussians = self.step.read_gaussians(self.message)
+        self.gaussians = self.step.read_gaussians(self.message, self.site)
 
     def vtc_phase(self) -> tuple[Group, dict[str, torch.Tensor]]:
         latents = self.step.encode(self.group, self.site)
-        return self.step.train_generator(self.group, latents, self.step.measure(latents, self.site), self.read_gaussians, self.site)
+        return self.step.train_generator(self.group, latents, self.step.measure(latents, self.site), self.gaussians, self.site)
 
     def batch(self, client: int) -> dict[str, torch.Tensor]:
         """The first batch of the VTC phase."""
         latents = self.step.encode(self.group, self.site)
-        deviation = self.step.deviation(self.step.measure(latents, self.site)[client])
-        return next(self.step.generator_batches(client, latents[client], deviation, self.read_gaussians, self.site))
+        deviation = self.step.find_deviation(self.step.measure(latents, self.site)[client])
+        return next(self.step.generator_batches(client, latents[client], deviation, self.gaussians, self.site))
 
     def marks(self) -> list:
         """What a phase must leave as it found it on the modules themselves: flags, gradients and weights."""
         parameters = [(path, p.requires_grad, p.grad is None) for name in self.site.modules for path, p in self.site.modules[name].named_parameters()]
         flags = [module.training for name in self.site.modules for module in self.site.modules[name].modules()]
         return [parameters, flags, [bits(self.site.modules[name].state_dict()) for name in self.site.modules]]
-
 
 # What crosses the wire
 
@@ -142,60 +120,6 @@ def test_only_the_cohort_pays_and_the_last_message_goes_to_all():
     assert sent == 3 * (up + down) + 2 * PSI_BYTES + PSI_BYTES + CLIENTS * (down + PSI_BYTES)
 
 
-class Overheard:
-    """What ranks brought to each combination."""
-
-    def __init__(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.statistics = []
-        combine = world.comm.combine
-        monkeypatch.setattr(world.comm, "combine", lambda statistics: [self.statistics.append(statistics), combine(statistics)][1])
-
-    def parts(self) -> list:
-        return [part for statistics in self.statistics for part in statistics.pieces.values()]
-
-
-@pytest.mark.parametrize("latent", ["own", "common"])
-def test_by_sums_the_server_never_sees_one_clients_statistics(latent, monkeypatch):
-    followed = world(described({"statistics": "sums", "latent": latent, "common_size": SIZE}))
-    overheard = Overheard(followed, monkeypatch)
-    assert finite(run(followed).states[-1].server)
-    assert overheard.parts() and all(isinstance(part, Sums) for part in overheard.parts())
-
-
-def test_no_class_below_the_minimum_count_is_uploaded(monkeypatch):
-    followed = world(described({"min_count": 5}))
-    overheard = Overheard(followed, monkeypatch)
-    run(followed)
-    uploads = [upload for part in overheard.parts() if isinstance(part, Uploads) for upload in part.trees.values()]
-    rare = [bool((upload["counts"] == 0).any()) for upload in uploads]
-    assert all(int(upload["counts"][upload["counts"] > 0].min()) >= 5 for upload in uploads) and any(rare)
-    assert all(not upload["means"][upload["counts"] == 0].any() for upload in uploads)
-
-
-# Statistics
-
-
-@pytest.mark.parametrize("min_count", [1, 5])
-@pytest.mark.parametrize("mode", MODES)
-def test_sums_give_the_statistics_of_uploads(mode, min_count):
-    one, other = (baseline(covariance=mode, statistics=form, min_count=min_count).states[1].server for form in ("sums", "uploads"))
-    assert torch.equal(one["has"], other["has"]) and torch.equal(one["count"], other["count"])
-    for name in ("mean", "spread"):                                # uploads are cast to float32
-        torch.testing.assert_close(one[name], other[name], rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_sums_give_the_statistics_of_uploads_of_common_latents_too(mode):
-    one, other = (baseline(covariance=mode, statistics=form, latent="common", common_size=SIZE).states[-1].server for form in ("sums", "uploads"))
-    for name in ("mean", "spread", "count"):
-        torch.testing.assert_close(one[name], other[name], rtol=1e-5, atol=1e-6)
-
-
-def test_sums_cannot_leave_out_the_spread_between_clients():
-    with pytest.raises(JobError, match="between_client"):
-        world(described({"statistics": "sums", "between_client": False}))
-
-
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others():
     one, other, third = (went(run={"device": "cpu", "seed": seed}) for seed in (4, 4, 5))
     assert bits(one.states[-1].server) == bits(other.states[-1].server)
@@ -207,9 +131,9 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others():
 @pytest.mark.parametrize("mode", MODES)
 def test_the_divergence_of_the_loss_is_the_one_of_torch_distributions(mode, sigma):
     inside = Inside(baseline(covariance=mode, sigma_source=sigma, vtc_batch=1000), FedVTC)
-    client, known = inside.group.clients[0], inside.read_gaussians
+    client, known = inside.group.clients[0], inside.gaussians
     z, y = inside.step.encode(inside.group, inside.site)[client].double(), inside.site.holdings[client].train.labels
-    deviation = inside.step.deviation(inside.step.measure({client: z}, inside.site)[client]).double()
+    deviation = inside.step.find_deviation(inside.step.measure({client: z}, inside.site)[client]).double()
     spread, kind = inside.message["spread"].double(), MODES[mode]
     if kind.full:
         matrices = unpack_triangle(spread).expand(CLASSES, SIZE, SIZE)
@@ -224,7 +148,6 @@ def test_a_learnable_deviation_starts_from_the_empirical_one_and_moves():
     one, other = (Inside(baseline(sigma_source=sigma, vtc_batch=1000, vtc_lr=1e-12, sigma_lr=1e-2), FedVTC) for sigma in ("empirical", "learnable"))
     assert one.vtc_phase()[1]["reconstruction"].item() == other.vtc_phase()[1]["reconstruction"].item()
     assert "deviation/log_ratio" in changed(other.group.state, other.vtc_phase()[0].state)
-
 
 # What each phase may change
 
@@ -344,7 +267,6 @@ def test_between_two_averages_each_psi_goes_on_from_where_it_was(settings, monke
     assert heard == [False, False, True, False, True, False], "a round adopts the average of two rounds ago again"
     assert finite(found.states[-1].server)
 
-
 # Distribution matching
 
 
@@ -354,8 +276,8 @@ def test_distribution_matching_moves_psi_and_not_g_k(dm):
     client, modules = inside.group.clients[0], Modules(inside.site.modules)
     for name in ("model", "generator"):
         inside.site.modules[name].load_state_dict(tree.row(inside.group.part(name), 0))
-    context = {"mean": inside.read_gaussians.mean, "variance": inside.read_gaussians.variance, "weight": inside.read_gaussians.weight}
-    loss = inside.step.matching(modules.eval(), inside.batch(client), context)
+    context = {"mean": inside.gaussians.mean, "variance": inside.gaussians.variance, "weight": inside.gaussians.weight}
+    loss = inside.step.match_latents(modules.eval(), inside.batch(client), context)
     slopes = torch.autograd.grad(loss, list(inside.site.modules["generator"].parameters()))
     assert bool(loss != 0) and all(bool(slope.any()) and bool(torch.isfinite(slope).all()) for slope in slopes)
 
@@ -379,11 +301,10 @@ def test_distribution_matching_is_zero_where_mean_features_are_the_prototypes():
     batch, modules = inside.batch(inside.group.clients[0]), Modules(inside.site.modules).eval()
     with torch.no_grad():
         features = inside.step.latent.encode(modules, modules.generator(batch["v"])).view(len(batch["classes"]), -1, SIZE)
-        mean = inside.read_gaussians.mean.index_copy(0, batch["classes"], features.mean(1))
-        context = {"mean": mean, "variance": inside.read_gaussians.variance, "weight": inside.read_gaussians.weight}
-        assert float(inside.step.matching(modules, batch, context)) == 0
-        assert float(inside.step.matching(modules, batch, context | {"mean": mean + 1})) > 1
-
+        mean = inside.gaussians.mean.index_copy(0, batch["classes"], features.mean(1))
+        context = {"mean": mean, "variance": inside.gaussians.variance, "weight": inside.gaussians.weight}
+        assert float(inside.step.match_latents(modules, batch, context)) == 0
+        assert float(inside.step.match_latents(modules, batch, context | {"mean": mean + 1})) > 1
 
 # Classes that are not everywhere
 
@@ -415,24 +336,6 @@ def test_a_class_that_nobody_has_is_neither_known_nor_drawn_nor_nan(settings, mo
     assert all(np.isfinite(value) for account in found.accounts for values in account["metrics"].values() for value in values.values())
 
 
-@pytest.mark.parametrize("settings", [*({"covariance": mode} for mode in MODES), {"statistics": "sums", "covariance": "class_full"}], ids=str)
-def test_a_class_of_an_earlier_cohort_keeps_its_value(settings):
-    found = went(settings, federation={"clients": 3, "rounds": 4, "participation": 0.34}, data={"partition": "disjoint"})
-    labels, had = found.world.corpus.train_labels, torch.zeros(CLASSES, dtype=torch.bool)
-    kept = 0
-    for place, before, after in zip(found.places[:4], found.states, found.states[1:], strict=False):
-        (client,) = found.world.cohort(place.phase, place.row)
-        held = torch.from_numpy(np.bincount(labels[found.world.split.train[client]], minlength=CLASSES) > 0)
-        old = had & ~held
-        had, kept = had | held, kept + int(old.sum())
-        assert torch.equal(after.server["has"], had)
-        assert torch.equal(after.server["mean"][old], before.server["mean"][old]) and bool(after.server["mean"][old].any(1).all())
-        if not MODES[settings["covariance"]].shared:
-            assert torch.equal(after.server["spread"][old], before.server["spread"][old])
-        assert not torch.equal(after.server["mean"][held], before.server["mean"][held])
-    assert kept > 0, "every cohort held all classes known before it"
-
-
 @pytest.mark.parametrize("name", ["fedvtc", "fedproto"])
 def test_models_without_a_common_feature_size_are_refused_before_round_0(name):
     with pytest.raises(JobError, match="models.feature_size = 0"):
@@ -446,7 +349,6 @@ def test_all_architectures_give_features_of_the_common_size():
     sizes = {name: found.modules[name]["model"].eval().features(torch.zeros(1, 1, 8, 8)).shape[1] for name in names}
     inner = {found.modules[name]["model"].head.in_features for name in names}
     assert set(sizes.values()) == inner == {SIZE}
-
 
 # From end to end
 
@@ -473,10 +375,7 @@ def test_a_whole_run_stays_finite_and_learns_to_reconstruct():
     for client in range(4):
         assert found.metric("reconstruction", 5)[client] < 0.8 * found.metric("reconstruction", 1)[client]
 
-
 # Every setting
-
-
 CONTEXT = {"common_map": {"latent": "common", "common_size": 8}, "common_size": {"latent": "common", "common_size": 8}, "latent": {"common_size": 8},
            "shrink_target": {"covariance": "class_full"}, "sigma_lr": {"sigma_source": "learnable"}, "beta_kl": {"sigma_source": "learnable", "sigma_lr": 1e-2}}
 OTHER = {"common_size": 10, "min_count": 4, "alignment": 0.7, "warmup": 0, "vtc_sync_every": 3, "vtc_epochs": 2, "vtc_steps": 5, "vtc_batch": 8,
@@ -513,7 +412,6 @@ def test_clients_together_give_what_each_gives_alone(dm):
     for client in range(CLIENTS):
         here, there = one.state(client, 2), other.state(client, 2)
         assert all(torch.allclose(here[path], there[path], rtol=1e-3, atol=1e-4) for path in here)
-
 
 # Offloading
 

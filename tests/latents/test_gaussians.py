@@ -4,6 +4,7 @@ import torch
 from torch.distributions import MultivariateNormal, kl_divergence
 
 from hpcfl.errors import NonFiniteError
+from hpcfl.latents.announced import AnnouncedGaussians, announce_gaussians
 from hpcfl.latents.gaussians import cholesky, compute_factors, distance, draw, floor, kl, oas, precision, shrink
 from hpcfl.latents.moments import MODES, ClassGaussians, aggregate, measure, needs_full, to_message
 
@@ -23,6 +24,11 @@ def moments_of(z: torch.Tensor, y: torch.Tensor, classes: int, mode: str) -> Cla
     return aggregate([to_message(measure(z, y, classes, needs_full(mode)), mode, dtype=torch.float64)], mode)
 
 
+def factors(moments: ClassGaussians, mode: str, target: str = "iso", minimum: float = 1e-4) -> torch.Tensor:
+    """What a client draws with that has read what the server announced of the moments."""
+    return AnnouncedGaussians.from_message(announce_gaussians(moments, mode, target, minimum), mode, torch.device("cpu")).factor
+
+
 def spread_matrix(moments: ClassGaussians, mode: str, label: int) -> torch.Tensor:
     """The covariance (p, p) of one class that draws must reproduce: shrunk and floored where full."""
     kind = MODES[mode]
@@ -37,7 +43,7 @@ def test_draws_reproduce_mean_and_covariance(mode):
     y = torch.arange(3).repeat(60)
     z = normal(180, SIZE) @ covariance(seed=1) * (1 + y[:, None]) + 5 * y[:, None]
     moments = moments_of(z, y, 3, mode)
-    factor = compute_factors(moments, mode)
+    factor = factors(moments, mode)
     for label in range(3):
         labels = torch.full((200_000,), label)
         v = draw(moments.mean, factor, labels, normal(200_000, SIZE, seed=7, dtype=torch.float32))
@@ -62,7 +68,7 @@ def test_each_label_is_drawn_from_its_own_class():
 @pytest.mark.parametrize("target", ["iso", "diag"])
 def test_too_few_samples_give_finite_factors_and_draws(mode, samples, target):
     moments = moments_of(normal(samples, SIZE), torch.zeros(samples, dtype=torch.int64), 2, mode)
-    factor = compute_factors(moments, mode, target)
+    factor = factors(moments, mode, target)
     assert bool(torch.isfinite(factor).all())
     assert bool(torch.isfinite(draw(moments.mean, factor, torch.tensor([0, 0]), normal(2, SIZE))).all())
 
@@ -97,7 +103,7 @@ def test_the_floor_is_absolute_or_relative_whichever_is_higher():
 @pytest.mark.parametrize("mode", [mode for mode in MODES if not needs_full(mode)])
 def test_no_variance_is_below_the_floor(mode):
     moments = moments_of(torch.zeros(5, SIZE), torch.zeros(5, dtype=torch.int64), 2, mode)
-    factor = compute_factors(moments, mode, minimum=0.04)
+    factor = factors(moments, mode, minimum=0.04)
     assert factor.shape == {"shared_diag": (1, SIZE), "class_diag": (2, SIZE), "class_iso": (2, 1)}[mode]
     torch.testing.assert_close(factor, torch.full_like(factor, 0.2))
 
@@ -125,6 +131,14 @@ def test_what_no_jitter_repairs_falls_back_to_eigenvalues():
     clamped = [each @ values.clamp(min=1e-2).diag() @ each.T for each in vectors]
     torch.testing.assert_close(factor @ factor.mT, torch.stack([whole[0], *clamped, 1e-2 * torch.eye(SIZE, dtype=torch.float64)]))
     assert torch.equal(factor, factor.tril()) and bool((factor.diagonal(dim1=1, dim2=2) > 0).all())
+
+
+def test_factors_are_deviations_of_variances_and_lower_roots_of_covariances():
+    variances, matrices = normal(3, SIZE).exp(), torch.stack([covariance(seed=seed) for seed in range(3)])
+    torch.testing.assert_close(compute_factors(variances).square(), variances)
+    factor = compute_factors(matrices)
+    assert torch.equal(factor, factor.tril())
+    torch.testing.assert_close(factor @ factor.mT, matrices)
 
 
 def test_a_covariance_with_nan_is_refused():

@@ -16,7 +16,6 @@ from hpcfl.latents.moments import (
     keep_previous,
     measure,
     measure_scatter,
-    merge,
     needs_full,
     pack_triangle,
     sum_features,
@@ -113,28 +112,28 @@ def test_the_two_phases_work_across_ranks_and_with_a_rank_without_data(mode):
     mpi_assert(comm, max(errors) < 1e-10, f"relative errors {errors}")
 
 
-@pytest.mark.parametrize("full", [False, True])
-def test_merged_moments_are_the_moments_of_the_pooled_samples(full):
-    measured = [measure(*samples, CLASSES, full) for samples in CLIENTS]
-    pooled = measure(*POOLED, CLASSES, full)
+@pytest.mark.parametrize("mode", MODES)
+def test_moments_of_clients_in_any_order_are_those_of_one_client_with_all_samples(mode):
+    pooled = aggregate([exact(*POOLED, mode)], mode)
     for order in ([0, 1, 2, 3], [3, 2, 0, 1]):
-        merged = reduce(lambda a, b: a + b, [measured[index] for index in order])
+        merged = aggregate([exact(*CLIENTS[index], mode) for index in order], mode)
         assert torch.equal(merged.count, pooled.count)
         assert_close(merged.mean, pooled.mean)
-        assert_close(merged.scatter, pooled.scatter)
+        assert_close(merged.spread, pooled.spread)
 
 
-def test_one_sample_at_a_time_is_welford():
+def test_clients_of_one_sample_each_have_the_moments_of_all_samples():
     z, y = CLIENTS[0]
-    merged = reduce(merge, [measure(z[i:i + 1], y[i:i + 1], CLASSES, True) for i in range(len(z))])
-    assert_close(merged.scatter, measure(z, y, CLASSES, True).scatter)
+    merged = aggregate([exact(z[i:i + 1], y[i:i + 1], "class_full") for i in range(len(z))], "class_full")
+    assert_close(merged.spread, aggregate([exact(z, y, "class_full")], "class_full").spread)
 
 
-@pytest.mark.parametrize("full", [False, True])
-def test_merging_with_nothing_changes_no_bit(full):
-    some, none = measure(*CLIENTS[1], CLASSES, full), measure(*CLIENTS[2], CLASSES, full)
-    for merged in (some + none, none + some):
-        assert all(torch.equal(getattr(merged, name), getattr(some, name)) for name in ("count", "mean", "scatter"))
+@pytest.mark.parametrize("mode", MODES)
+def test_a_client_without_samples_changes_no_bit(mode):
+    some, none = exact(*CLIENTS[1], mode), exact(*CLIENTS[2], mode)
+    alone = aggregate([some], mode)
+    for merged in (aggregate([some, none], mode), aggregate([none, some], mode)):
+        assert all(torch.equal(leaf, getattr(alone, name)) for name, leaf in vars(merged).items())
 
 
 def test_offset_does_not_spoil_float32_features():

@@ -52,7 +52,7 @@ def ends_with_a_name(whole, folder: Path, job, since: float, rank: int = 1) -> s
     assert (folder / "STATUS").read_text().startswith(f"failed: timeouts.collective = {LIMIT:g} s is over: rank {rank} did not arrive")
     assert (folder / "LATEST").read_text() == "round-000002\n"
     text = " ".join(job.text().split())
-    assert text.count("is over") == 1 and f"{_waiting_text([1 - rank, 2])} in barrier (hpcfl/federation/loop.py:" in text
+    assert text.count("is over") == 1 and f"{_waiting_text([1 - rank, 2])} in barrier (hpcfl/federation/exchange.py:" in text
     assert "its last checkpoint is round-000002, and the same command goes on from there" in text
     for other in (1 - rank, 2):
         assert "in wait" in (folder / "log" / f"rank-{other:04d}.stack").read_text()
@@ -69,7 +69,7 @@ def test_a_rank_that_does_not_arrive_is_named_and_every_rank_says_where_it_is(ho
         text = ends_with_a_name(whole, folder, job, time.monotonic(), rank)
     assert "in stay_away" in (folder / "log" / f"rank-{rank:04d}.stack").read_text(), "the stack of the missing rank"
     if how == "sleeps":
-        assert re.search(rf"rank {rank} did not arrive: for \d+\.\d s, since its last \w+, it has been at work in hpcfl/federation/loop.py:\d+ \w+", text)
+        assert re.search(rf"rank {rank} did not arrive: for \d+\.\d s, since its last \w+, it has been at work in hpcfl/federation/exchange.py:\d+ \w+", text)
         assert f"rank {rank}: the others wait for this rank, which is here:" in text and "in stay_away" in text
     else:
         assert "rank 1 did not arrive and gives no sign: it is gone, stopped, or inside one call that does not let go of Python" in text

@@ -11,14 +11,13 @@ from pathlib import Path
 import pytest
 
 from hpcfl import cli
-from hpcfl.errors import EnvironmentFault, JobError
+from hpcfl.errors import JobError
 from hpcfl.report import summary, tables
 from hpcfl.runs import slurm
-from hpcfl.runs.signal_lead import VARIABLE, Lead
 from hpcfl.runs.slurm import Request, Sweep
 from tests.support.slurm_cluster import Cluster
 from tests.support.slurm_cluster import started as cluster_started
-from tests.support.tiny_runs import apart, carry_out, outcome, started, tiny, undisturbed, write_job
+from tests.support.tiny_runs import apart, outcome, started, tiny, undisturbed, write_job
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 EXAMPLES = {                                                       # the scripts that lie in slurm/, as arguments of `hpcfl slurm`
@@ -361,35 +360,6 @@ def test_a_signal_during_the_modules_waits_for_the_launcher(tmp_path):
     (tmp_path / "loaded").touch()
     assert run.ends()[0] == 75 and run.read("requeued") == "requeue 17 " and run.read("modules") == "load gcc mpi "
     assert run.read("arguments").split("\0")[4:7] == ["within", "the box", "hpcfl"]
-
-
-def test_a_lead_that_is_too_short_is_told_with_the_number_to_set(caplog, monkeypatch):
-    monkeypatch.setattr("hpcfl.runs.signal_lead.log.propagate", True)
-    lead = Lead({VARIABLE: "60"})
-    for round_s, checkpoint_s in ((30.0, 0.0), (36.0, 2.0), (35.0, 4.0), (41.0, 2.0), (52.0, 1.0)):
-        lead.watch(round_s, checkpoint_s)
-    told = [record.getMessage() for record in caplog.records]
-    assert len(told) == 2, "36 + 4 s need 60 and 41 + 4 s need 70: told; 52 + 4 s need 90: told again"
-    assert "the signal comes 60 s before the time limit, which is too short: a round takes up to 41.0 s here and a checkpoint 4.0 s" in told[0]
-    assert "--signal=B:USR1@70 in the job script (hpcfl slurm --lead 70)" in told[0] and "--lead 90" in told[1]
-
-
-def test_without_an_announced_lead_nothing_is_told(caplog, monkeypatch):
-    monkeypatch.setattr("hpcfl.runs.signal_lead.log.propagate", True)
-    Lead({}).watch(1e9, 1e9)
-    assert not caplog.records
-
-
-@pytest.mark.parametrize("text", ["soon", "-1", "nan"])
-def test_a_lead_that_is_no_number_is_refused(text):
-    with pytest.raises(EnvironmentFault, match=f"{VARIABLE} = '{text}': wanted the seconds"):
-        Lead({VARIABLE: text})
-
-
-def test_a_run_measures_its_rounds_against_the_lead(tmp_path, monkeypatch):
-    monkeypatch.setenv(VARIABLE, "0.001")
-    told = (carry_out(tiny("standalone"), tmp_path / "run") / "log" / "rank-0000.log").read_text()
-    assert told.count("WARNING the signal comes 0.001 s before the time limit") == 1 and "hpcfl slurm --lead 10" in told
 
 
 # From here on with a real SLURM. What takes long begins before the first of these tests and is looked at last.

@@ -11,12 +11,7 @@ from hpcfl.report import hdf5_view, page, summary
 from hpcfl.report.recording import read
 from tests.support.tiny_runs import carry_out, tiny, write_job
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """An empty cache for each test."""
-    monkeypatch.setenv("HPCFL_DATA", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def imported(folder, train, test, name="own"):

@@ -14,7 +14,6 @@ import pytest
 from hpcfl.contract import ClientSite
 from hpcfl.data import store
 from hpcfl.data.embedded import load_digits
-from hpcfl.files import lock
 from tests.support.faults import PAUSES, RANK, resumes_to_the_same_end, stopped_at
 from tests.support.fork_server import Forked
 from tests.support.tiny_runs import apart, carry_out, checkpoint_of, left_half_written, outcome, started, tiny, write_job
@@ -142,13 +141,6 @@ def test_training_that_goes_non_finite_names_client_phase_and_round(hpcfl, tmp_p
 def test_a_learning_rate_beyond_reason_is_non_finite_training(hpcfl, tmp_path):
     code, text = hpcfl("run", write_job(tmp_path, tiny("fedavg")), "--set", "training.lr=1e30", "--out", tmp_path / "run")
     assert code == 6 and "phase rounds, round 0: training of client" in text and "Traceback" not in text
-
-
-@pytest.mark.parametrize(("text", "words"), [
-    ('{"host": "n1", "pid": 7, "started": "2026-01-02T03:04:05+00:00"}\n', "process 7 on n1, since 2026-01-02T03:04:05+00:00"),
-    ("process 7 on n1\n", "process 7 on n1"), ('{"host": "n1"}', '{"host": "n1"}'), ("7", "7"), ("", "")])
-def test_who_holds_a_folder_is_said_whoever_wrote_it(text, words):
-    assert lock.holder_text(text) == words
 
 
 def test_one_rank_with_a_full_disk_ends_the_job_and_the_checkpoint_before_stays(whole, tmp_path):

@@ -15,8 +15,9 @@ from tests.support import slurm_cluster
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
-LONGEST = (                                                        # files that take longest come first, so that no worker is left with one at the end
-    "runs/test_slurm.py", "runs/test_whole_runs.py")
+LONGEST = ("runs/test_slurm.py", "runs/test_faults.py", "runs/test_watchdog.py", "bench/test_w1_vtc.py", "runs/test_signals.py", "runs/test_guard.py",
+           "runs/test_resume.py", "wire/test_two_hosts.py", "runs/test_power_cut.py", "doctor/test_examine.py", "runs/test_whole_runs.py",
+           "federation/test_residency.py", "algorithms/test_every_algorithm.py")       # begin first, so that no worker is left with one of them at the end
 
 torch.set_num_threads(1)                                           # the ranks of one machine share its cores
 
@@ -105,6 +106,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if absent := [name for name in LONGEST if not (REPOSITORY / "tests" / name).is_file()]:
+        raise pytest.UsageError(f"tests/conftest.py: LONGEST names {', '.join(absent)}, which is not there; wanted the files that take longest")
     order = {REPOSITORY / "tests" / name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path, len(order)))
     if config.getoption("--with-mpi"):

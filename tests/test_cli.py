@@ -139,15 +139,16 @@ def test_the_steps_of_generator_and_classifier_are_timed_in_every_way(monkeypatc
     ("algorithm.name=fedvct", "algorithm.name = 'fedvct' is not known; did you mean 'fedvtc'?"),
     ("models.names=['resnet9']", "models.names: 'resnet9' is not in the zoo; did you mean 'resnet8'?"),
     ("learning", "--set 'learning': wanted section.key=value")])
-def test_a_job_that_cannot_be_is_usage_and_says_what_is_wanted(setting, complaint, hpcfl, tmp_path):
+def test_a_job_that_cannot_be_is_usage_and_says_what_is_wanted(setting, complaint, tmp_path, capsys):
     path = write_job(tmp_path, tiny("standalone"))
-    code, text = hpcfl("run", path, "--set", setting, "--out", tmp_path / "run")
+    code, text = ending("run", path, "--alone", "--set", setting, "--out", tmp_path / "run"), capsys.readouterr().err
     assert code == 2 and complaint in text and "Traceback" not in text
     assert not (tmp_path / "run" / "job.toml").exists()
 
 
-def test_a_job_file_that_cannot_be_read_is_usage(hpcfl, tmp_path):
+def test_a_job_file_that_cannot_be_read_is_usage(tmp_path, capsys):
     (tmp_path / "broken.toml").write_text("[run\n")
-    assert hpcfl("run", tmp_path / "none.toml") == (2, f"hpcfl: {tmp_path / 'none.toml'}: cannot read the job file: No such file or directory\n")
-    code, text = hpcfl("run", tmp_path / "broken.toml")
+    assert ending("run", tmp_path / "none.toml", "--alone") == 2
+    assert capsys.readouterr().err == f"hpcfl: {tmp_path / 'none.toml'}: cannot read the job file: No such file or directory\n"
+    code, text = ending("run", tmp_path / "broken.toml", "--alone"), capsys.readouterr().err
     assert code == 2 and f"{tmp_path / 'broken.toml'}: not a TOML file" in text

@@ -31,7 +31,7 @@ def passes(monkeypatch) -> Iterator[Counter]:
     def counted(predict: Callable, shard, classes, batch, first=0, every=1):
         asked[len(shard)] += 1
         return count_correct(predict, shard, classes, batch, first, every)
-    monkeypatch.setattr(examination, "correct", counted)
+    monkeypatch.setattr(examination, "count_correct", counted)
     return asked
 
 

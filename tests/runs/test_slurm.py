@@ -471,6 +471,7 @@ def test_a_signal_in_the_last_round_does_not_requeue(cluster, tmp_path):
 
 
 @pytest.mark.slurm
+@pytest.mark.costly
 def test_a_sweep_of_three_seeds_is_one_array_and_one_table(cluster, tmp_path):
     job = Submitted(cluster, tmp_path, Request(nodes=2), rounds=12, sweep=Sweep((0, 1, 2)))
     job.waits_for((tmp_path / "run" / "seed-2" / "LATEST").exists)
@@ -495,6 +496,7 @@ def test_a_job_whose_node_goes_down_is_requeued_and_goes_on(cluster, widowed):
 
 
 @pytest.mark.slurm
+@pytest.mark.costly
 def test_a_run_longer_than_its_time_limit_ends_as_if_there_were_none(cluster, long_run, tmp_path):
     with started(tmp_path, "run", long_run.folder / "job.toml", "--out", tmp_path / "run", ranks=2) as undisturbed_run:
         assert undisturbed_run.ends() == 0, undisturbed_run.text()

@@ -17,6 +17,11 @@ from tests.support.tiny_runs import carry_out, outcome, tiny, undisturbed, write
 
 
 @pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    return carry_out(tiny("standalone"), tmp_path_factory.mktemp("finished") / "run")
+
+
+@pytest.fixture(scope="module")
 def sliced(tmp_path_factory) -> Path:
     return carry_out(tiny("heterofl", models={"names": ["cnn5"], "sizes": [0, 1]}, data={"fraction": 0.5}), tmp_path_factory.mktemp("sliced") / "run")
 

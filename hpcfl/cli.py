@@ -1,4 +1,4 @@
-"""The command line: run, slurm, report, predict, inspect, information, audit, data, bench, doctor."""
+"""The command line: run, settings, slurm, report, predict, inspect, information, audit, data, bench, doctor."""
 import argparse
 import json
 import os
@@ -9,7 +9,8 @@ import hpcfl
 from hpcfl.arguments import Parser, expand_homes, parse_numbers, parse_residencies
 from hpcfl.errors import EnvironmentFault, HpcflError, Interrupted
 from hpcfl.files.places import expand_home
-from hpcfl.runs import devices, guard, outlets, signals
+from hpcfl.runs import outlets, signals
+from hpcfl.settings.sections import DEVICES
 
 DATA_COLUMNS = ("name", "status", "train", "test", "classes", "image", "MB", "")
 
@@ -24,7 +25,7 @@ def main(argv: list[str] | None = None) -> None:
         code = arguments.command(arguments)
     except SystemExit as end:                                      # argparse has printed what was asked for, or what is wrong
         code = end.code
-    failure = outlets.lost(sys.stdout)
+    failure = outlets.find_failure(sys.stdout)
     if failure and failure.errno not in outlets.GONE:
         print(f"hpcfl: standard output takes nothing any more: {failure.strerror}; what is missing there is lost", file=sys.stderr)
         code = code or EnvironmentFault.exit_code
@@ -36,13 +37,14 @@ def _run(arguments: argparse.Namespace) -> int:
         from hpcfl.runs import starter
         return starter.start(arguments.ranks, arguments.words)
     stop_requested = bool if arguments.dry_run else signals.listen()                     # before the imports below, which take seconds
-    from hpcfl.algorithms import CONFIGS
     from hpcfl.runs import launch
+    from hpcfl.runs.choices import CHOICES
+    from hpcfl.runs.guard import run_guarded
     from hpcfl.settings.job import load
     from hpcfl.wire.communicator import connect
 
     def body() -> int:
-        job = load(arguments.job, CONFIGS, arguments.set)
+        job = load(arguments.job, CHOICES, arguments.set)
         if arguments.dry_run:
             return _dry_run(job, comm, "" if arguments.alone else comm.find_launch_fault())
         engine = connect(deterministic=True, alone=arguments.alone) if job.run.deterministic else comm
@@ -51,7 +53,7 @@ def _run(arguments: argparse.Namespace) -> int:
     comm = connect(checked=not arguments.dry_run, alone=arguments.alone)
     if arguments.dry_run and not arguments.alone and _one_of_many(comm):
         return 0
-    return guard.run_guarded(body, comm)
+    return run_guarded(body, comm)
 
 
 def _one_of_many(comm) -> bool:
@@ -65,9 +67,12 @@ def _dry_run(job, comm, refused: str) -> int:
     """Check everything that can be checked without training, and say what would run, and why it would be `refused`."""
     from hpcfl.federation.world import World
     from hpcfl.report import averaging
+    from hpcfl.runs import devices
+    from hpcfl.runs.choices import CHOICES
+    from hpcfl.settings import manual
     world = World(job, comm, devices.choose_job_device(job, comm))
     if comm.is_server:
-        print(job.to_toml())
+        print(manual.commented(job, CHOICES), end="\n\n")
         for remark in world.corpus.remarks:
             print(f"# {job.data.name}: {remark}")
         for phase in world.plan:
@@ -78,6 +83,19 @@ def _dry_run(job, comm, refused: str) -> int:
             print(f"# warning: {warning}")
         if refused:
             print(f"# hpcfl run would not start here: {refused}")
+    return 0
+
+
+def _settings(arguments: argparse.Namespace) -> int:
+    from hpcfl.runs.choices import CHOICES
+    from hpcfl.settings import manual
+    found = manual.find(arguments.what, CHOICES) if arguments.what else manual.blocks(CHOICES)
+    if arguments.json:
+        print(json.dumps({"settings": manual.data(found)}, indent=1))
+    elif arguments.markdown:
+        print(manual.markdown(found, CHOICES))
+    else:
+        print(manual.toml(block for block in found if arguments.what or not block.method))
     return 0
 
 
@@ -189,6 +207,7 @@ def _data_import(arguments: argparse.Namespace) -> int:
 
 def _bench(arguments: argparse.Namespace) -> int:
     from hpcfl.bench import w1_vtc
+    from hpcfl.runs.guard import run_guarded
     from hpcfl.wire.communicator import connect
 
     def body() -> int:
@@ -197,11 +216,12 @@ def _bench(arguments: argparse.Namespace) -> int:
             print(json.dumps(figures, indent=1) if arguments.json else w1_vtc.render(figures))
         return 0
     comm = connect()
-    return guard.run_guarded(body, comm)
+    return run_guarded(body, comm)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
     from hpcfl.doctor import examine
+    from hpcfl.runs.guard import run_guarded
     from hpcfl.wire.communicator import connect
     from hpcfl.wire.launchers import read_launch
 
@@ -215,7 +235,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     comm, told = connect(checked=False), read_launch()
     if _one_of_many(comm):
         return 0
-    return guard.run_guarded(body, comm)
+    return run_guarded(body, comm)
 
 
 def _speaking(command):
@@ -237,7 +257,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"hpcfl {hpcfl.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    run = commands.add_parser("run", help="carry out a job (alone, under mpirun or under srun)")
+    run = commands.add_parser("run", help="carry out a job (alone, under mpirun or under srun)", epilog="What a job may set, and what it means: hpcfl settings")
     run.add_argument("job", type=Path, help="a job file (TOML); jobs/ holds examples")
     run.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE",
                      help="override a setting; may be given several times; another algorithm.name leaves out what only the job's method has")
@@ -250,6 +270,14 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument("--alone", action="store_true", help="in this one process, without MPI, whatever the environment says of ranks (a shell of srun's)")
     run.add_argument("--dry-run", action="store_true", help="check the job, print it with every default and who would train where, train nothing")
     run.set_defaults(command=_speaking(_run))
+
+    settings = commands.add_parser("settings", help="what a job may set: meaning, default and allowed values, printed as a job file with comments")
+    settings.add_argument("what", nargs="?", default="", metavar="SECTION|METHOD|SETTING",
+                          help="for example training, fedvtc, training.lr or lr (default: all sections)")
+    shape = settings.add_mutually_exclusive_group()
+    shape.add_argument("--json", action="store_true", help="one object on standard output; of all sections and all methods where nothing is named")
+    shape.add_argument("--markdown", action="store_true", help="as jobs/README.md has it; of all sections and all methods where nothing is named")
+    settings.set_defaults(command=_speaking(_settings))
 
     slurm = commands.add_parser("slurm", help="print a job as a script for sbatch, or submit it",
                                 epilog="Behind -- come options for sbatch that are not listed here: hpcfl slurm JOB --nodes 2 -- --constraint=a100 --exclusive")
@@ -350,7 +378,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--epochs", type=int, default=0, help="gefl: epochs of a generator round (0: 1, published are 5)")
     bench.add_argument("--compile", action="store_true", help="vtc, sampling of gefl: compiled too where that is not done anyway (a minute on a CPU)")
     bench.add_argument("--threads", type=int, default=0, help="per rank; 0: as run.threads = 0")
-    bench.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    bench.add_argument("--device", choices=DEVICES, default=DEVICES[0])
     bench.add_argument("--json", action="store_true")
     bench.set_defaults(command=_speaking(_bench))
 

@@ -1,7 +1,8 @@
-"""Wording: ranks, reasons, bytes and seconds as people read them."""
+"""Wording: ranks, reasons, bytes, seconds and what somebody may have meant, as people read them."""
+import difflib
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 
 def shared_text(found: Mapping[str, Sequence[int]]) -> str:
@@ -33,6 +34,17 @@ def numbers_text(numbers: Sequence[int], noun: str = "rank") -> str:
 def count_text(count: int, word: str, plural: str = "s") -> str:
     """A number and its noun: "1 rank", "4 ranks"."""
     return f"{count} {word}{plural if count != 1 else ''}"
+
+
+def nearest(word: str, known: Iterable[str], alike: float = 0.5) -> str:
+    """The known word that is most like another, where they are so much alike (0 to 1); "" where none is."""
+    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=alike)), "")
+
+
+def did_you_mean(*meant: str, before: str = "; ") -> str:
+    """"; did you mean 'lr' or 'epochs'?"; nothing where nothing may have been meant."""
+    told = [repr(word) for word in meant if word]
+    return f"{before}did you mean {' or '.join(told)}?" if told else ""
 
 
 def cause_text(error: BaseException) -> str:

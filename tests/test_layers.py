@@ -1,15 +1,15 @@
-"""The shape of the project: layers, the one file with mpi4py, declared dependencies, file lengths and top-level names."""
+"""The shape of the project: floors and circles, the one file with mpi4py, declared dependencies, file lengths, mirrored tests, top-level names."""
 import ast
-import functools
 import re
 import sys
 from fnmatch import fnmatch
-from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-FILES = sorted((REPOSITORY / "hpcfl").rglob("*.py"))
+from tests.support.house import REPOSITORY, House, room_of
+
+HOUSE = House(REPOSITORY)
+FILES = HOUSE.files
 FLOORS = (                                                         # an import goes to a strictly lower floor, or stays in its package
     {"errors", "tree", "streams", "accounts", "wording"},
     {"settings", "wire", "files"},
@@ -24,44 +24,8 @@ FLOORS = (                                                         # an import g
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS, start=1) for name in names}
 DOOR = FLOORS[-1]                                                  # files of one room, though they have no folder
-TOP_LEVEL = {"setup.py", "hpcfl", "jobs", "tests", "slurm", "README.md", ".ci", "pyproject.toml", "LICENSE", ".gitignore"}
+TOP_LEVEL = {"setup.py", "hpcfl", "jobs", "tests", "slurm", "README.md", "CITATION.cff", ".ci", "pyproject.toml", "LICENSE", ".gitignore"}
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "PIL": "pillow"}       # import name -> name in setup.py, where they differ
-MODULES = {".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__") for path in FILES}
-
-
-@functools.cache
-def imported(path: Path) -> set[str]:
-    """Dotted names of the modules that a file imports, anywhere in it."""
-    package = path.relative_to(REPOSITORY).parent.parts
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        if isinstance(node, ast.ImportFrom):
-            above = package[:len(package) - node.level + 1] if node.level else ()
-            base = ".".join((*above, *filter(None, [node.module])))
-            for alias in node.names:
-                name = f"{base}.{alias.name}"
-                names.add(name if name in MODULES else base)
-        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("find_spec"):
-            names.add(ast.literal_eval(node.args[0]))              # looked up for its files instead of imported for its code
-    return names
-
-
-def module_of(path: Path) -> str:
-    """The dotted name of a file's module."""
-    return ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
-
-
-def file_of(module: str) -> Path:
-    """The file of a module."""
-    path = REPOSITORY.joinpath(*module.split("."))
-    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-
-
-def component(module: str) -> str:
-    """The name in FLOORS that a module of hpcfl belongs to; empty for the package itself."""
-    return (module.split(".") + [""])[1]
 
 
 def declared() -> set[str]:
@@ -74,49 +38,28 @@ def declared() -> set[str]:
 
 def third_party() -> set[str]:
     """The distributions that the files of hpcfl import."""
-    roots = {name.split(".")[0] for path in FILES for name in imported(path)} - {"hpcfl"} - sys.stdlib_module_names
+    roots = {name.split(".")[0] for names in HOUSE.imports.values() for name in names} - {"hpcfl"} - sys.stdlib_module_names
     return {DISTRIBUTIONS.get(root, root) for root in roots}
 
 
-@functools.cache
-def arrows() -> dict[str, set[str]]:
-    """Module -> the modules of hpcfl that its file imports, anywhere in it; the package itself left out."""
-    return {module_of(path): {name for name in imported(path) if name in MODULES and "." in name} - {module_of(path)} for path in FILES}
+@pytest.mark.parametrize("module", [module for module in HOUSE.modules if "." in module])
+def test_an_import_goes_down_or_stays_in_its_package(module):
+    room = room_of(module)
+    assert room in FLOOR, f"{module} has no floor; give hpcfl/{room} a place in FLOORS"
+    for name in HOUSE.arrows[module]:
+        other = room_of(name)
+        if room != other and not {room, other} <= DOOR:
+            assert FLOOR[other] < FLOOR[room], f"{room} is on floor {FLOOR[room]} and imports {name} of floor {FLOOR[other]}"
 
 
-def circles() -> list[tuple[str, str]]:
-    """The arrows that lie on a circle of files."""
-    graph = arrows()
-
-    def reached(start: str) -> set[str]:
-        found, todo = set(), [start]
-        while todo:
-            new = graph[todo.pop()] - found
-            found |= new
-            todo += new
-        return found
-    behind = {module: reached(module) for module in graph}
-    return sorted((module, other) for module, others in graph.items() for other in others if module in behind[other])
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(REPOSITORY)))
-def test_an_import_goes_down_or_stays_in_its_package(path):
-    room = component(module_of(path))
-    assert room in FLOOR or not room, f"{path.name} has no floor; give hpcfl/{room} a place in FLOORS"
-    for module in imported(path):
-        other = component(module)
-        if module.split(".")[0] == "hpcfl" and other and room != other and not {room, other} <= DOOR:
-            assert FLOOR[other] < FLOOR.get(room, 0), f"{room} is on floor {FLOOR.get(room, 0)} and imports {module} of floor {FLOOR[other]}"
-
-
-@pytest.mark.parametrize("path", [path for path in FILES if path.parent.name == "algorithms"], ids=lambda path: path.name)
-def test_a_method_is_written_against_the_contract(path):
-    rooms = {component(name) for name in imported(path) if name in MODULES and "." in name}
+@pytest.mark.parametrize("module", [module for module in HOUSE.modules if room_of(module) == "algorithms"])
+def test_a_method_is_written_against_the_contract(module):
+    rooms = set(map(room_of, HOUSE.arrows[module]))
     assert rooms <= {"algorithms", "contract", "training", "latents", "models", "data", "generators", "resize", "tree", "streams"}
 
 
 def test_no_circle_joins_two_files():
-    assert circles() == []
+    assert HOUSE.circles() == []
 
 
 def test_no_module_is_named_like_one_of_the_standard_library():
@@ -124,15 +67,18 @@ def test_no_module_is_named_like_one_of_the_standard_library():
 
 
 def test_a_report_is_made_without_torch():
-    reached, todo = set(), {module for module in arrows() if component(module) == "report"}
-    while todo:
-        reached |= todo
-        todo = {name for module in todo for name in arrows()[module]} - reached
-    assert [name for name in sorted(reached) if "torch" in {each.split(".")[0] for each in imported(file_of(name))}] == []
+    reached = set().union(*(HOUSE.reach(module) | {module} for module in HOUSE.modules if room_of(module) == "report"))
+    assert [module for module in sorted(reached) if "torch" in {name.split(".")[0] for name in HOUSE.imports[module]}] == []
 
 
 def test_exactly_one_file_imports_mpi4py():
-    assert [path.name for path in FILES if any(name.split(".")[0] == "mpi4py" for name in imported(path))] == ["ranks.py"]
+    assert [module for module, names in HOUSE.imports.items() if "mpi4py" in {name.split(".")[0] for name in names}] == ["hpcfl.wire.ranks"]
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.name != "__init__.py"], ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_a_module_has_its_tests_where_one_looks_for_them(path):
+    below = path.relative_to(REPOSITORY / "hpcfl")
+    assert below.name == "__main__.py" or (REPOSITORY / "tests" / below.parent / f"test_{below.name}").is_file()
 
 
 def test_every_import_is_declared_in_setup_py():
@@ -160,11 +106,25 @@ def test_only_the_agreed_names_stand_at_the_top_level():
     assert {name for name in names if not any(fnmatch(name, pattern) for pattern in ignored)} <= TOP_LEVEL
 
 
-def test_imports_are_found_in_every_form(tmp_path, monkeypatch):
-    monkeypatch.setitem(globals(), "REPOSITORY", tmp_path)
-    path = tmp_path / "hpcfl" / "data" / "store.py"
-    path.parent.mkdir(parents=True)
-    path.write_text("import os.path\nfrom hpcfl import tree, __version__\nfrom hpcfl.settings.job import Job\n"
-                    "def later():\n    from . import store\n    from ..streams import Stream\n")
-    monkeypatch.setitem(globals(), "MODULES", MODULES | {"hpcfl.data.store"})
-    assert imported(path) == {"os.path", "hpcfl", "hpcfl.tree", "hpcfl.settings.job", "hpcfl.data.store", "hpcfl.streams"}
+def test_imports_are_found_in_every_form(tmp_path):
+    for name, text in {"store.py": "import os.path\nfrom hpcfl import tree, __version__\nfrom hpcfl.settings.job import Job\n"
+                                   "def later():\n    from . import store, archive\n    from ..streams import Stream\n", "archive.py": ""}.items():
+        path = tmp_path / "hpcfl" / "data" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    (tmp_path / "hpcfl" / "tree.py").write_text("")
+    assert House(tmp_path).imported(tmp_path / "hpcfl/data/store.py") == {
+        "os.path", "hpcfl", "hpcfl.tree", "hpcfl.settings.job", "hpcfl.data.store", "hpcfl.data.archive", "hpcfl.streams"}
+
+
+def test_floors_and_circles_are_found(tmp_path):
+    files = {"a/__init__": "", "a/one": "from hpcfl.b import two", "b/__init__": "", "b/two": "def late():\n    from hpcfl.c.three import x", "ground": "",
+             "c/__init__": "", "c/three": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from hpcfl.b.two import y\nfrom hpcfl import ground"}
+    for name, text in files.items():
+        path = tmp_path / "hpcfl" / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    house = House(tmp_path)
+    assert house.floors() == [{"ground"}, {"b", "c"}, {"a"}]
+    assert house.circles() == [("hpcfl.b.two", "hpcfl.c.three"), ("hpcfl.c.three", "hpcfl.b.two")]
+    assert house.draw().endswith("7 modules in 4 rooms on 3 floors, 4 arrows between rooms, 2 arrows of files on circles")

@@ -24,7 +24,7 @@ TRAINED = "trained"                                                # beside the 
 
 @dataclass(frozen=True)
 class Config:
-    target: str = choice("softmax", "mean")                        # softmax of the sum of label and predictions (GeFL), or their mean (the paper)
+    target: str = choice("softmax", "mean", meaning="what a client learns: the softmax of the sum of label and predictions (GeFL), or their mean (the paper)")
 
 
 def soft_cross_entropy(modules, batch: Tree, context: Tree) -> Tensor:

@@ -26,14 +26,14 @@ from hpcfl.tree import Tree
 
 @dataclass(frozen=True)
 class Config:
-    scope: str = choice("all", "architecture")                     # whose features share a head
-    covariance: str = choice("class_full", "class_diag")           # full: the paper's; diag: for less traffic
-    min_count: int = integer(1, 1)                                 # a class with fewer images is not sent: the mean of one image is that image
-    floor: float = real(1e-4, 0.0, above=True)                     # added to variances: few samples leave directions without any (ours)
-    per_class: int = integer(200, 1)                               # M_c, virtual features of a class; this and what follows are ours
-    batch: int = integer(64, 1)
-    epochs: int = integer(10, 1)                                   # over one and the same virtual set
-    lr: float = real(0.01, 0.0, above=True)                        # SGD
+    scope: str = choice("all", "architecture", meaning="whose features share a head")
+    covariance: str = choice("class_full", "class_diag", meaning="of a class's features; full: the paper's; diag: for less traffic")
+    min_count: int = integer(1, 1, meaning="a class with fewer images is not sent: the mean of one image is that image", unit="images")
+    floor: float = real(1e-4, 0.0, above=True, meaning="added to variances: few samples leave directions without any (ours)")
+    per_class: int = integer(200, 1, meaning="virtual features of a class, M_c; this and what follows are ours")
+    batch: int = integer(64, 1, meaning="batch size of the calibration", unit="virtual features")
+    epochs: int = integer(10, 1, meaning="passes of the calibration over one and the same virtual set")
+    lr: float = real(0.01, 0.0, above=True, meaning="learning rate of the calibration (SGD)")
 
 
 class Calibrate(Algorithm):

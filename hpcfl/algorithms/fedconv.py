@@ -30,13 +30,14 @@ from hpcfl.contract import (
     Uplink,
     Uploads,
     choice,
+    choice_of,
     integer,
     real,
 )
 from hpcfl.data.shards import iterate_epochs
-from hpcfl.resize.averaged import Averaged
+from hpcfl.resize.averaged import GRANULARITIES, Averaged
 from hpcfl.resize.derived import Derived
-from hpcfl.resize.filtered import Filtered
+from hpcfl.resize.filtered import INITS, Filtered
 from hpcfl.training.evaluate import apply_in_batches, bind, count_correct
 from hpcfl.training.group import OPTIMIZER, Group
 from hpcfl.training.losses import cross_entropy, divergence
@@ -50,26 +51,28 @@ LITTLE = 0.01                                                      # the coverag
 class Config:
     """The settings of FedConv; the authors' own are the defaults wherever they are known."""
 
-    server_epochs: int = integer(10, 0)                            # of W on the public set before each compression
-    server_lr: float = real(1e-4, 0.0, above=True)                 # Adam; also of server_finetune
-    filter_epochs: int = integer(10, 1)                            # of tuning Q_s and R_k in a round
-    first_epochs: int = integer(20, 1)                             # the same in the first rounds,
-    first_rounds: int = integer(5, 0)                              # of which there are so many
-    filter_lr: float = real(1e-3, 0.0, above=True)                 # Adam
-    lr_halving: int = integer(25, 0)                               # rounds after which filter_lr halves; 0: never
-    lr_floor: float = real(1e-4, 0.0)                              # where halving ends
-    public_batch: int = integer(32, 1)                             # of all training at the server
-    filter_init: str = choice("slice", "default")                  # ours: filters begin as leading channels; the published code: PyTorch's defaults
-    mlr_passes: int = integer(1, 0, 2)                             # of the activation after a filter; the published code applies it twice
-    server_finetune: int = integer(10, 0)                          # epochs on the public set for each returned model; 0: none, as the paper has it
-    dilation_floor: float = real(0.0, 0.0, 100.0)                  # percent of the public validation part that a dilated model must get right
-    dilation_tries: int = integer(3, 1)                            # with new filters, before a client below the floor ends the run
-    weights: str = choice("learned", "code", "mean")               # softmax of logits with CE + KL; N(0, 1) unnormalised with CE; the mean by n_k
-    first_weights: str = choice("similarity", "coverage")          # of `learned`: -KL_k; or ours, -KL_k where the client's channels lie and little elsewhere
-    granularity: str = choice("element", "channel", "layer")       # of a_k
-    aggregation_epochs: int = integer(20, 1)
-    aggregation_lr: float = real(1e-3, 0.0, above=True)            # Adam
-    lambda_kl: float = real(0.1, 0.0)                              # weight of KL(f(W_prev) || f(W')) in the aggregation loss
+    server_epochs: int = integer(10, 0, meaning="passes of W over the public set before each compression")
+    server_lr: float = real(1e-4, 0.0, above=True, meaning="learning rate of these, and of server_finetune (Adam)")
+    filter_epochs: int = integer(10, 1, meaning="passes that tune Q_s and R_k in a round")
+    first_epochs: int = integer(20, 1, meaning="the same in the first rounds")
+    first_rounds: int = integer(5, 0, meaning="how many rounds are the first", unit="rounds")
+    filter_lr: float = real(1e-3, 0.0, above=True, meaning="learning rate of filters (Adam)")
+    lr_halving: int = integer(25, 0, meaning="time after which filter_lr halves; 0: never", unit="rounds")
+    lr_floor: float = real(1e-4, 0.0, meaning="learning rate at which halving ends")
+    public_batch: int = integer(32, 1, meaning="batch size of all training at the server", unit="images")
+    filter_init: str = choice_of(INITS, "slice", meaning="how filters begin; slice: as leading channels (ours); default: PyTorch's, the published code")
+    mlr_passes: int = integer(1, 0, 2, meaning="how often the activation follows a filter; the published code applies it twice")
+    server_finetune: int = integer(10, 0, meaning="passes over the public set for each returned model; 0: none, as the paper has it")
+    dilation_floor: float = real(0.0, 0.0, 100.0, meaning="share of the public validation part that a dilated model must get right", unit="percent")
+    dilation_tries: int = integer(3, 1, meaning="tries with new filters before a client below the floor ends the run")
+    weights: str = choice("learned", "code", "mean", meaning="how dilated models are averaged; learned: softmax of logits trained by CE + KL; code: "
+                                                             "N(0, 1) at first, not normalised, trained by CE; mean: by n_k")
+    first_weights: str = choice("similarity", "coverage", meaning="how learned weights begin; similarity: -KL_k; coverage: the same where the client's "
+                                                                  "channels lie, and little elsewhere (ours)")
+    granularity: str = choice_of(GRANULARITIES, "element", meaning="what has an averaging weight a_k of its own")
+    aggregation_epochs: int = integer(20, 1, meaning="passes over the public set that tune a_k in a round")
+    aggregation_lr: float = real(1e-3, 0.0, above=True, meaning="learning rate of a_k (Adam)")
+    lambda_kl: float = real(0.1, 0.0, meaning="weight of KL(f(W_prev) || f(W')) in the loss of the aggregation")
 
 
 class FedConv(Algorithm):

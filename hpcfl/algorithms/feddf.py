@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hpcfl import tree
 from hpcfl.algorithms.fedavg import FedAvg
-from hpcfl.contract import ClientSite, JobError, Phase, Plan, Problem, ServerSite, Sums, Totals, Update, Uplink, Uploads, choice, integer, real
+from hpcfl.contract import ClientSite, JobError, Phase, Plan, Problem, ServerSite, Sums, Totals, Update, Uplink, Uploads, choice, choice_of, integer, real
 from hpcfl.data.shards import iterate_epochs
 from hpcfl.training.evaluate import apply_in_batches, bind
 from hpcfl.training.group import Group
@@ -22,21 +22,20 @@ from hpcfl.training.losses import divergence
 from hpcfl.training.turns import Turn
 from hpcfl.tree import Tree
 
-
-@dataclass(frozen=True)
-class Config:
-    teachers: str = choice("clients", "architectures")             # all returned models (the paper), or their averages (specification of GeFL, 6)
-    ensemble: str = choice("logits", "probabilities")              # what is averaged; the paper takes logits
-    steps: int = integer(1000, 1)                                  # at most, for each architecture in a round; the paper 10,000
-    batch: int = integer(128, 1)                                   # the paper
-    lr: float = real(1e-3, 0.0, above=True)                        # Adam, along half a cosine to 0; the paper
-    stage: int = integer(100, 1)                                   # steps of one rate, after which what is held out is looked at; the authors' code
-    patience: int = integer(300, 0)                                # steps without a lower divergence that end training, 0: none; the paper 1,000
-
-
 ENSEMBLES: dict[str, Callable[[Tensor], Tensor]] = {               # logits of K models (K, n, C) to log-probabilities (n, C)
     "logits": lambda logits: logits.mean(0).log_softmax(1),
     "probabilities": lambda logits: logits.log_softmax(2).logsumexp(0) - math.log(len(logits))}
+
+
+@dataclass(frozen=True)
+class Config:
+    teachers: str = choice("clients", "architectures", meaning="who teaches: all returned models (the paper), or their averages (GeFL)")
+    ensemble: str = choice_of(ENSEMBLES, "logits", meaning="what of the teachers is averaged; the paper takes logits")
+    steps: int = integer(1000, 1, meaning="most steps for each architecture in a round; the paper 10,000")
+    batch: int = integer(128, 1, meaning="batch size of the distillation, the paper's", unit="images")
+    lr: float = real(1e-3, 0.0, above=True, meaning="learning rate of the distillation (Adam), along half a cosine to 0; the paper's")
+    stage: int = integer(100, 1, meaning="steps of one rate, after which what is held out is looked at; the authors' code", unit="steps")
+    patience: int = integer(300, 0, meaning="steps without a lower divergence that end the distillation; 0: none do; the paper 1,000", unit="steps")
 
 
 def distillation(modules, batch: Tree, context: Tree) -> Tensor:

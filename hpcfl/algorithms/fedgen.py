@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hpcfl import tree
 from hpcfl.algorithms.shared_head import HEAD, SharedHead, take_head
-from hpcfl.contract import ClientSite, Phase, Plan, Problem, ServerSite, Totals, Update, Uplink, Uploads, choice, integer, real
+from hpcfl.contract import ClientSite, Phase, Plan, Problem, ServerSite, Totals, Update, Uplink, Uploads, choice_of, integer, real
 from hpcfl.training.evaluate import bind
 from hpcfl.training.group import OPTIMIZER, Group
 from hpcfl.training.losses import cross_entropy
@@ -22,25 +22,42 @@ from hpcfl.training.turns import Turn
 from hpcfl.tree import Tree
 
 
+def weighted_teacher(logits: Tensor, labels: Tensor, share: Tensor) -> Tensor:
+    """Mean over the batch of sum_k share_k^y CE(logits_k, y); logits (K, B, C), share (K, C) with columns that sum to 1."""
+    errors = -logits.log_softmax(2).gather(2, labels.expand(len(logits), -1).unsqueeze(2)).squeeze(2)              # (K, B)
+    return (share[:, labels] * errors).sum(0).mean()
+
+
+def ensemble_teacher(logits: Tensor, labels: Tensor, share: Tensor) -> Tensor:
+    """CE(mean_k logits_k, y), mean over the batch."""
+    return F.cross_entropy(logits.mean(0), labels)
+
+
+NOISES = {"normal": torch.randn, "uniform": torch.rand}
+TEACHERS = {"weighted": weighted_teacher, "ensemble": ensemble_teacher}
+
+
 @dataclass(frozen=True)
 class Config:
-    """The settings of FedGen; numbers without a word are those of the published code for MNIST."""
+    """The settings of FedGen; numbers without a word are those of the published code for MNIST.
 
-    alpha: float = real(1.0, 0.0)                                  # weight of CE(h(G(eps, y')), y') in a client's loss: the paper's formula; code: 10
-    beta: float = real(0.0, 0.0)                                   # of KL(h(G(eps, y)) || f(x)): not in the formula; code: 10. Both 10 want small
-    #                                                                steps: on digits with training.lr = 0.1 no client learned anything
-    decay: float = real(0.98, 0.0, 1.0, above=True)                # of alpha, beta and server_lr, a round
-    per_batch: int = integer(32, 1)                                # features drawn beside a batch of images
-    teacher: str = choice("weighted", "ensemble")                  # CE of each head, weighted by its share of the class's images, as the code; or CE
-    #                                                                of the heads' mean logits, as the paper's formula
-    noise: str = choice("normal", "uniform")                       # eps ~ N(0, I), the paper's, or U(0, 1), the code's
-    noise_size: int = integer(32, 1)
-    hidden: int = integer(256, 1)
-    diversity: float = real(1.0, 0.0)                              # weight of the diversity loss; it is not in the paper's formula
-    server_steps: int = integer(50, 1)                             # of G in a round
-    server_batch: int = integer(32, 2)                             # diversity needs two
-    server_lr: float = real(3e-4, 0.0, above=True)                 # Adam, whose state goes on from round to round
-    server_decay: float = real(1e-2, 0.0)                          # its weight decay
+    With the code's alpha = beta = 10 steps must be small: on digits with training.lr = 0.1 no client learned anything.
+    """
+
+    alpha: float = real(1.0, 0.0, meaning="weight of CE(h(G(eps, y')), y') in a client's loss, the paper's formula; code: 10")
+    beta: float = real(0.0, 0.0, meaning="weight of KL(h(G(eps, y)) || f(x)), which is not in the formula; code: 10")
+    decay: float = real(0.98, 0.0, 1.0, above=True, meaning="factor on alpha, beta and server_lr a round")
+    per_batch: int = integer(32, 1, meaning="features drawn beside a batch of images")
+    teacher: str = choice_of(TEACHERS, "weighted", meaning="the generator's loss; weighted: CE of each head, by its share of the class's images, as the code; "
+                                                           "ensemble: CE of the heads' mean logits, as the paper's formula")
+    noise: str = choice_of(NOISES, "normal", meaning="distribution of eps; normal: N(0, I), the paper's; uniform: U(0, 1), the code's")
+    noise_size: int = integer(32, 1, meaning="size of eps")
+    hidden: int = integer(256, 1, meaning="hidden width of the generator")
+    diversity: float = real(1.0, 0.0, meaning="weight of the diversity loss; it is not in the paper's formula")
+    server_steps: int = integer(50, 1, meaning="steps of the generator in a round")
+    server_batch: int = integer(32, 2, meaning="batch size of the generator; diversity needs two", unit="features")
+    server_lr: float = real(3e-4, 0.0, above=True, meaning="learning rate of the generator (Adam, whose state goes on from round to round)")
+    server_decay: float = real(1e-2, 0.0, meaning="weight decay of the generator")
 
 
 class FeatureGenerator(nn.Module):
@@ -66,20 +83,6 @@ def client_loss(modules, batch: Tree, context: Tree) -> tuple[Tensor, Tree]:
     latent = (known * (teacher.exp() * (teacher - logits.log_softmax(1))).sum(1)).mean()
     loss = F.cross_entropy(logits, batch["y"]) + context["alpha"] * generated + context["beta"] * latent
     return loss, {"generated": generated, "latent": latent}
-
-
-def weighted_teacher(logits: Tensor, labels: Tensor, share: Tensor) -> Tensor:
-    """Mean over the batch of sum_k share_k^y CE(logits_k, y); logits (K, B, C), share (K, C) with columns that sum to 1."""
-    errors = -logits.log_softmax(2).gather(2, labels.expand(len(logits), -1).unsqueeze(2)).squeeze(2)              # (K, B)
-    return (share[:, labels] * errors).sum(0).mean()
-
-
-def ensemble_teacher(logits: Tensor, labels: Tensor, share: Tensor) -> Tensor:
-    """CE(mean_k logits_k, y), mean over the batch."""
-    return F.cross_entropy(logits.mean(0), labels)
-
-
-TEACHERS = {"weighted": weighted_teacher, "ensemble": ensemble_teacher}
 
 
 def diversity_loss(noise: Tensor, z: Tensor) -> Tensor:
@@ -180,9 +183,6 @@ class FedGen(SharedHead):
     def noise(self, count: int, random: torch.Generator) -> Tensor:
         """eps, (count, noise_size)."""
         return NOISES[self.config.noise](count, self.config.noise_size, generator=random, device=self.problem.device)
-
-
-NOISES = {"normal": torch.randn, "uniform": torch.rand}
 
 
 def draw_labels(there: Tensor, count: int, random: torch.Generator) -> Tensor:

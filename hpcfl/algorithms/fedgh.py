@@ -18,9 +18,9 @@ from hpcfl.tree import Tree
 
 @dataclass(frozen=True)
 class Config:
-    server_lr: float = real(0.01, 0.0, above=True)                 # SGD; the rate of all training in the published code
-    server_batch: int = integer(1, 1)                              # pairs in a step: the paper's algorithm takes one at a time; HtFLlib 10
-    server_epochs: int = integer(1, 1)                             # passes over the pairs of a round; one in the paper
+    server_lr: float = real(0.01, 0.0, above=True, meaning="learning rate of the head at the server (SGD): that of all training in the published code")
+    server_batch: int = integer(1, 1, meaning="pairs in a step: the paper's algorithm takes one at a time, HtFLlib 10", unit="pairs")
+    server_epochs: int = integer(1, 1, meaning="passes over the pairs of a round; one in the paper")
 
 
 class FedGH(SharedHead):

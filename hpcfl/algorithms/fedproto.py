@@ -14,7 +14,7 @@ from hpcfl.tree import Tree
 
 @dataclass(frozen=True)
 class Config:
-    strength: float = real(1.0, 0.0)                               # lambda of the paper: weight of the distance to the global prototypes
+    strength: float = real(1.0, 0.0, meaning="weight of the distance to the global prototypes, lambda of the paper")
 
 
 def loss(modules, batch: Tree, context: Tree) -> tuple[Tensor, Tree]:

@@ -7,19 +7,18 @@ from torch import Tensor
 
 from hpcfl import tree
 from hpcfl.algorithms.fedavg import FedAvg
-from hpcfl.contract import ClientSite, Phase, Plan, Problem, choice, real
+from hpcfl.contract import ClientSite, Phase, Plan, Problem, choice_of, real
 from hpcfl.training.group import Group
 from hpcfl.tree import Tree
+
+NORMS = {"squared": lambda apart: sum(each.square().sum() for each in apart),                   # ||w - w^t||^2
+         "code": lambda apart: sum(torch.linalg.vector_norm(each) for each in apart)}          # sum over tensors i of ||w_i - w_i^t||
 
 
 @dataclass(frozen=True)
 class Config:
-    mu: float = real(0.01, 0.0)                                    # GeFL, specification section 6; Li et al. try 0.001 to 1
-    norm: str = choice("squared", "code")                          # as Li et al., or as the published code of GeFL has it
-
-
-NORMS = {"squared": lambda apart: sum(each.square().sum() for each in apart),                   # ||w - w^t||^2
-         "code": lambda apart: sum(torch.linalg.vector_norm(each) for each in apart)}          # sum over tensors i of ||w_i - w_i^t||
+    mu: float = real(0.01, 0.0, meaning="weight of the proximal term; GeFL's; Li et al. try 0.001 to 1")
+    norm: str = choice_of(NORMS, "squared", meaning="the proximal term; squared: as Li et al.; code: as the published code of GeFL")
 
 
 class FedProx(FedAvg):

@@ -26,13 +26,13 @@ TINY = 1e-12                                                       # added to sq
 
 @dataclass(frozen=True)
 class Config:
-    strength: float = real(1.0, 0.0)                               # lambda: weight of the distance to the prototypes; the published command has 10
-    margin: str = choice("nearest", "furthest")                    # the largest of all classes' distances to the nearest other one, as in the
-    #                                                                published code; or the largest between any two, as in the paper's formula
-    margin_limit: float = real(100.0, 0.0)                         # tau
-    server_epochs: int = integer(100, 1)                           # S: passes over the clients' prototypes; the published code's default is 1000
-    server_batch: int = integer(10, 1)                             # the published command's
-    server_lr: float = real(0.0, 0.0)                              # SGD; 0: training.lr, as in the published code
+    strength: float = real(1.0, 0.0, meaning="weight of the distance to the prototypes, lambda; the published command has 10")
+    margin: str = choice("nearest", "furthest", meaning="nearest: the largest of all classes' distances to the nearest other one, as in the published code; "
+                                                        "furthest: the largest between any two, as in the paper's formula")
+    margin_limit: float = real(100.0, 0.0, meaning="bound on the margin, tau")
+    server_epochs: int = integer(100, 1, meaning="passes over the clients' prototypes, S; the published code's default is 1000")
+    server_batch: int = integer(10, 1, meaning="batch size at the server, the published command's", unit="prototypes")
+    server_lr: float = real(0.0, 0.0, meaning="learning rate at the server (SGD); 0: training.lr, as in the published code")
 
 
 class GlobalPrototypes(nn.Module):

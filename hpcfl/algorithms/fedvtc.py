@@ -16,14 +16,16 @@ from torch import Tensor, nn
 
 from hpcfl import tree
 from hpcfl.algorithms.latent_statistics import DescribeLatents, Latents, LocalMoments, SendMoments, read_gaussians
-from hpcfl.contract import ClientSite, JobError, Phase, Plan, Problem, ServerSite, Sums, Totals, Update, Uplink, choice, flag, integer, real
+from hpcfl.contract import ClientSite, JobError, Phase, Plan, Problem, ServerSite, Sums, Totals, Update, Uplink, choice, choice_of, flag, integer, real
 from hpcfl.data.shards import iterate_epochs
 from hpcfl.generators.vtc import VTC
 from hpcfl.latents import moments
 from hpcfl.latents.announced import AnnouncedGaussians
-from hpcfl.latents.gaussians import kl
+from hpcfl.latents.encoders import LATENTS
+from hpcfl.latents.gaussians import TARGETS, kl
 from hpcfl.latents.matching import MATCHINGS
-from hpcfl.latents.moments import Moments
+from hpcfl.latents.moments import MODES, Moments
+from hpcfl.models.fixed_maps import MAPS
 from hpcfl.training.evaluate import bind
 from hpcfl.training.group import Group
 from hpcfl.training.losses import cross_entropy, prototype_distance
@@ -32,56 +34,57 @@ from hpcfl.training.turns import Turn
 from hpcfl.tree import Tree
 
 BETAS = (0.5, 0.999)                                               # Adam's for psi and sigma_k, as unofficial implementations have them
+SCOPES = {"all": None, "head": lambda path: path.startswith("model/head.")}
 
 
 @dataclass(frozen=True)
 class Config:
     """The settings of FedVTC; the paper's own choices are the defaults wherever they are known."""
 
-    latent: str = choice("own", "common")                          # own: g_k(x), the paper's; common: a fixed map that all clients share, ours
-    common_map: str = choice("dct", "random_conv", "scattering")   # latent = common: which map
-    common_size: int = integer(64, 2)                              # latent = common: number of features p (64: 8 x 8 low frequencies for dct)
-    covariance: str = choice("shared_diag", "class_diag", "class_iso", "shared_full", "class_full")
-    statistics: str = choice("uploads", "sums")                    # uploads: one phase, the server sees each client; sums: two phases, sums only
-    between_client: bool = flag(True)                              # whether the spread of the clients' means belongs to the covariance
-    min_count: int = integer(1, 1)                                 # a class with fewer images is not sent: the mean of one image is that image
-    alignment: float = real(0.1, 0.0)                              # lambda of the alignment in the classifier loss
-    warmup: int = integer(10, 0)                                   # rounds in which lambda rises linearly from 0
-    frozen_head_init: bool = flag(False)                           # the same random head for all clients at the start: a shared basis for free
-    vtc_sync: str = choice("fedavg", "none")                       # whether psi is averaged at the server
-    vtc_sync_every: int = integer(1, 1)                            # rounds
-    vtc_weights: str = choice("counts", "uniform")                 # of that average
-    vtc_epochs: int = integer(1, 1)                                # E_v per round
-    vtc_steps: int = integer(0, 0)                                 # steps per round instead, the same for small and large shards; 0: vtc_epochs passes
-    vtc_batch: int = integer(64, 1)
-    vtc_lr: float = real(1e-3, 0.0, above=True)                    # Adam
-    vtc_clip: float = real(10.0, 0.0)
-    sigma_source: str = choice("empirical", "learnable")           # of sigma_k in v = z + sigma_k * eps
-    sigma_lr: float = real(1e-5, 0.0, above=True)                  # learnable
-    noise: float = real(1.0, 0.0)                                  # factor on sigma_k in training; 1 is the paper's, 0 a plain decoder
-    loss_reduction: str = choice("sum", "mean")                    # over pixels in L_rc: sum is the paper's squared norm
-    beta_kl: float = real(1.0, 0.0)
-    beta_dm: float = real(1.0, 0.0)
-    beta_tv: float = real(0.0, 0.0)                                # total variation, not in the paper
-    dm: str = choice("mean", "moment2", "per_sample", "mmd_rbf", "cycle", "off")
-    dm_classes: int = integer(10, 1)                               # classes and
-    dm_samples: int = integer(16, 2)                               # samples per class in each step
-    dm_whiten: bool = flag(True)                                   # weigh features by their inverse variance
-    variance_floor: float = real(1e-2, 0.0, above=True)            # on the client
-    server_floor: float = real(1e-4, 0.0, above=True)              # on the server's covariance
-    shrink_target: str = choice("iso", "diag")                     # of OAS
-    truncate: float = real(0.0, 0.0)                               # clip eps to +- this when drawing; 0: off
-    clip_nonneg: bool = flag(False)                                # ReLU on drawn latents
-    finetune: str = choice("final", "every_round")
-    finetune_scope: str = choice("all", "head")
-    finetune_epochs: int = integer(50, 1)                          # E_ft
-    per_class: int = integer(200, 1)                               # M_syn
-    finetune_batch: int = integer(50, 1)
-    finetune_lr: float = real(0.0, 0.0)                            # 0: training.lr
-    resample: bool = flag(True)                                    # new images in each pass
-    ft_real: bool = flag(False)                                    # a pass over the client's own images after each synthetic pass
-    ft_norm: str = choice("frozen", "train")                       # running statistics of norm layers while fine-tuning
-    offload: bool = flag(False)                                    # keep the VTC in host memory except while it trains or draws
+    latent: str = choice_of(LATENTS, "own", meaning="own: g_k(x), the paper's; common: a fixed map that all clients share, ours")
+    common_map: str = choice_of(MAPS, "dct", meaning="of latent = common: which map")
+    common_size: int = integer(64, 2, meaning="of latent = common: number of features p (64: 8 x 8 low frequencies for dct)")
+    covariance: str = choice_of(MODES, "shared_diag", meaning="which covariance: of each class or shared by all; all of it, its diagonal, or one number")
+    statistics: str = choice("uploads", "sums", meaning="uploads: one phase, and the server sees each client; sums: two phases, and it sees sums only")
+    between_client: bool = flag(True, meaning="whether the spread of the clients' means belongs to the covariance")
+    min_count: int = integer(1, 1, meaning="a class with fewer images is not sent: the mean of one image is that image", unit="images")
+    alignment: float = real(0.1, 0.0, meaning="weight of the alignment in the classifier's loss, lambda")
+    warmup: int = integer(10, 0, meaning="time in which lambda rises linearly from 0", unit="rounds")
+    frozen_head_init: bool = flag(False, meaning="the same random head for all clients at the start: a shared basis for free")
+    vtc_sync: str = choice("fedavg", "none", meaning="whether the VTC's weights psi are averaged at the server")
+    vtc_sync_every: int = integer(1, 1, meaning="interval of that average", unit="rounds")
+    vtc_weights: str = choice("counts", "uniform", meaning="of clients in that average")
+    vtc_epochs: int = integer(1, 1, meaning="passes of the VTC over a client's images in a round, E_v")
+    vtc_steps: int = integer(0, 0, meaning="steps of the VTC in a round instead, the same for small and large shards; 0: vtc_epochs passes")
+    vtc_batch: int = integer(64, 1, meaning="batch size of the VTC", unit="images")
+    vtc_lr: float = real(1e-3, 0.0, above=True, meaning="learning rate of the VTC (Adam)")
+    vtc_clip: float = real(10.0, 0.0, meaning="bound on the gradient norm of the VTC; 0: none")
+    sigma_source: str = choice("empirical", "learnable", meaning="where sigma_k in v = z + sigma_k * eps comes from")
+    sigma_lr: float = real(1e-5, 0.0, above=True, meaning="of sigma_source = learnable: its learning rate")
+    noise: float = real(1.0, 0.0, meaning="factor on sigma_k in training; 1: the paper's; 0: a plain decoder")
+    loss_reduction: str = choice("sum", "mean", meaning="over pixels in L_rc; sum: the paper's squared norm")
+    beta_kl: float = real(1.0, 0.0, meaning="weight of L_KL in the VTC's loss")
+    beta_dm: float = real(1.0, 0.0, meaning="weight of L_DM in the VTC's loss")
+    beta_tv: float = real(0.0, 0.0, meaning="weight of the total variation in the VTC's loss; it is not in the paper")
+    dm: str = choice_of(MATCHINGS, "mean", "off", meaning="which distribution matching L_DM is; the paper's formula is unknown")
+    dm_classes: int = integer(10, 1, meaning="classes in each step of L_DM")
+    dm_samples: int = integer(16, 2, meaning="samples per class in each step of L_DM")
+    dm_whiten: bool = flag(True, meaning="whether L_DM weighs features by their inverse variance")
+    variance_floor: float = real(1e-2, 0.0, above=True, meaning="smallest variance on the client")
+    server_floor: float = real(1e-4, 0.0, above=True, meaning="smallest variance of the server's covariance")
+    shrink_target: str = choice_of(TARGETS, "iso", meaning="target of the shrinkage (OAS)")
+    truncate: float = real(0.0, 0.0, meaning="bound on |eps| when drawing; 0: none")
+    clip_nonneg: bool = flag(False, meaning="whether drawn latents pass a ReLU")
+    finetune: str = choice("final", "every_round", meaning="when clients fine-tune on synthetic images: once behind the last round, or in every round")
+    finetune_scope: str = choice_of(SCOPES, "all", meaning="what fine-tuning trains")
+    finetune_epochs: int = integer(50, 1, meaning="passes of fine-tuning over the synthetic images, E_ft")
+    per_class: int = integer(200, 1, meaning="synthetic images of a class in a pass, M_syn", unit="images")
+    finetune_batch: int = integer(50, 1, meaning="batch size of fine-tuning", unit="images")
+    finetune_lr: float = real(0.0, 0.0, meaning="learning rate of fine-tuning; 0: training.lr")
+    resample: bool = flag(True, meaning="whether each pass draws new images")
+    ft_real: bool = flag(False, meaning="whether a pass over the client's own images follows each synthetic pass")
+    ft_norm: str = choice("frozen", "train", meaning="running statistics of norm layers while fine-tuning")
+    offload: bool = flag(False, meaning="keep the VTC in host memory except while it trains or draws")
 
 
 VTC_PARTS = ("generator", "deviation", "optimizer/generator", "optimizer/deviation")        # of a client's state
@@ -350,9 +353,6 @@ class FineTune(VTCStep):
         steps = config.finetune_epochs * -(-len(classes) * config.per_class // config.finetune_batch) * times
         group, metrics = site.fit(group, [turn], batches, frozen_norm=config.ft_norm == "frozen", steps=steps)
         return Update(replace(group, state=group.state | vtc), metrics=metrics)
-
-
-SCOPES = {"all": None, "head": lambda path: path.startswith("model/head.")}
 
 
 def aligned_loss(modules, batch: Tree, context: Tree) -> tuple[Tensor, Tree]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hpcfl import tree
 from hpcfl.algorithms.fedavg import FedAvg
-from hpcfl.contract import Algorithm, ClientSite, JobError, Phase, Plan, Problem, ServerSite, Sums, Uplink, real, text
+from hpcfl.contract import Algorithm, ClientSite, JobError, Phase, Plan, Problem, ServerSite, Sums, Uplink, name_of, real
 from hpcfl.models import zoo
 from hpcfl.training.group import Group
 from hpcfl.training.losses import divergence
@@ -22,9 +22,9 @@ MEME = "meme"
 
 @dataclass(frozen=True)
 class Config:
-    alpha: float = real(0.5, 0.0, 1.0)                             # weight of the private model's cross-entropy; the authors' code
-    beta: float = real(0.5, 0.0, 1.0)                              # weight of the meme's cross-entropy; the authors' code
-    meme: str = text("cnn4")                                       # a name in the zoo; ours: the smallest of GeFL's ten
+    alpha: float = real(0.5, 0.0, 1.0, meaning="weight of the private model's cross-entropy; the authors' code")
+    beta: float = real(0.5, 0.0, 1.0, meaning="weight of the meme's cross-entropy; the authors' code")
+    meme: str = name_of(zoo.ENTRIES, "cnn4", besides="any of them narrower, as cnn4@0.75", meaning="the small common model; ours: the smallest of GeFL's ten")
 
 
 class FML(FedAvg):

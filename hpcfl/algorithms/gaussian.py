@@ -7,21 +7,24 @@ from torch import Tensor, nn
 from hpcfl import tree
 from hpcfl.algorithms import latent_statistics
 from hpcfl.algorithms.latent_statistics import DescribeLatents
-from hpcfl.contract import ClientSite, Phase, Plan, Problem, Update, choice, flag, integer, real
+from hpcfl.contract import ClientSite, Phase, Plan, Problem, Update, choice, choice_of, flag, integer, real
+from hpcfl.latents.gaussians import TARGETS
+from hpcfl.latents.moments import MODES
+from hpcfl.models.fixed_maps import MAPS
 from hpcfl.training.group import Group
 from hpcfl.tree import Tree
 
 
 @dataclass(frozen=True)
 class Config:
-    latent: str = choice("common")                                 # the classifier needs one space for all
-    common_map: str = choice("dct", "random_conv", "scattering")   # as for fedvtc
-    common_size: int = integer(64, 2)
-    covariance: str = choice("class_full", "shared_full", "class_diag", "shared_diag", "class_iso")
-    between_client: bool = flag(True)
-    min_count: int = integer(1, 1)
-    shrink_target: str = choice("iso", "diag")                     # of OAS
-    server_floor: float = real(1e-4, 0.0, above=True)
+    latent: str = choice("common", meaning="the space of the Gaussians; the classifier needs one for all")
+    common_map: str = choice_of(MAPS, "dct", meaning="which fixed map, as for fedvtc")
+    common_size: int = integer(64, 2, meaning="number of features p of the map")
+    covariance: str = choice_of(MODES, "class_full", meaning="which covariance: of each class or shared by all; all of it, its diagonal, or one number")
+    between_client: bool = flag(True, meaning="whether the spread of the clients' means belongs to the covariance")
+    min_count: int = integer(1, 1, meaning="a class with fewer images is not sent: the mean of one image is that image", unit="images")
+    shrink_target: str = choice_of(TARGETS, "iso", meaning="target of the shrinkage (OAS)")
+    server_floor: float = real(1e-4, 0.0, above=True, meaning="smallest variance of the server's covariance")
 
 
 class Discriminant(nn.Module):

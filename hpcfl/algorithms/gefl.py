@@ -30,6 +30,7 @@ from hpcfl.contract import (
     Update,
     Uplink,
     choice,
+    choice_of,
     integer,
     real,
 )
@@ -54,31 +55,7 @@ EVERYBODY = -1                                                     # in a Stream
 SMALLEST = 2                                                       # images of a client: BatchNorm over 1x1 maps has no variance of one
 
 
-@dataclass(frozen=True)
-class Config:
-    """The settings of GeFL; federation.rounds is T_TN, training.epochs T_r. Defaults are those of the paper's MNIST runs."""
-
-    generator: str = choice("cvae", "dcgan", "ddpm", "vtc")        # vtc: FedVTC's network with class Gaussians, ours
-    generator_rounds: int = integer(100, 1)                        # T_KA
-    generator_epochs: int = integer(5, 1)                          # T_g
-    generator_batch: int = integer(0, 0)                           # 0: training.batch
-    generator_lr: float = real(0.0, 0.0)                           # 0: the generator's own (section 3)
-    generator_weights: str = choice("clients", "images")           # of mean_k w_k: all alike, as published, or by n_k
-    continued_rounds: int = integer(-1, -1)                        # of T_KA during the target rounds; -1: half of them for dcgan, else none
-    synthetic_epochs: int = integer(1, 0)                          # T_s
-    pool: str = choice("client", "round")                          # fresh samples for every client, or the same for all, drawn once per round and rank
-    range_mode: str = choice("matched", "paper")                   # samples in the classifier's range, or as the generator draws them
-    image_range: str = choice("unit", "symmetric")                 # cvae, ddpm: [0, 1]; [-1, 1] in a branch of the published code for CIFAR-10
-    latent: int = integer(16, 1)                                   # cvae: 50 for CIFAR-10; vtc: number of coefficients
-    width_g: int = integer(128, 2)                                 # dcgan: 256 for CIFAR-10
-    width_d: int = integer(128, 2)                                 # dcgan: 64 for CIFAR-10
-    steps: int = integer(100, 1)                                   # ddpm: T; for CIFAR-10 400, of features 500
-    width: int = integer(128, 8)                                   # ddpm: n_feat
-    guidance: float = real(0.0, 0.0)                               # ddpm: w
-    ddim_steps: int = integer(0, 0)                                # ddpm: 0 samples ancestrally in T steps
-
-
-GENERATORS: dict[str, Callable[[Config, Shape, int, bool], GenerativeModel]] = {
+GENERATORS: dict[str, Callable[..., GenerativeModel]] = {              # (Config, shape, classes, whether of features) -> the network and its losses
     "cvae": lambda config, shape, classes, features: Cvae(shape, classes, config.latent,
                                                           value_range="features" if features else config.image_range),
     "dcgan": lambda config, shape, classes, features: Dcgan(shape, classes, config.width_g, config.width_d,
@@ -87,6 +64,30 @@ GENERATORS: dict[str, Callable[[Config, Shape, int, bool], GenerativeModel]] = {
                                                           value_range="features" if features else config.image_range),
     "vtc": lambda config, shape, classes, features: Vtc(shape, classes, config.latent, value_range="features" if features else "symmetric"),
 }
+
+
+@dataclass(frozen=True)
+class Config:
+    """The settings of GeFL; federation.rounds is T_TN, training.epochs T_r. Defaults are those of the paper's MNIST runs."""
+
+    generator: str = choice_of(GENERATORS, "cvae", meaning="the common generator; vtc: FedVTC's network with class Gaussians, ours")
+    generator_rounds: int = integer(100, 1, meaning="rounds that train the generator, T_KA")
+    generator_epochs: int = integer(5, 1, meaning="passes over a client's own images in such a round, T_g")
+    generator_batch: int = integer(0, 0, meaning="batch size of the generator; 0: training.batch", unit="images")
+    generator_lr: float = real(0.0, 0.0, meaning="learning rate of the generator; 0: the generator's own")
+    generator_weights: str = choice("clients", "images", meaning="of the clients' generators in their mean; clients: all alike, as published; images: by n_k")
+    continued_rounds: int = integer(-1, -1, meaning="how many of T_KA run during the target rounds; -1: half of them for dcgan, else none", unit="rounds")
+    synthetic_epochs: int = integer(1, 0, meaning="passes over synthetic images in a target round, T_s")
+    pool: str = choice("client", "round", meaning="client: fresh samples for every client; round: the same for all, drawn once per round and rank")
+    range_mode: str = choice("matched", "paper", meaning="matched: samples in the classifier's range; paper: as the generator draws them")
+    image_range: str = choice("unit", "symmetric", meaning="of cvae, ddpm: the range that they draw in; symmetric is a branch of the code for CIFAR-10")
+    latent: int = integer(16, 1, meaning="of cvae: latent size, 50 for CIFAR-10; of vtc: number of coefficients")
+    width_g: int = integer(128, 2, meaning="of dcgan: width of the generator, 256 for CIFAR-10")
+    width_d: int = integer(128, 2, meaning="of dcgan: width of the discriminator, 64 for CIFAR-10")
+    steps: int = integer(100, 1, meaning="of ddpm: T, 400 for CIFAR-10, 500 of features")
+    width: int = integer(128, 8, meaning="of ddpm: n_feat")
+    guidance: float = real(0.0, 0.0, meaning="of ddpm: weight of the guidance, w")
+    ddim_steps: int = integer(0, 0, meaning="of ddpm: steps of DDIM sampling; 0: ancestral sampling in T steps")
 
 
 def build_generator(config: Config, shape: Shape, classes: int, features: bool) -> GenerativeModel:

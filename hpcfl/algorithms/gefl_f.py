@@ -30,7 +30,7 @@ EXTRACTOR = "extractor."
 class Config(gefl.Config):
     """The settings of GeFL, and T_FE; federation.rounds is T_TN."""
 
-    warmup_rounds: int = integer(20, 1)                            # T_FE
+    warmup_rounds: int = integer(20, 1, meaning="rounds that train the common extractor, T_FE")
 
     @property
     def shared(self) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from hpcfl import tree
 from hpcfl.algorithms.fedavg import FedAvg
-from hpcfl.contract import ClientSite, JobError, Phase, Plan, Problem, ServerSite, Sums, Uplink, choice
+from hpcfl.contract import ClientSite, JobError, Phase, Plan, Problem, ServerSite, Sums, Uplink, choice, choice_of
 from hpcfl.training.group import Group
 from hpcfl.tree import Tree
 
@@ -19,8 +19,8 @@ SHARED = {"features": "extractor.", "head": "head."}               # leaves of a
 
 @dataclass(frozen=True)
 class Config:
-    shared: str = choice("features", "head")                       # GeFL's choice, or that of Liang et al.
-    rest: str = choice("architecture", "personal")                 # where the rest is averaged: within each architecture, or nowhere
+    shared: str = choice_of(SHARED, "features", meaning="what is averaged over all clients: the extractor (GeFL), or the head (Liang et al.)")
+    rest: str = choice("architecture", "personal", meaning="where the rest is averaged: within each architecture, or nowhere")
 
 
 class LgFedAvg(FedAvg):

@@ -23,9 +23,9 @@ COUNT_BYTES = 8                                                    # of a client
 
 @dataclass(frozen=True)
 class Config:
-    scaler: bool = flag(True)                                      # narrow layers are scaled to full-size outputs
-    masked_loss: bool = flag(True)                                 # what a client says of classes it lacks counts neither in its loss nor in the mean
-    weighting: str = choice("images", "clients")                   # images: as FedAvg; clients: all alike, as both papers' code
+    scaler: bool = flag(True, meaning="whether narrow layers are scaled to full-size outputs")
+    masked_loss: bool = flag(True, meaning="whether what a client says of classes that it lacks counts neither in its loss nor in the mean")
+    weighting: str = choice("images", "clients", meaning="of clients in the mean; images: as FedAvg; clients: all alike, as both papers' code")
 
 
 class MaskAbsentClasses(nn.Module):

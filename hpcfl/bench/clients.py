@@ -14,12 +14,12 @@ from typing import Any
 
 import hpcfl
 from hpcfl import tree
-from hpcfl.algorithms import CONFIGS
 from hpcfl.bench.gefl import GeFLNoise
 from hpcfl.data.shards import Shard
 from hpcfl.errors import EnvironmentFault, JobError
 from hpcfl.federation.residency import RESIDENCIES
 from hpcfl.runs import devices
+from hpcfl.runs.choices import CHOICES
 from hpcfl.runs.console import Console
 from hpcfl.runs.simulation import Simulation
 from hpcfl.settings.job import resolve
@@ -57,7 +57,7 @@ def measure_case(comm: Communicator, arguments: Namespace, residency: str, count
                    "data": {"name": "random", "validation_fraction": 0.0, "test_fraction": 0.0}, "models": {"names": list(ARCHITECTURES)},
                    "federation": {"clients": count, "rounds": repetitions + 1}, "residency": {"location": residency, "chunk": chunk},
                    "training": {"batch": IMAGES}, "algorithm": {"name": "fedavg"}, "evaluation": {"every": never, "personal": False},
-                   "checkpoint": {"every": never, "seconds": 0.0}}, CONFIGS)
+                   "checkpoint": {"every": never, "seconds": 0.0}}, CHOICES)
     devices.set_threads(job, comm)
     world = FewImages(job, comm, devices.choose_device(job.run.device, comm.local_rank), IMAGES)
     devices.spare_threads(world)

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 
 from hpcfl import tree
-from hpcfl.algorithms import CONFIGS
 from hpcfl.algorithms.fedconv import Config, FedConv
 from hpcfl.contract import Problem, Totals
 from hpcfl.data.shards import Shard, iterate_epochs
@@ -21,6 +20,7 @@ from hpcfl.federation.ledger import Ledger
 from hpcfl.federation.state import Place, State, schedule
 from hpcfl.federation.world import World
 from hpcfl.runs import devices
+from hpcfl.runs.choices import CHOICES
 from hpcfl.settings.job import Job, resolve
 from hpcfl.training.group import Group
 from hpcfl.wire.communicator import Communicator
@@ -48,7 +48,7 @@ def fedconv(comm: Communicator, arguments: Namespace) -> dict[str, Any]:
     job = resolve({"run": {"name": "fedconv", "threads": arguments.threads}, "data": {"image_size": 28, "public_fraction": 0.05},
                    "models": {"names": ["fedconv"], "feature_size": 0, "sizes": CLASSES_OF_SIZE},
                    "federation": {"clients": len(CLASSES_OF_SIZE), "rounds": repetitions},
-                   "algorithm": {"name": "fedconv", "public_batch": BATCH, **EPOCHS}}, CONFIGS)
+                   "algorithm": {"name": "fedconv", "public_batch": BATCH, **EPOCHS}}, CHOICES)
     devices.set_threads(job, comm)
     rows = [{"engine": engine, **measure_engine(FedConvNoise(replace(job, training=replace(job.training, engine=engine)), comm, device, BATCH * steps))}
             for engine in ENGINES[device.type]]

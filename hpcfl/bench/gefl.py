@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hpcfl.algorithms import CONFIGS
 from hpcfl.algorithms.gefl import GENERATOR, build_generator
 from hpcfl.algorithms.gefl_f import EXTRACTOR, Config
 from hpcfl.contract import ClientSite, Holdings
@@ -24,6 +23,7 @@ from hpcfl.federation.state import Place, State, begin
 from hpcfl.federation.world import World
 from hpcfl.generators.ddpm import Ddpm
 from hpcfl.runs import devices
+from hpcfl.runs.choices import CHOICES
 from hpcfl.settings.job import Job, resolve
 from hpcfl.training.evaluate import bind
 from hpcfl.training.turns import Modules
@@ -53,7 +53,7 @@ def gefl(comm: Communicator, arguments: Namespace) -> dict[str, Any]:
                    "data": {"image_size": 32, "normalization": "unit", "validation_fraction": 0.0, "test_fraction": 0.0},
                    "models": {"names": [f"cnn{number}" for number in range(1, min(clients, ARCHITECTURES) + 1)], "assignment": "blocks", "feature_size": 0},
                    "federation": {"clients": clients, "rounds": repetitions + 1}, "training": {"batch": BATCH, "epochs": 5, "lr": 0.1},
-                   "algorithm": {"name": "gefl_f", "generator_rounds": repetitions + 1, "generator_epochs": count}}, CONFIGS)
+                   "algorithm": {"name": "gefl_f", "generator_rounds": repetitions + 1, "generator_epochs": count}}, CHOICES)
     devices.set_threads(job, comm)
     world = GeFLNoise(job, comm, device, BATCH * arguments.steps or IMAGES)
     laps, bare, rows = measure_phases(world)

@@ -10,7 +10,6 @@ from typing import Any
 import psutil
 import torch
 
-from hpcfl.algorithms import CONFIGS
 from hpcfl.algorithms.fedvtc import FedVTC
 from hpcfl.bench.clients import clients
 from hpcfl.bench.fedconv import fedconv
@@ -22,6 +21,7 @@ from hpcfl.federation.loop import rounds
 from hpcfl.federation.state import begin
 from hpcfl.federation.world import World
 from hpcfl.runs import devices
+from hpcfl.runs.choices import CHOICES
 from hpcfl.settings.job import Job, resolve
 from hpcfl.training.group import Group
 from hpcfl.training.losses import cross_entropy
@@ -35,7 +35,7 @@ def w1(comm: Communicator, arguments: Namespace) -> dict[str, float]:
     job = resolve({"run": {"name": "w1", "threads": arguments.threads, "device": arguments.device, "deterministic": arguments.deterministic},
                    "data": {"name": "random", "validation_fraction": 0.0, "test_fraction": 0.0}, "models": {"names": ["w1"], "feature_size": 512},
                    "federation": {"clients": 10, "rounds": (arguments.rounds or ROUNDS) + 1}, "training": {"batch": 10, "lr": 0.01},
-                   "algorithm": {"name": "fedavg"}}, CONFIGS)
+                   "algorithm": {"name": "fedavg"}}, CHOICES)
     devices.set_threads(job, comm)
     device = devices.choose_device(job.run.device, comm.local_rank)
     world, laps = World(job, comm, device), []
@@ -62,7 +62,7 @@ def vtc(comm: Communicator, arguments: Namespace) -> dict[str, Any]:
     job = resolve({"run": {"name": "vtc", "threads": arguments.threads},
                    "data": {"fraction": IMAGES / 1437, "image_size": 28, "validation_fraction": 0.0, "test_fraction": 0.0}, "models": {"feature_size": 64},
                    "federation": {"clients": CLIENTS}, "training": {"batch": 64, "epochs": -(-steps // PASS)},
-                   "algorithm": {"name": "fedvtc", "vtc_steps": PASS * -(-steps // PASS)}}, CONFIGS)
+                   "algorithm": {"name": "fedvtc", "vtc_steps": PASS * -(-steps // PASS)}}, CHOICES)
     devices.set_threads(job, comm)
     compiling = ("off", "on") if arguments.compile or device.type == "cuda" else ("off",)
     rows = [measure_work(work, engine, compile, job, device) for work in WORKS for engine in ("sequential", "vmap") for compile in compiling]

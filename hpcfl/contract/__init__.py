@@ -3,8 +3,9 @@ from hpcfl.contract.problem import Problem
 from hpcfl.contract.sites import ClientSite, Holdings, ServerSite
 from hpcfl.contract.step import Algorithm, Phase, Plan, Totals, Update
 from hpcfl.errors import DataError, JobError, LayoutError, NonFiniteError, TrainingError
-from hpcfl.settings.fields import choice, flag, integer, real, text
+from hpcfl.settings.fields import choice, choice_of, flag, integer, name_of, real, text
 from hpcfl.wire.uplink import Sums, Uplink, Uploads
 
 __all__ = ["Algorithm", "ClientSite", "DataError", "Holdings", "JobError", "LayoutError", "NonFiniteError", "Phase", "Plan", "Problem", "ServerSite",
-           "Sums", "Totals", "TrainingError", "Update", "Uplink", "Uploads", "choice", "flag", "integer", "real", "text"]
+           "Sums", "Totals", "TrainingError", "Update", "Uplink", "Uploads", "choice", "choice_of", "flag", "integer",
+           "name_of", "real", "text"]

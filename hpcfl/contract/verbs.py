@@ -1,5 +1,4 @@
 """Verbs: whether the steps of a plan can do what they are written for, and whether what their verbs give is what is wanted of them."""
-import difflib
 import inspect
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from hpcfl.errors import HpcflError, JobError, LayoutError
 from hpcfl.training.group import OPTIMIZER, Group
 from hpcfl.tree import Marks, Tree
 from hpcfl.wire.uplink import Uplink
-from hpcfl.wording import numbers_text
+from hpcfl.wording import did_you_mean, nearest, numbers_text
 
 VERBS = ("modules", "accept", "found", "join", "prepare", "publish", "global_models", "receive", "train", "aggregate", "refine", "draw", "seen")
 WORKING = ("prepare", "train", "aggregate", "refine")              # what a round is made of: a step without any of them does nothing
@@ -48,9 +47,9 @@ def check_plan(method: str, plan: Any) -> None:
 def _check_verbs(where: str, kind: type[Algorithm]) -> None:
     own = {name for base in kind.__mro__ if issubclass(base, Algorithm) for name in vars(base)} - vars(Algorithm).keys()
     for name in sorted(own):
-        close = difflib.get_close_matches(name, VERBS, n=1, cutoff=CLOSE)
-        if close and callable(getattr(kind, name)) and not name.startswith(close[0]):
-            raise JobError(f"{where} has '{name}', which nobody calls; did you mean '{close[0]}'? If it is meant as it is, give it a name less like a verb's")
+        meant = nearest(name, VERBS, CLOSE)
+        if meant and callable(getattr(kind, name)) and not name.startswith(meant):
+            raise JobError(f"{where} has '{name}', which nobody calls{did_you_mean(meant)} If it is meant as it is, give it a name less like a verb's")
     for verb in VERBS:
         given, wanted = (inspect.signature(getattr(each, verb)) for each in (kind, Algorithm))
         try:

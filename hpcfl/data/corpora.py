@@ -10,6 +10,7 @@ from hpcfl.data.classes import list_remarks
 from hpcfl.data.embedded import EMBEDDED
 from hpcfl.data.sources import PUBLISHED, Labelled
 from hpcfl.errors import DataError
+from hpcfl.wording import did_you_mean, nearest
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +56,7 @@ def _absent(name: str) -> str:
     where = f"data set '{name}' is not in the cache {store.find_folder()}"
     if name in PUBLISHED:
         return f"{where}; get it with: hpcfl data get {name} [--from DIR]"
-    return (f"{where} and is none of {', '.join((*EMBEDDED, *PUBLISHED))}{store.suggest_name(name, (*EMBEDDED, *PUBLISHED))}; "
+    return (f"{where} and is none of {', '.join((*EMBEDDED, *PUBLISHED))}{did_you_mean(nearest(name, (*EMBEDDED, *PUBLISHED), store.ALIKE))}; "
             f"a published one comes with: hpcfl data get NAME [--from DIR], your own with: hpcfl data import {name} --npz FILE")
 
 

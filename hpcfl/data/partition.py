@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from hpcfl.errors import DataError
-from hpcfl.settings.job import Data
+from hpcfl.settings.sections import Data
 from hpcfl.streams import Stream
 
 TRIES = 10_000                                                     # redraws (0.2 ms each for 100 clients) before a floor counts as out of reach

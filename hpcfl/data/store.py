@@ -4,7 +4,6 @@ Integrity is checked in two steps, so that starting a run costs no second readin
 when a file is written and whenever its size or modification time is not that of the last comparison (kept in a stamp beside it); and every chunk
 carries HDF5's Fletcher-32 checksum, which is compared each time the chunk is read.
 """
-import difflib
 import errno
 import fcntl
 import os
@@ -25,9 +24,10 @@ from hpcfl.data.sources import PUBLISHED, Labelled
 from hpcfl.errors import DataError
 from hpcfl.files.atomic import replacing
 from hpcfl.files.places import expand_home
-from hpcfl.wording import printable_text
+from hpcfl.wording import did_you_mean, nearest, printable_text
 
 OWN_TERMS = "as the source says"                                   # of data that somebody imported
+ALIKE = 0.6                                                        # how much of a name must be that of another data set to be taken for a slip
 ROWS = 20                                                          # classes that are shown one by one
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)          # a file system without locks: two conversions then do the same work twice
 
@@ -55,7 +55,7 @@ def get(name: str, source: str | Path | None = None) -> Path:
     is not the published data set, or holds other data than `source`.
     """
     if name not in PUBLISHED:
-        raise DataError(f"'{name}' cannot be fetched{suggest_name(name, PUBLISHED)}; there are {', '.join(PUBLISHED)}. "
+        raise DataError(f"'{name}' cannot be fetched{did_you_mean(nearest(name, PUBLISHED, ALIKE))}; there are {', '.join(PUBLISHED)}. "
                         + ("It is built in: just use it" if name in EMBEDDED else f"Own data: hpcfl data import {name} --npz FILE"))
     target, published = find_path(name), PUBLISHED[name]
     if not target.exists():
@@ -133,12 +133,6 @@ def check(target: Path) -> archive.Header:
         archive.verify(target)
         _write_stamp(stamp, current)
     return header
-
-
-def suggest_name(name: str, known) -> str:
-    """"; did you mean 'NAME'?" or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"; did you mean '{close[0]}'?" if close else ""
 
 
 def _fetch(name: str, published: sources.Published, source: str | Path | None) -> Labelled:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import hpcfl
-from hpcfl.algorithms import CONFIGS
 from hpcfl.doctor import probes, run_folder
 from hpcfl.doctor.estimate import Estimate, estimate
 from hpcfl.doctor.findings import OK, PROBLEM, WARNING, Check, Examined, Finding
@@ -15,6 +14,7 @@ from hpcfl.doctor.launch_checks import LAUNCH_CHECKS, check_ranks
 from hpcfl.doctor.run_checks import RUN_CHECKS
 from hpcfl.errors import EnvironmentFault
 from hpcfl.runs import devices
+from hpcfl.runs.choices import CHOICES
 from hpcfl.settings.job import Job, load
 from hpcfl.wire.communicator import Communicator
 from hpcfl.wire.launchers import Launch
@@ -29,7 +29,7 @@ def examine(comm: Communicator, told: Launch | None, job_file: Path | None, over
 
     `told`: what the launcher says. A rank on which something fails still takes part in every collective; the server learns what failed.
     """
-    job, fault = probes.attempt(load, job_file, CONFIGS, overrides) if job_file else (None, "")
+    job, fault = probes.attempt(load, job_file, CHOICES, overrides) if job_file else (None, "")
     facts, silent = gather_values(comm, *probes.attempt(probes.look_around, comm, job.run.device if job else "auto", devices.count_cores(comm)))
     wire = comm.share(probes.time_wire(comm))
     folder = run_folder.examine(comm, out or Path("runs"))

@@ -5,7 +5,7 @@ import re
 from hpcfl.doctor.findings import OK, PROBLEM, WARNING, Check, Examined, Finding, group_by_trait
 from hpcfl.doctor.probes import Facts
 from hpcfl.runs import host_limits
-from hpcfl.settings.job import Run
+from hpcfl.settings.sections import Run
 from hpcfl.wire.launchers import ALONE, RELAUNCH
 from hpcfl.wording import byte_text, count_text, numbers_text, reasons_text, shared_text
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from hpcfl.settings.job import Federation
+from hpcfl.settings.sections import Federation
 from hpcfl.streams import Stream
 
 DELAYS: dict[str, Callable[[np.random.Generator, int, Federation], np.ndarray]] = {     # (K,) simulated seconds of mean federation.delay_mean

@@ -1,8 +1,10 @@
 """Placement: which rank hosts which client, by expected or measured cost, largest first."""
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+HOSTS: dict[str, Callable[[int], range]] = {"shared": range, "dedicated": lambda ranks: range(min(1, ranks - 1), ranks)}        # R -> the ranks with clients
 
 
 @dataclass(frozen=True)
@@ -21,8 +23,7 @@ def place_clients(costs: Sequence[float], ranks: int, server: str = "shared") ->
     costs: expected work per client in any one unit (training samples x model FLOPs). server = "dedicated" keeps rank 0 free of clients where there
     is another rank. A pure function: all ranks compute it and agree.
     """
-    hosts = list(range(1, ranks)) if server == "dedicated" and ranks > 1 else list(range(ranks))
-    loads = [(0.0, rank) for rank in hosts]                        # a heap: the least loaded rank first, of equals the lowest
+    loads = [(0.0, rank) for rank in HOSTS[server](ranks)]         # a heap: the least loaded rank first, of equals the lowest
     home = [0] * len(costs)
     for client in sorted(range(len(costs)), key=lambda k: (-costs[k], k)):
         load, home[client] = loads[0]

@@ -35,18 +35,18 @@ def read_status(folder: Path, said: str) -> str:
     """
     if said != "running":
         return said
-    found = re.match(r"process \d+ on ([^\s,]+)", holder_text(_text(folder / NAME)))
-    if found and found[1] == platform.node() and (free := _free(folder / NAME)) is not None:
+    found = re.match(r"process \d+ on ([^\s,]+)", holder_text(_read(folder / NAME)))
+    if found and found[1] == platform.node() and (free := _is_free(folder / NAME)) is not None:
         return f"died: {found[0]} ended without a word; the same command goes on from its last checkpoint" if free else said
     where = f"on {found[1]}" if found else "nobody says where"
-    return f"running?: {where}, which cannot be checked from here; last sign of it {_age(folder)} ago"
+    return f"running?: {where}, which cannot be checked from here; last sign of it {_age_text(folder)} ago"
 
 
-def _text(path: Path) -> str:
+def _read(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
-def _free(path: Path) -> bool | None:
+def _is_free(path: Path) -> bool | None:
     """Whether nobody holds the lock; None where the file system knows no locks."""
     try:
         with path.open("rb") as handle:
@@ -58,7 +58,7 @@ def _free(path: Path) -> bool | None:
         return None
 
 
-def _age(folder: Path) -> str:
+def _age_text(folder: Path) -> str:
     seconds = time.time() - max((path.stat().st_mtime for path in map(folder.joinpath, SIGNS) if path.is_file()), default=0.0)
     units = (("d", 86400), ("h", 3600), ("min", 60))
     return next((f"{seconds / each:.0f} {unit}" for unit, each in units if seconds >= 2 * each), f"{max(0.0, seconds):.0f} s")

@@ -5,7 +5,7 @@ from functools import cached_property
 
 from hpcfl.errors import JobError
 from hpcfl.models import zoo
-from hpcfl.settings.job import Models
+from hpcfl.settings.sections import Models
 from hpcfl.streams import Stream
 
 CLASSES = 32                                                       # size classes that a memory budget is tried against: 0.75^32 is 0.0001

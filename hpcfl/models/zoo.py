@@ -1,5 +1,4 @@
 """Zoo: the classifiers that a job can name, as data, and what each of them costs."""
-import difflib
 import math
 from dataclasses import replace
 from functools import lru_cache
@@ -17,6 +16,7 @@ from hpcfl.models.norms import NORMS
 from hpcfl.models.resnet import ResNet
 from hpcfl.models.torchvision_nets import GoogLeNet, MobileNetV2
 from hpcfl.models.vit import Vit
+from hpcfl.wording import did_you_mean, nearest
 
 GEFL: dict[str, Cnn] = {                                       # GeFL, specification section 4
     "cnn1": Cnn((16,)),
@@ -81,9 +81,8 @@ def find_entry(name: str) -> tuple[Family, float]:
     """
     base, width = split_name(name)
     if base not in ENTRIES:
-        close = difflib.get_close_matches(base, ENTRIES, n=1, cutoff=0.5)
-        nearest = f"; did you mean {close[0] + name.removeprefix(base)!r}?" if close else ""
-        raise JobError(f"models.names: '{name}' is not in the zoo{nearest}; there are {', '.join(ENTRIES)}")
+        meant = nearest(base, ENTRIES)
+        raise JobError(f"models.names: '{name}' is not in the zoo{did_you_mean(meant and meant + name.removeprefix(base))}; there are {', '.join(ENTRIES)}")
     return ENTRIES[base], width
 
 

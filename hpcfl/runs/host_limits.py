@@ -6,7 +6,7 @@ from pathlib import Path
 
 import psutil
 
-from hpcfl.settings.job import Run
+from hpcfl.settings.sections import Run
 from hpcfl.wire.launchers import parse_whole_number
 
 GROUPS = Path("/sys/fs/cgroup")
@@ -29,7 +29,7 @@ def read_quota_cores() -> float:
     """Processor time that this process's control groups grant, in cores; infinite where they grant all there is."""
     found = [math.inf]
     for folder in find_control_groups("cpu"):
-        quota, period = [*_words(folder / "cpu.max"), *_words(folder / "cpu.cfs_quota_us"), *_words(folder / "cpu.cfs_period_us"), "", ""][:2]
+        quota, period = [*_read_words(folder / "cpu.max"), *_read_words(folder / "cpu.cfs_quota_us"), *_read_words(folder / "cpu.cfs_period_us"), "", ""][:2]
         if quota.isdigit() and period.isdigit():                   # else "max", or -1
             found.append(int(quota) / int(period))
     return min(found)
@@ -49,22 +49,22 @@ def read_memory_left_bytes() -> int:
     left = [psutil.virtual_memory().available]
     for folder in find_control_groups("memory"):
         for limit, used in LIMITS:
-            numbers = _words(folder / limit), _words(folder / used)
+            numbers = _read_words(folder / limit), _read_words(folder / used)
             if all(number and number[0].isdigit() for number in numbers):
-                lines = dict(line.split() for line in _text(folder / "memory.stat").splitlines())
+                lines = dict(line.split() for line in _read_text(folder / "memory.stat").splitlines())
                 left.append(int(numbers[0][0]) - int(numbers[1][0]) + int(lines.get("total_inactive_file", lines.get("inactive_file", 0))))
     return max(0, min(left))
 
 
 def read_core_seconds() -> tuple[float, float]:
     """Seconds that the threads of this process have had a core, and that they were ready and waited for one; nothing where the system does not tell."""
-    told = [words for task in TASKS.glob("*") if len(words := _words(task / "schedstat")) > 1]
+    told = [words for task in TASKS.glob("*") if len(words := _read_words(task / "schedstat")) > 1]
     return sum(int(words[0]) for words in told) / 1e9, sum(int(words[1]) for words in told) / 1e9
 
 
 def find_control_groups(controller: str) -> Iterator[Path]:
     """The folders of this process's control groups, from its own up to the root."""
-    for line in _text(OWN_GROUPS).splitlines():
+    for line in _read_text(OWN_GROUPS).splitlines():
         _, controllers, path = line.split(":", 2)
         if not controllers or controller in controllers.split(","):
             root = GROUPS / controller if controllers else GROUPS
@@ -72,11 +72,11 @@ def find_control_groups(controller: str) -> Iterator[Path]:
             yield from (folder for folder in (own, *own.parents) if folder.is_relative_to(root))
 
 
-def _words(file: Path) -> list[str]:
-    return _text(file).split()
+def _read_words(file: Path) -> list[str]:
+    return _read_text(file).split()
 
 
-def _text(file: Path) -> str:
+def _read_text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8", errors="replace")
     except OSError:                                                # a container shows its processes fewer folders than it names

@@ -42,10 +42,10 @@ def open_all() -> None:
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
         if stream is getattr(sys, f"__{name}__"):                  # else somebody has put a stream of his own there
-            setattr(sys, name, _opened(number, stream))
+            setattr(sys, name, _open(number, stream))
 
 
-def lost(stream: TextIO | None) -> OSError | None:
+def find_failure(stream: TextIO | None) -> OSError | None:
     """Why a stream has begun to drop what it is given; said once, and None where it does not or is no outlet."""
     outlet = getattr(getattr(stream, "buffer", None), "raw", None)
     if not isinstance(outlet, Outlet):
@@ -55,7 +55,7 @@ def lost(stream: TextIO | None) -> OSError | None:
     return failure
 
 
-def _opened(number: int, stream: TextIO | None) -> TextIO:
+def _open(number: int, stream: TextIO | None) -> TextIO:
     outlet = Outlet(number, "w", closefd=False)
     return io.TextIOWrapper(io.BufferedWriter(outlet), getattr(stream, "encoding", None), errors="backslashreplace",        # what the locale lacks is told too
                             line_buffering=number == 2 or outlet.isatty())

@@ -51,7 +51,7 @@ class Record:
             for name, values in account["metrics"].items():
                 row = metrics.setdefault(name, np.full(self.clients, np.nan))
                 row[list(values)] = list(values.values())
-        self.rows.append({"phase": phase, "round": round_, "wall_s": max(account["wall_s"] for account in accounts), "conditions": self._conditions(answers),
+        self.rows.append({"phase": phase, "round": round_, "wall_s": max(account["wall_s"] for account in accounts), "conditions": self._describe_conditions(answers),
                           "up": by_client("up"), "down": by_client("down"), "metrics": metrics,
                           "notes": {name: value for account in accounts for name, value in account["notes"].items()},
                           "transported": np.array([account["sent_bytes"] for account in accounts], np.int64),
@@ -72,7 +72,7 @@ class Record:
                   for rank, own in enumerate(account["intervals"] for account in accounts)]
         self._remember(_join(tables))
 
-    def _conditions(self, answers: Answers | None) -> dict[str, np.ndarray | float]:
+    def _describe_conditions(self, answers: Answers | None) -> dict[str, np.ndarray | float]:
         answered, delays = np.full(self.clients, -1, np.int8), np.full(self.clients, np.nan)
         if answers is None or not answers.simulated:
             return {"answered": answered, "delay_s": delays, "duration_s": 0.0}
@@ -97,14 +97,14 @@ class Record:
         """
         lost = {"lost_rounds": self.lost} if self.lost else {}
         samples = {f"samples/{name}": value for name, value in self.samples.items()}
-        self._series.replace(path, {**self.attributes, **lost}, {**self.fixed, **self._columns(0), **samples})
+        self._series.replace(path, {**self.attributes, **lost}, {**self.fixed, **self._build_columns(0), **samples})
 
     def append(self, path: Path) -> None:
         """Bring the disk up to now, by what is new alone where there is much. Raises CheckpointError as `write`; all that was there stays."""
         if self._series.full():
             self.write(path)
         elif self._series.rows < len(self.rows):
-            self._series.add(path, self._columns(self._series.rows))
+            self._series.add(path, self._build_columns(self._series.rows))
 
     def gather(self, path: Path) -> None:
         """See that the one file holds everything, where a run that had nothing left to do was killed before it did. Raises CheckpointError as `write`."""
@@ -122,7 +122,7 @@ class Record:
         taken: set[int] = set()
         self.left_out = [kind for kind in ACCURACIES if any(f"evaluation/{kind}_count" in piece.arrays and not np.array_equal(
             piece.arrays[f"evaluation/{kind}_count"], self.fixed.get(f"evaluation/{kind}_count")) for piece in pieces)]
-        self.rows = [self._unknown(*(places[row] if row < len(places) else ("unknown", 0))) for row in range(rows)]
+        self.rows = [self._make_unknown(*(places[row] if row < len(places) else ("unknown", 0))) for row in range(rows)]
         for piece in pieces:
             if (schema := piece.attributes.get("schema")) != RECORD_VERSION:
                 raise CheckpointError(f"{piece.path}: schema = {schema}, wanted {RECORD_VERSION}; resume with the hpcfl version that wrote it")
@@ -144,7 +144,7 @@ class Record:
             t = row - first
             self.rows[row] = {
                 "phase": get["rounds/phase"][t], "round": int(get["rounds/round"][t]), "wall_s": float(get["rounds/wall_s"][t]),
-                "conditions": {name[11:]: get[name][t] for name in simulated} or self._conditions(None),
+                "conditions": {name[11:]: get[name][t] for name in simulated} or self._describe_conditions(None),
                 "up": get["bytes/simulated_up"][t], "down": get["bytes/simulated_down"][t], "transported": self._fit_width(get["bytes/transported"][t]),
                 "metrics": {name[6:]: get[name][t] for name in get if name.startswith("train/") and not np.isnan(get[name][t]).all()},
                 "notes": {name[7:]: float(get[name][t]) for name in get if name.startswith("server/") and not np.isnan(get[name][t])},
@@ -163,10 +163,10 @@ class Record:
             self._intervals += [{name: column[before["row"] == row] for name, column in before.items()} for row in np.unique(before["row"])]
             self._resumed_s = max(self._resumed_s, float((before["start_s"] + before["duration_s"]).max(initial=0.0)))
 
-    def _unknown(self, phase: str, round_: int) -> dict[str, Any]:
+    def _make_unknown(self, phase: str, round_: int) -> dict[str, Any]:
         """A row of which nothing is known but its place."""
         nothing = np.zeros(self.clients, np.int64)
-        return {"phase": phase, "round": round_, "wall_s": np.nan, "conditions": self._conditions(None), "up": nothing, "down": nothing,
+        return {"phase": phase, "round": round_, "wall_s": np.nan, "conditions": self._describe_conditions(None), "up": nothing, "down": nothing,
                 "transported": np.zeros(self.ranks, np.int64), "metrics": {}, "notes": {},
                 "seconds": {kind: np.full(self.ranks, np.nan) for kind in SECONDS}, "wire": dict.fromkeys(EXCHANGES, 0), "item_s": np.nan}
 
@@ -175,7 +175,7 @@ class Record:
         return np.pad(by_rank, (0, max(0, self.ranks - len(by_rank))))[:self.ranks] if len(by_rank) <= self.ranks else \
             np.append(by_rank[:self.ranks - 1], by_rank[self.ranks - 1:].sum())
 
-    def _columns(self, first: int) -> Arrays:
+    def _build_columns(self, first: int) -> Arrays:
         """What is known of the rounds from `first` on."""
         rows, evaluations = self.rows[first:], [entry for entry in self.evaluations if entry["at"] >= first]
         names = sorted({name for row in rows for name in row["metrics"]})
@@ -183,8 +183,8 @@ class Record:
         columns: Arrays = {
             "rounds/phase": np.array([row["phase"] for row in rows], object), "rounds/round": np.array([row["round"] for row in rows], np.int64),
             "rounds/wall_s": np.array([row["wall_s"] for row in rows], np.float64),
-            "bytes/simulated_up": _table(rows, "up", self.clients), "bytes/simulated_down": _table(rows, "down", self.clients),
-            "bytes/transported": _table(rows, "transported", self.ranks)}
+            "bytes/simulated_up": _tabulate(rows, "up", self.clients), "bytes/simulated_down": _tabulate(rows, "down", self.clients),
+            "bytes/transported": _tabulate(rows, "transported", self.ranks)}
         columns |= {f"train/{name}": np.array([row["metrics"].get(name, missing) for row in rows]).reshape(-1, self.clients) for name in names}
         notes = sorted({name for row in rows for name in row["notes"]})
         columns |= {f"server/{name}": np.array([row["notes"].get(name, np.nan) for row in rows], np.float64) for name in notes}
@@ -228,7 +228,7 @@ def _join(tables: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {name: np.concatenate([np.zeros(0, kind), *(table[name].astype(kind) for table in tables)]) for name, kind in TRACE.items()}
 
 
-def _table(rows: list[dict[str, Any]], key: str, width: int) -> np.ndarray:
+def _tabulate(rows: list[dict[str, Any]], key: str, width: int) -> np.ndarray:
     return np.array([row[key] for row in rows], np.int64).reshape(-1, width)
 
 

@@ -2,11 +2,11 @@
 from dataclasses import replace
 from pathlib import Path
 
-from hpcfl.algorithms import CONFIGS
 from hpcfl.errors import CheckpointError, JobError
 from hpcfl.federation.state import State
 from hpcfl.federation.world import World
 from hpcfl.runs import checkpoint
+from hpcfl.runs.choices import CHOICES
 from hpcfl.runs.devices import choose_device
 from hpcfl.settings.job import recall
 from hpcfl.wire.communicator import Alone, Communicator
@@ -20,7 +20,7 @@ def revisit(run: str | Path) -> tuple[World, State]:
     folder = Path(run)
     if not (folder / "job.toml").is_file():
         raise JobError(f"{folder}: has no job.toml; wanted the folder of a run")
-    job = recall(folder / "job.toml", CONFIGS)
+    job = recall(folder / "job.toml", CHOICES)
     job = replace(job, residency=replace(job.residency, folder=""))         # that of the run may be on another machine
     world = World(job, Communicator(Alone()), choose_device("auto", 0))
     state = checkpoint.load(folder, world, [checkpoint.VERSION])

@@ -7,12 +7,12 @@ from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
-from hpcfl.algorithms import CONFIGS
 from hpcfl.data.store import NO_LOCKS
 from hpcfl.errors import HpcflError, JobError
 from hpcfl.files import atomic, lock
 from hpcfl.files.places import expand_home
 from hpcfl.runs import checkpoint
+from hpcfl.runs.choices import CHOICES
 from hpcfl.settings.job import Job, recall
 from hpcfl.wire.communicator import Communicator
 
@@ -80,7 +80,7 @@ def is_finished(folder: Path) -> bool:
 def is_of(folder: Path, job: Job) -> bool:
     """Whether the run in a folder is one of this very job, whatever version recorded it."""
     with suppress(JobError):                                       # a job that cannot be read any more is another
-        return recall(folder / "job.toml", CONFIGS) == job
+        return recall(folder / "job.toml", CHOICES) == job
     return False
 
 

@@ -52,7 +52,7 @@ class Simulation:
         for state, place in self.ahead:
             self.score = None
             if self._due(place):
-                self._evaluate("end", state, self._global_right_answers(state, place))
+                self._evaluate("end", state, self._count_global_right(state, place))
             end = state.rows == len(self.places)
             if end:
                 self._sample(state, place)
@@ -145,7 +145,7 @@ class Simulation:
                 self.lines[name] = 100 * float(np.mean(tables[f"{name}_correct"].sum(1)[held] / images[held]))
         self.score = self.lines.get("validation") if stage == "end" else self.score
 
-    def _global_right_answers(self, state: State, place: Place) -> dict[str, np.ndarray]:
+    def _count_global_right(self, state: State, place: Place) -> dict[str, np.ndarray]:
         """Those of the models of the phase's last step that has any.
 
         What moves for it, moves once: the next round begins with the same message.

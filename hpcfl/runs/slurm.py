@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpcfl.algorithms import CONFIGS
 from hpcfl.errors import EnvironmentFault, JobError
+from hpcfl.runs.choices import CHOICES
 from hpcfl.settings.job import Job, load
 
 DAY_S, HOUR_S, MINUTE_S = 86_400, 3_600, 60
@@ -201,8 +201,8 @@ def check_job(path: Path, settings: Sequence[str], variants: Sequence[Sequence[s
     Raises: JobError as `load` does.
     """
     for variant in variants:
-        load(path, CONFIGS, [*settings, *variant, f"run.name={Sweep.folder(variant)}"])
-    return load(path, CONFIGS, settings)
+        load(path, CHOICES, [*settings, *variant, f"run.name={Sweep.folder(variant)}"])
+    return load(path, CHOICES, settings)
 
 
 def write_script(job: Path, name: str, request: Request, settings: Sequence[str] = (), out: Path | None = None, sweep: Sweep | None = None, venv: str = "") -> str:

@@ -1,4 +1,4 @@
-"""Annotations: the kinds of a section's settings, by its fields of hpcfl.settings.fields, or by the type that a plain field is annotated with."""
+"""Annotations: the settings of a section, by its fields of hpcfl.settings.fields, or by the type that a plain field is annotated with."""
 import dataclasses
 import math
 import types
@@ -7,24 +7,27 @@ from enum import Enum
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from hpcfl.errors import JobError
-from hpcfl.settings.fields import SettingType, is_text
+from hpcfl.settings.fields import Choices, Setting, SettingType, is_text
 
 WANTED = "int, float, bool, str, a Literal or an Enum, a tuple or list of those, each perhaps with '| None', or a field of hpcfl.settings.fields"
 
 
-def list_setting_types(section: type, where: str) -> dict[str, SettingType]:
-    """The kind of each field that a job may set, in order.
+def settings(section: type, where: str, choices: Choices) -> dict[str, Setting]:
+    """The settings that a job may make in a section, by their keys, in order.
 
-    Raises: JobError naming the class and the field where the annotation says too little, or the class is no dataclass.
+    Of a plain field the `metadata` may say meaning and unit. Raises: JobError naming the class and the field where the annotation says too little, or the
+    class is no dataclass.
     """
     name = f"{where}: {section.__module__}.{section.__qualname__}"
     if not dataclasses.is_dataclass(section):
         raise JobError(f"{name} is not a dataclass; wanted @dataclass(frozen=True), a field for each setting")
     found = {}
     for entry in (entry for entry in dataclasses.fields(section) if entry.init):
-        found[entry.name] = entry.metadata.get("kind") or _find_type(_annotation(section, entry, name))
-        if found[entry.name] is None:
+        kind = entry.metadata.get("kind") or _find_type(_annotation(section, entry, name))
+        if kind is None:
             raise JobError(f"{name}: field '{entry.name}' is annotated {_annotation_text(_annotation(section, entry, name))}; wanted {WANTED}")
+        default = entry.default_factory() if entry.default_factory is not dataclasses.MISSING else entry.default
+        found[entry.name] = Setting(kind.among(choices), default, entry.metadata.get("meaning", ""), entry.metadata.get("unit", ""))
     return found
 
 

@@ -1,7 +1,9 @@
-"""Job: an experiment as frozen dataclasses, read from TOML; the one place where defaults live."""
+"""Job: an experiment as frozen dataclasses, read from TOML.
+
+What a setting may name is asked of `choices`, the tables that carry it out. They stand on higher floors, so whoever has a job read hands them in.
+"""
 import codecs
 import dataclasses
-import difflib
 import hashlib
 import json
 import tomllib
@@ -12,104 +14,11 @@ from typing import Any
 
 from hpcfl.errors import JobError
 from hpcfl.settings import annotations, synonyms
-from hpcfl.settings.fields import choice, flag, folder_name, integer, integers, real, reals, selection, text, words
+from hpcfl.settings.fields import Choices
+from hpcfl.settings.sections import SECTIONS, Checkpoint, Data, Evaluation, Federation, Models, Residency, Run, Timeouts, Training
+from hpcfl.wording import did_you_mean, nearest
 
 MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
-
-
-@dataclass(frozen=True)
-class Run:
-    name: str = folder_name("run")                                 # names the folder under runs/
-    seed: int = integer(0, 0)                                      # the root of every Stream
-    device: str = choice("auto", "cpu", "cuda")                    # auto: cuda where torch sees one
-    compile: str = choice("auto", "on", "off")                     # auto: where the expected steps pay for the compilation
-    deterministic: bool = flag(False)                              # bit-identical on any number of ranks (CPU), at a measured price
-    threads: int = integer(0, 0)                                   # per rank; 0: its part of the host's cores, as many as its models keep busy
-
-
-@dataclass(frozen=True)
-class Data:
-    name: str = text("digits")                                     # embedded, nothing to download
-    fraction: float = real(1.0, 0.0, 1.0, above=True)              # share of the official training set that the federation owns
-    partition: str = choice("iid", "dirichlet", "shards", "disjoint", "lognormal")
-    alpha: float = real(0.1, 0.0, above=True)                      # dirichlet: small is skewed
-    classes_per_client: int = integer(2, 1)                        # shards
-    spread: float = real(1.0, 0.0)                                 # lognormal: standard deviation of log sizes
-    minimum: int = integer(10, 1)                                  # smallest shard that dirichlet and lognormal may give a client
-    validation_fraction: float = real(0.1, 0.0, 0.5)               # of each client's shard, and of the public images; the only part that may select anything
-    test_fraction: float = real(0.1, 0.0, 0.5)                     # of each client's shard; personal accuracy
-    public_fraction: float = real(0.0, 0.0, 0.9)                   # of the federation's images, kept by the server, owned by no client
-    image_size: int = integer(0, 0)                                # pixels of an edge to which images are resized; 0: as they are
-    normalization: str = choice("symmetric", "unit", "standard")   # classifier input: [-1, 1], [0, 1], or per-channel mean 0 and sd 1
-
-
-@dataclass(frozen=True)
-class Models:
-    names: tuple[str, ...] = words("cnn1")                         # which entry a client has: see assignment
-    assignment: str = choice("cyclic", "blocks")                   # client k has entry k mod m; or equally many clients in a row have each, the last the rest
-    sizes: tuple[int, ...] = integers(0)                           # size class e of client k mod m: hidden widths times shrinkage^e
-    shrinkage: float = real(0.75, 0.0, 1.0, above=True)
-    size_schedule: str = choice("fixed", "rotate", "random")       # whether size classes (or budgets) move on by a client, or are drawn, each round
-    memory_mb: tuple[float, ...] = reals()                         # training memory of client k mod m; not empty: the largest size class that fits
-    feature_size: int = integer(64, 0)                             # common feature size p; 0: each model's own
-    norm: str = choice("batch", "group")                           # GroupNorm has no running statistics to average
-    feature_relu: bool = flag(True)                                # whether features end in a ReLU: one switch for all, or their means do not compare
-
-
-@dataclass(frozen=True)
-class Federation:
-    clients: int = integer(10, 1)                                  # whatever the ranks
-    rounds: int = integer(10, 1)
-    participation: float = real(1.0, 0.0, 1.0, above=True)         # share of the clients in each round's cohort
-    server_rank: str = choice("shared", "dedicated")               # shared: rank 0 hosts clients too
-    dropout: float = real(0.0, 0.0, 1.0)                           # simulated: probability that a client of the cohort does not answer in a round
-    delay: str = choice("none", "exponential", "lognormal")        # simulated: the time that a client takes to answer in a round
-    delay_mean: float = real(1.0, 0.0, above=True)                 # simulated seconds
-    delay_spread: float = real(1.0, 0.0)                           # lognormal: standard deviation of the logarithm
-    deadline: float = real(0.0, 0.0)                               # simulated seconds after which an answer is not used; 0: the server waits
-
-
-@dataclass(frozen=True)
-class Residency:
-    location: str = choice("device", "host", "disk")               # where the states of clients lie that are not at work; no result depends on it
-    chunk: int = integer(0, 0)                                     # clients of one architecture that are on the device and trained together at most; 0: all
-    folder: str = text("")                                         # disk: where; it may be local to the node; empty: the system's temporary folder
-
-
-@dataclass(frozen=True)
-class Training:
-    epochs: int = integer(1, 1)                                    # local epochs per round
-    batch: int = integer(32, 1)
-    augment: tuple[str, ...] = selection("crop_flip", "augmix", "autoaugment", last=("mixup", "cutmix"))        # of real images, in this order
-    mix_alpha: float = real(1.0, 0.0, above=True)                  # mixup, cutmix: the share of each image is drawn from Beta(alpha, alpha)
-    optimizer: str = choice("sgd", "adam")
-    lr: float = real(0.05, 0.0, above=True)
-    momentum: float = real(0.0, 0.0, 1.0)                          # sgd
-    weight_decay: float = real(0.0, 0.0)
-    clip: float = real(0.0, 0.0)                                   # gradient norm per client; 0: no clipping
-    engine: str = choice("auto", "sequential", "vmap")             # auto: sequential on CPU, vmap on CUDA
-    precision: str = choice("auto", "float32", "bfloat16")         # auto: float32, on a GPU without TF32
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    every: int = integer(1, 1)                                     # rounds; the last round of a phase is always evaluated
-    personal: bool = flag(True)
-    batch: int = integer(250, 1)                                   # images per forward pass; the results do not depend on it
-    flops: bool = flag(False)                                      # count the clients' operations in the first round of each phase: up to 3 times as long
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    every: int = integer(10, 1)                                    # rounds; the last round is always kept
-    seconds: float = real(60.0, 0.0)                               # also behind the round that passes so many, earlier where it costs little; 0: never
-    keep: int = integer(2, 1)                                      # newest checkpoints kept
-
-
-@dataclass(frozen=True)
-class Timeouts:
-    collective: float = real(0.0, 0.0)                             # seconds that a rank may wait for another before the run is ended; 0: for ever
-    heartbeat: float = real(60.0, 0.0)                             # seconds between the lines that a long round prints; 0: none
 
 
 @dataclass(frozen=True)
@@ -143,19 +52,17 @@ class Job:
         """The resolved job as a job file that reads back equal."""
         lines: list[str] = []
         for section, table in self.tables().items():
-            lines += [f"[{section}]", *(f"{_quote(key)} = {_toml(value)}" for key, value in table.items() if value is not None), ""]
+            lines += [f"[{section}]", *(toml_line(key, value) for key, value in table.items() if value is not None), ""]
         return "\n".join(lines)
 
 
-SECTIONS = {"run": Run, "data": Data, "models": Models, "federation": Federation, "residency": Residency, "training": Training,
-            "algorithm": None, "evaluation": Evaluation, "checkpoint": Checkpoint, "timeouts": Timeouts}
 RENAMED = {                                                        # what settings were called -> what they are called: no job file may say it, runs recorded it
     "data.size": "data.image_size", "data.test": "data.test_fraction", "data.validation": "data.validation_fraction", "data.values": "data.normalization",
     "models.features": "models.feature_size", "federation.server": "federation.server_rank",
     "clients.residency": "residency.location", "clients.chunk": "residency.chunk", "clients.folder": "residency.folder"}
 
 
-def load(path: str | Path, configs: Mapping[str, type], overrides: Sequence[str] = ()) -> Job:
+def load(path: str | Path, choices: Choices, overrides: Sequence[str] = ()) -> Job:
     """Read a job file; `overrides` are strings "section.key=value", the value in TOML notation or a bare word.
 
     An override of algorithm.name has the file's setting tried with another method: of the file's [algorithm] that keeps what it knows too.
@@ -169,16 +76,16 @@ def load(path: str | Path, configs: Mapping[str, type], overrides: Sequence[str]
         if not isinstance(tables.setdefault(section, {}), dict):
             raise JobError(f"{path}: '{section}' is a value, wanted a section [{section}]")
         if (section, key) == ("algorithm", "name"):
-            gone = _settings(tables[section].get("name"), configs) - _settings(value, configs)
+            gone = _settings(tables[section].get("name"), choices) - _settings(value, choices)
             tables[section] = {name: setting for name, setting in tables[section].items() if name not in gone}
     for section, key, value in changes:
         tables[section][key] = value
-    return resolve(tables, configs, str(path))
+    return resolve(tables, choices, str(path))
 
 
-def recall(path: str | Path, configs: Mapping[str, type]) -> Job:
+def recall(path: str | Path, choices: Choices) -> Job:
     """The job that a run recorded in its folder, perhaps under an earlier version. Raises: JobError as `load` does."""
-    return resolve(read_recorded(_read(Path(path))), configs, str(path))
+    return resolve(read_recorded(_read(Path(path))), choices, str(path))
 
 
 def read_recorded(tables: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -200,10 +107,10 @@ def refuse_old_names(names: Iterable[str], where: str) -> None:
         raise JobError(f"{where}: {', '.join(told)}")
 
 
-def resolve(tables: Mapping[str, Any], configs: Mapping[str, type], where: str = "job") -> Job:
-    """A Job from nested tables; `configs` maps algorithm names to their Config dataclass. Raises JobError as `load` does."""
+def resolve(tables: Mapping[str, Any], choices: Choices, where: str = "job") -> Job:
+    """A Job from nested tables. Raises JobError as `load` does."""
     refuse_old_names((f"{section}.{key}" for section, table in tables.items() if isinstance(table, Mapping) for key in table), where)
-    known = {name: tuple(annotations.list_setting_types(kind, where)) if kind else ("name",) for name, kind in SECTIONS.items()}
+    known = {name: tuple(annotations.settings(kind, where, choices)) if kind else ("name",) for name, kind in SECTIONS.items()}
     for section, table in tables.items():
         if section in SECTIONS and not isinstance(table, Mapping):
             raise JobError(f"{where}: '{section}' is {table!r}, wanted a section [{section}]")
@@ -211,15 +118,15 @@ def resolve(tables: Mapping[str, Any], configs: Mapping[str, type], where: str =
             meant = (synonyms.suggest_section(section, SECTIONS) if isinstance(table, Mapping) else "") or synonyms.suggest_setting("", section, table, known)
             unknown = f"unknown section [{section}]" if isinstance(table, Mapping) else f"'{section}' stands in no section"
             raise JobError(f"{where}: {unknown}{meant or ';'} There are {', '.join(f'[{name}]' for name in SECTIONS)}")
-    sections = {name: _section(kind, tables.get(name, {}), name, where, known) for name, kind in SECTIONS.items() if kind is not None}
-    algorithm = dict(tables.get("algorithm", {}))
+    sections = {name: _section(kind, tables.get(name, {}), name, where, known, choices) for name, kind in SECTIONS.items() if kind is not None}
+    algorithm, configs = dict(tables.get("algorithm", {})), choices["algorithm"]
     name = algorithm.pop("name", None)
     if name is None:
         raise JobError(f"{where}: {'names no method' if tables else 'is empty'}; wanted at least a section [algorithm] with name = one of {_list_text(configs)} "
                        "(algorithm.name)")
     if not isinstance(name, str) or name not in configs:
-        raise JobError(f"{where}: algorithm.name = {name!r} is not known{_suggest(str(name), configs)}; there are {_list_text(configs)}")
-    return Job(**sections, algorithm=_section(configs[name], algorithm, "algorithm", where, known, f" of {name}"), algorithm_name=name)
+        raise JobError(f"{where}: algorithm.name = {name!r} is not known{did_you_mean(nearest(str(name), configs))}; there are {_list_text(configs)}")
+    return Job(**sections, algorithm=_section(configs[name], algorithm, "algorithm", where, known, choices, f" of {name}"), algorithm_name=name)
 
 
 def find_differences(one: Mapping[str, Mapping[str, Any]], other: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -228,6 +135,12 @@ def find_differences(one: Mapping[str, Mapping[str, Any]], other: Mapping[str, M
         return {f"{section}.{key}": json.dumps(value) for section, table in tables.items() for key, value in table.items()}
     a, b = flat(one), flat(other)
     return sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
+
+
+def toml_line(key: str, value: Any) -> str:
+    """A line of a job file; the value alone where there is no key."""
+    text = _string(value)
+    return f"{key if key.isascii() else _string(key)} = {text}" if key else text
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -239,21 +152,21 @@ def _read(path: Path) -> dict[str, Any]:
         raise JobError(f"{path}: not a TOML file: {error}") from None
 
 
-def _section(section_type: type, table: Mapping[str, Any], section: str, where: str, known: Mapping[str, Sequence[str]], owner: str = "") -> Any:
+def _section(section_type: type, table: Mapping[str, Any], section: str, where: str, known: Mapping[str, Sequence[str]], choices: Choices,
+             owner: str = "") -> Any:
     """A section from its table; `known` are the keys of all sections, `owner` whose section it is, for words to the user."""
-    kinds = annotations.list_setting_types(section_type, f"{where}: [{section}]{owner}")
+    settings = annotations.settings(section_type, f"{where}: [{section}]{owner}", choices)
     for key, value in table.items():
-        if key not in kinds:
-            meant = synonyms.suggest_setting(section, key, value, {**known, section: tuple(kinds)})
-            raise JobError(f"{where}: unknown key {section}.{key}{meant or ';'} [{section}]{owner} has {', '.join(kinds) or 'no settings'}")
-    defaults = {entry.name: _default(entry) for entry in dataclasses.fields(section_type) if entry.init}
+        if key not in settings:
+            meant = synonyms.suggest_setting(section, key, value, {**known, section: tuple(settings)})
+            raise JobError(f"{where}: unknown key {section}.{key}{meant or ';'} [{section}]{owner} has {', '.join(settings) or 'no settings'}")
     checked = {}
-    for key, kind in kinds.items():
-        value = table.get(key, defaults[key])
+    for key, setting in settings.items():
+        value = table.get(key, setting.default)
         if value is dataclasses.MISSING:
-            raise JobError(f"{where}: {section}.{key} is not set and has no default; wanted {kind.allowed}")
+            raise JobError(f"{where}: {section}.{key} is not set and has no default; wanted {setting.kind.allowed}")
         try:
-            checked[key] = kind.check(f"{section}.{key}", value)
+            checked[key] = setting.kind.check(f"{section}.{key}", value)
         except JobError as error:
             raise JobError(f"{where}: {error}" + ("" if key in table else f", also for the default that [{section}]{owner} has for it")) from None
     try:
@@ -262,13 +175,10 @@ def _section(section_type: type, table: Mapping[str, Any], section: str, where: 
         raise JobError(f"{where}: [{section}]{owner} is not allowed: {error}") from error
 
 
-def _default(entry: dataclasses.Field) -> Any:
-    return entry.default_factory() if entry.default_factory is not dataclasses.MISSING else entry.default
-
-
-def _settings(method: Any, configs: Mapping[str, type]) -> set[str]:
+def _settings(method: Any, choices: Choices) -> set[str]:
     """The settings of a method, none if there is no such method."""
-    return set(annotations.list_setting_types(configs[method], f"algorithm '{method}'")) if isinstance(method, str) and method in configs else set()
+    configs = choices["algorithm"]
+    return set(annotations.settings(configs[method], f"algorithm '{method}'", choices)) if isinstance(method, str) and method in configs else set()
 
 
 def _override(override: str) -> tuple[str, str, Any]:
@@ -294,18 +204,9 @@ def _text(content: bytes) -> str:
         raise ValueError(f"byte 0x{content[error.start]:02x} in line {line} is no UTF-8: save it as UTF-8") from None
 
 
-def _toml(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")                # the one character that JSON may hold as it is and TOML may not
+def _string(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")              # the one character that JSON may hold as it is and TOML may not
 
 
-def _quote(key: str) -> str:
-    return key if key.isascii() else _toml(key)
-
-
-def _list_text(configs: Mapping[str, type]) -> str:
+def _list_text(configs: Iterable[str]) -> str:
     return ", ".join(sorted(configs))
-
-
-def _suggest(word: str, known) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else ""

@@ -1,7 +1,8 @@
 """Synonyms: what papers and other simulators call a setting, and which one somebody meant who wrote a key that does not exist."""
-import difflib
 from collections.abc import Collection, Mapping
 from typing import Any
+
+from hpcfl.wording import did_you_mean, nearest
 
 MEANT = {                                                          # a setting -> other words for it, without underscores
     "run.name": "experiment experimentname expname runname",
@@ -55,16 +56,14 @@ def suggest_setting(section: str, key: str, value: Any, known: Mapping[str, Coll
     meant = [name for name, words in MEANT.items() if plain in words.split()]
     elsewhere = [f"{other}.{name}" for other, names in known.items() for name in names if other != section and _plain(name) == plain]
     if found := [f"{section}.{name}" for name in same] or meant or elsewhere:
-        return f"; did you mean {' or '.join(map(repr, found))}?"
+        return did_you_mean(*found)
     told = next((sentence for sentence, words in ABSENT.items() if plain in words.split()), "")
-    close = difflib.get_close_matches(key, list(known.get(section, ())), n=1, cutoff=0.5)
-    return f"; {told}." if told else f"; did you mean '{close[0]}'?" if close else ""
+    return f"; {told}." if told else did_you_mean(nearest(key, known.get(section, ())))
 
 
 def suggest_section(name: str, known: Collection[str]) -> str:
     """"; did you mean 'training'?" of a section that does not exist, or nothing."""
-    found = [meant for meant, words in SECTIONS.items() if name.lower() in words.split()] or difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean '{found[0]}'?" if found else ""
+    return did_you_mean(next((meant for meant, words in SECTIONS.items() if name.lower() in words.split()), "") or nearest(name, known))
 
 
 def _plain(word: str) -> str:

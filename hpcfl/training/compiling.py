@@ -10,11 +10,13 @@ log = logging.getLogger(__name__)
 
 RECOMPILES = 256                                                   # torch's limit of 8 per function is below the architectures of a run
 COMPILE_PAYS = 5_000                                               # expected steps on CUDA from which a minute of compilation is taken to pay
+COMPILING: dict[str, Callable[[str, int], bool]] = {                # (type of the device, steps in the whole run) -> whether to compile
+    "auto": lambda device, steps: device == "cuda" and steps >= COMPILE_PAYS, "on": lambda device, steps: True, "off": lambda device, steps: False}
 
 
 def compiles(compile: str, device: str, expected_steps: int) -> bool:
     """Whether to compile what takes so many steps in the whole run on that type of device; `compile` as `fit` takes it."""
-    return compile == "on" or (compile == "auto" and device == "cuda" and expected_steps >= COMPILE_PAYS)
+    return COMPILING[compile](device, expected_steps)
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hpcfl.errors import JobError, LayoutError, note_whom
 from hpcfl.streams import Stream, kept
-from hpcfl.training.compiling import compile_forward, compiles
+from hpcfl.training.compiling import COMPILING, compile_forward, compiles
 from hpcfl.training.engines import forward_one, forward_together, run_sequential, run_stacked
 from hpcfl.training.group import OPTIMIZER, Group
 from hpcfl.training.turns import Batches, Forward, Modules, Setup, Turn
@@ -50,8 +50,7 @@ def fit(group: Group, modules: Mapping[str, nn.Module], turns: Sequence[Turn], b
     Raises: NonFiniteError naming `where` and clients, or what else `member` calls the rows of the Group; LayoutError where Group, modules, turns and batches do
         not fit each other, and for a loss that is no scalar or trains nothing; JobError for an engine, compile or precision that does not exist.
     """
-    for name, value, allowed in (("engine", engine, ("auto", *ENGINES)), ("compile", compile, ("auto", "on", "off")),
-                                 ("precision", precision, tuple(PRECISIONS))):
+    for name, value, allowed in (("engine", engine, ("auto", *ENGINES)), ("compile", compile, COMPILING), ("precision", precision, PRECISIONS)):
         if value not in allowed:
             raise JobError(f"{where}: {name} = {value!r} is not known; there are {', '.join(allowed)}")
     device = group.device.type

@@ -11,7 +11,7 @@ from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
 from hpcfl.errors import JobError
-from hpcfl.settings.job import Training
+from hpcfl.settings.sections import Training
 
 Slots = dict[str, list[Tensor]]                                    # slot -> one tensor per parameter, in the parameters' order
 STEP = "step"                                                      # the slot that counts updates: a float32 scalar, whatever the parameter's shape

@@ -1,7 +1,5 @@
 """FedVTC as a whole: what crosses the wire, what each phase may change, what becomes of classes nobody has, and that every setting does something."""
-import dataclasses
 import functools
-import re
 
 import numpy as np
 import pytest
@@ -17,6 +15,9 @@ from hpcfl.federation.world import World
 from hpcfl.generators.vtc import VTC
 from hpcfl.latents.matching import MATCHINGS
 from hpcfl.latents.moments import MODES, unpack_triangle
+from hpcfl.runs.choices import CHOICES
+from hpcfl.settings import annotations
+from hpcfl.settings.fields import Setting
 from hpcfl.training.evaluate import bind_model, count_correct
 from hpcfl.training.group import Group
 from hpcfl.training.turns import Modules
@@ -484,17 +485,17 @@ OTHER = {"common_size": 10, "min_count": 4, "alignment": 0.7, "warmup": 0, "vtc_
 WITHOUT_EFFECT = {"offload"}                                       # on a CPU
 
 
-def others(entry: dataclasses.Field) -> list:
+def others(name: str, setting: Setting) -> list:
     """The values of a setting that are not its default: all of them where they can be counted, else the one in OTHER."""
-    allowed = entry.metadata["kind"].allowed
-    if allowed == "true or false":
-        return [not entry.default]
-    if allowed.startswith("one of "):
-        return [option for option in re.findall(r"'([^']*)'", allowed) if option != entry.default]
-    return [OTHER[entry.name]] if entry.name in OTHER else ["give this setting another value in OTHER"]
+    if isinstance(setting.default, bool):
+        return [not setting.default]
+    if setting.kind.names:
+        return [option for option in setting.kind.names if option != setting.default]
+    return [OTHER[name]] if name in OTHER else ["give this setting another value in OTHER"]
 
 
-@pytest.mark.parametrize("name, value", [(entry.name, value) for entry in dataclasses.fields(Config) for value in others(entry)])
+@pytest.mark.parametrize("name, value", [(name, value) for name, setting in annotations.settings(Config, "fedvtc", CHOICES).items()
+                                         for value in others(name, setting)])
 def test_every_setting_runs_and_does_something(name, value):
     context = CONTEXT.get(name, {})
     plain, found = baseline(**context), baseline(**(context | {name: value}))

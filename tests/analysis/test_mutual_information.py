@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from hpcfl import tree
-from hpcfl.algorithms import CONFIGS
 from hpcfl.analysis import mutual_information
 from hpcfl.analysis.mutual_information import ceiling, compare, entropy, find_contenders, nearness, prune, sameness
 from hpcfl.data.shards import Scale, Shard
@@ -17,7 +16,9 @@ from hpcfl.federation.world import World
 from hpcfl.models import zoo
 from hpcfl.models.sizes import Sizes
 from hpcfl.runs import checkpoint
-from hpcfl.settings.job import Models, load
+from hpcfl.runs.choices import CHOICES
+from hpcfl.settings.job import load
+from hpcfl.settings.sections import Models
 from hpcfl.training import evaluate
 from hpcfl.wire.communicator import Alone, Communicator
 from tests.support.tiny_runs import carry_out, tiny
@@ -331,7 +332,7 @@ def test_a_run_with_filters_is_compared_with_what_they_make_of_the_global_model(
 
 
 def test_the_models_compared_are_those_that_the_next_round_begins_with(convolving):
-    world = World(load(convolving / "job.toml", CONFIGS), Communicator(Alone()), torch.device("cpu"))
+    world = World(load(convolving / "job.toml", CHOICES), Communicator(Alone()), torch.device("cpu"))
     state = checkpoint.load(convolving, world)
     opened = mutual_information.open_round(world, state)
     whole, small = tree.part(opened.server, "global"), tree.part(opened.server, "small/cnn5@0.75")

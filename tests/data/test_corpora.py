@@ -11,7 +11,7 @@ import pytest
 
 from hpcfl.data import archive, corpora, partition, store
 from hpcfl.errors import DataError
-from hpcfl.settings.job import Data
+from hpcfl.settings.sections import Data
 from tests.support.data_files import COUNT, draw_content
 
 

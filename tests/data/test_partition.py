@@ -5,7 +5,7 @@ import pytest
 from hpcfl.data import partition
 from hpcfl.data.partition import partition_samples
 from hpcfl.errors import DataError
-from hpcfl.settings.job import Data
+from hpcfl.settings.sections import Data
 
 LABELS = np.random.default_rng(0).permutation(np.arange(2000) % 10)
 SCHEMES = sorted(partition.SCHEMES)

@@ -12,7 +12,7 @@ from hpcfl.federation.answers import Answers, simulate_answers
 from hpcfl.federation.state import schedule
 from hpcfl.federation.world import World
 from hpcfl.report import page, summary
-from hpcfl.settings.job import Federation
+from hpcfl.settings.sections import Federation
 from hpcfl.streams import Stream
 from hpcfl.wire.communicator import Alone, Communicator
 from tests.support.in_memory import bits, finite, job, run, world

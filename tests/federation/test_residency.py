@@ -20,7 +20,7 @@ from hpcfl.files.scratch import Scratch
 from hpcfl.runs import checkpoint, examination
 from hpcfl.runs.examination import Examination
 from hpcfl.runs.revisit import revisit
-from hpcfl.settings.job import Residency
+from hpcfl.settings.sections import Residency
 from hpcfl.training.group import Group
 from hpcfl.wire.communicator import Communicator, connect
 from tests.runs.test_whole_runs import agree, alone

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from hpcfl.algorithms import CONFIGS
 from hpcfl.contract import ClientSite, Holdings, Phase, Problem, ServerSite
 from hpcfl.data.shards import iterate_epochs
 from hpcfl.errors import DataError, JobError, NonFiniteError
 from hpcfl.federation.ledger import Ledger
 from hpcfl.federation.world import World
 from hpcfl.latents.announced import AnnouncedGaussians
+from hpcfl.runs.choices import CHOICES
 from hpcfl.settings.job import resolve
 from hpcfl.training.losses import cross_entropy
 from hpcfl.training.optimizers import Optimizer
@@ -181,7 +181,7 @@ def test_an_unknown_model_is_refused_with_the_nearest_name():
 @pytest.mark.parametrize("server", ["shared", "dedicated"])
 def test_the_number_of_clients_does_not_follow_the_ranks(server):
     left_open = {"federation": {"rounds": 1, "server_rank": server}}
-    worlds = [World(resolve({"algorithm": {"name": "fedavg"}} | left_open, CONFIGS), SimpleNamespace(rank=0, size=ranks, is_server=True, spread=None),
+    worlds = [World(resolve({"algorithm": {"name": "fedavg"}} | left_open, CHOICES), SimpleNamespace(rank=0, size=ranks, is_server=True, spread=None),
                     torch.device("cpu")) for ranks in (1, 2, 3)]
     assert [observed.clients for observed in worlds] == [10] * 3
     assert all(np.array_equal(mine, first) for observed in worlds for mine, first in zip(observed.split.train, worlds[0].split.train, strict=True))

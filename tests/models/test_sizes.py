@@ -4,7 +4,7 @@ import pytest
 from hpcfl.errors import JobError
 from hpcfl.models import zoo
 from hpcfl.models.sizes import Sizes
-from hpcfl.settings.job import Models
+from hpcfl.settings.sections import Models
 from tests.support.in_memory import job, world
 
 MEMORY = {"w1": 100e6, "w1@0.5": 40e6, "w1@0.25": 10e6}

@@ -1,14 +1,63 @@
-"""An error on any rank ends the whole job soon, with one message and an exit code of its own."""
+"""Whatever a rank raises becomes the exit code of its kind and one message, and where there are several ranks the end of all, soon."""
 import re
 import time
 
 import pytest
 
 from hpcfl.contract import ClientSite
-from hpcfl.errors import CheckpointError, DataError, EnvironmentFault, JobError, Stopped
+from hpcfl.errors import DataError, Interrupted, Stopped
+from hpcfl.runs import guard
 from hpcfl.runs.guard import run_guarded
 from tests.support.faults import RANK
 from tests.support.tiny_runs import started, tiny, write_job
+
+
+class Comm:
+    """One of some ranks, noting with which code all of them were ended."""
+
+    def __init__(self, rank: int = 0, size: int = 1):
+        self.rank, self.size, self.is_server, self.aborted = rank, size, rank == 0, None
+
+    def abort(self, code: int) -> None:
+        self.aborted = code
+
+
+def raising(error: BaseException):
+    """A body that raises."""
+    def body() -> int:
+        raise error
+    return body
+
+
+def test_the_code_of_the_body_is_that_of_the_process():
+    assert run_guarded(lambda: 4, Comm()) == 4
+
+
+@pytest.mark.parametrize(("error", "code", "text"), [(DataError("client 3: no images"), DataError.exit_code, "hpcfl: client 3: no images\n"),
+                                                     (KeyboardInterrupt(), Interrupted.exit_code, "hpcfl: interrupted from the keyboard\n")])
+def test_an_error_of_ours_is_told_without_a_traceback(error, code, text, capsys):
+    comm = Comm()
+    assert run_guarded(raising(error), comm) == code and comm.aborted is None
+    assert capsys.readouterr().err == text
+
+
+def test_any_other_error_comes_with_its_traceback(capsys):
+    assert run_guarded(raising(ZeroDivisionError("by purpose")), Comm()) == 1
+    assert "Traceback" in (told := capsys.readouterr().err) and "ZeroDivisionError: by purpose" in told
+
+
+def test_a_stop_is_no_error_and_told_once(capsys):
+    codes = [run_guarded(raising(Stopped("run: stopped by SIGUSR1")), Comm(rank, 2)) for rank in (0, 1)]
+    assert codes == [Stopped.exit_code] * 2 == [75, 75]
+    assert capsys.readouterr() == ("hpcfl: run: stopped by SIGUSR1\n", "")
+
+
+def test_one_of_several_ranks_takes_the_others_along_and_says_who_it_is(monkeypatch, capsys):
+    monkeypatch.setattr(guard.time, "sleep", lambda seconds: None)
+    comm = Comm(rank=1, size=2)
+    assert run_guarded(raising(DataError("no images")), comm) == comm.aborted == DataError.exit_code
+    assert capsys.readouterr().err == "hpcfl: rank 1: no images\n"
+
 
 RAISES = RANK + """
 from hpcfl.algorithms.standalone import Standalone
@@ -57,36 +106,3 @@ def test_the_status_after_an_exception_names_type_rank_and_client(engine, whom, 
     code, text = hpcfl("run", write_job(tmp_path, job), "--out", tmp_path / "run")
     assert code == 1 and "RuntimeError: boom" in text
     assert (tmp_path / "run" / "STATUS").read_text() == f"failed: RuntimeError on rank 0, {whom}: boom\n"
-
-
-class Rank:
-    """A communicator of which only rank and size are asked, and which remembers its abort."""
-
-    def __init__(self, rank: int, size: int):
-        self.rank, self.size, self.is_server, self.aborted = rank, size, rank == 0, None
-
-    def abort(self, code: int) -> None:
-        self.aborted = code
-
-
-@pytest.mark.parametrize(("error", "code"), [(JobError("no such key"), 2), (EnvironmentFault("no GPU"), 3), (DataError("no file"), 4),
-                                             (CheckpointError("full"), 5), (KeyboardInterrupt(), 130), (ZeroDivisionError("oh"), 1)],
-                         ids=lambda value: type(value).__name__)
-@pytest.mark.parametrize(("rank", "size"), [(0, 1), (0, 2), (1, 2)])
-def test_each_kind_of_error_has_its_exit_code_and_one_message_that_names_the_rank_of_several(error, code, rank, size, capsys):
-    def fail() -> int:
-        raise error
-    comm = Rank(rank, size)
-    assert run_guarded(fail, comm) == code and comm.aborted == (code if size > 1 else None)
-    told = capsys.readouterr().err
-    assert told.startswith(f"hpcfl: rank {rank}: " if size > 1 else "hpcfl: ") and ("Traceback" in told) == isinstance(error, ZeroDivisionError)
-    assert str(error) in told
-
-
-def test_a_stop_is_no_error_and_the_server_alone_tells_of_it(capsys):
-    def stop() -> int:
-        raise Stopped("stopped on a signal")
-    for rank, said in ((0, "hpcfl: stopped on a signal\n"), (1, "")):
-        comm = Rank(rank, 2)
-        assert run_guarded(stop, comm) == 75 and comm.aborted is None and capsys.readouterr().out == said
-    assert run_guarded(lambda: 3, Rank(0, 1)) == 3

@@ -45,18 +45,18 @@ def test_the_exit_code_is_that_of_the_command_also_where_nobody_reads(tmp_path):
 
 def test_an_outlet_says_once_why_it_drops_what_it_is_given():
     with open("/dev/full", "w") as full:
-        outlet = outlets._opened(full.fileno(), full)
+        outlet = outlets._open(full.fileno(), full)
         for _ in range(3):
             assert outlet.write("text\u2192\n") == 6
-        assert outlets.lost(outlet).strerror == "No space left on device" and outlets.lost(outlet) is None
+        assert outlets.find_failure(outlet).strerror == "No space left on device" and outlets.find_failure(outlet) is None
 
 
 def test_a_character_that_the_locale_lacks_is_printed_all_the_same(tmp_path):
     with (tmp_path / "file").open("w", encoding="ascii") as file:
-        outlet = outlets._opened(file.fileno(), file)
+        outlet = outlets._open(file.fileno(), file)
         print("\u2192", file=outlet, flush=True)
     assert (tmp_path / "file").read_text() == "\\u2192\n"
 
 
 def test_what_no_outlet_has_lost_is_unknown():
-    assert outlets.lost(None) is outlets.lost(io.StringIO()) is outlets.lost(sys.__stdout__) is None
+    assert outlets.find_failure(None) is outlets.find_failure(io.StringIO()) is outlets.find_failure(sys.__stdout__) is None

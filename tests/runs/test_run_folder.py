@@ -1,5 +1,6 @@
-"""A run takes no folder that belongs to another run, finished or at work, and goes on in its own."""
+"""Which folder a run works in, who holds it, and what its STATUS says; no run takes the folder of another, finished or at work."""
 import json
+import multiprocessing
 import os
 import platform
 import shutil
@@ -11,14 +12,75 @@ import psutil
 import pytest
 
 from hpcfl.errors import CheckpointError, JobError
+from hpcfl.runs.run_folder import choose_folders, is_finished, is_of, owning, write_status
+from hpcfl.wire.communicator import Alone, Communicator
 from tests.support.faults import PAUSES, files
 from tests.support.fork_server import Forked
 from tests.support.tiny_runs import apart, carry_out, outcome, started, tiny, write_job
 
+JOB = tiny("standalone", federation={"rounds": 2}, checkpoint={"every": 1})
+
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
-    return carry_out(tiny("standalone"), tmp_path_factory.mktemp("finished") / "run")
+def finished(tmp_path_factory):
+    """The folder of a run of JOB that came to its end."""
+    return carry_out(JOB, tmp_path_factory.mktemp("folders") / "run")
+
+
+def test_without_a_word_of_the_user_a_new_folder_is_named_by_time_and_job(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder, source = choose_folders(JOB, None, "auto")
+    assert Path(folder).parent == Path("runs/tiny") and folder.endswith(f"Z-{JOB.digest()}") and source is None
+
+
+def test_a_folder_with_a_checkpoint_is_gone_on_with_and_never_taken_for_a_new_run(finished):
+    assert choose_folders(JOB, finished, "auto") == (str(finished), str(finished))
+    with pytest.raises(JobError, match="nothing is overwritten; choose another --out, or --resume auto"):
+        choose_folders(JOB, finished, "never")
+
+
+def test_what_goes_on_elsewhere_leaves_other_runs_alone(finished, tmp_path):
+    assert choose_folders(JOB, tmp_path / "new", str(finished)) == (str(tmp_path / "new"), str(finished))
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "metrics.h5").touch()
+    with pytest.raises(JobError, match="holds a run already"):
+        choose_folders(JOB, tmp_path / "taken", str(finished))
+
+
+def test_nothing_is_resumed_from_where_there_is_no_checkpoint(tmp_path):
+    with pytest.raises(JobError, match="no checkpoint there; wanted a run folder with LATEST"):
+        choose_folders(JOB, None, str(tmp_path))
+
+
+def test_a_finished_run_is_known_with_its_job(finished, tmp_path):
+    assert is_finished(finished) and is_of(finished, JOB) and not is_of(finished, tiny("fedavg"))
+    assert not is_finished(tmp_path)
+
+
+def hold(folder: Path, held, let_go) -> None:
+    """Another process that holds the folder until it is told to let go."""
+    with owning(folder, Communicator(Alone())):
+        held.set()
+        let_go.wait(60)
+
+
+def test_a_second_run_in_a_folder_is_refused_by_the_name_of_the_first(tmp_path):
+    context = multiprocessing.get_context("fork")
+    held, let_go = context.Event(), context.Event()
+    other = context.Process(target=hold, args=(tmp_path / "run", held, let_go))
+    other.start()
+    assert held.wait(60)
+    with pytest.raises(JobError, match=f"another run is at work in this folder .process {other.pid} on "), owning(tmp_path / "run", Communicator(Alone())):
+        pass
+    let_go.set()
+    other.join(60)
+    with owning(tmp_path / "run", Communicator(Alone())):
+        pass
+
+
+def test_a_status_is_one_line(tmp_path):
+    write_status(tmp_path, "failed: rank 1:\n  no images")
+    assert (tmp_path / "STATUS").read_text() == "failed: rank 1: no images\n"
 
 
 def test_a_run_that_died_in_its_first_checkpoint_begins_again(finished, tmp_path):
@@ -26,23 +88,23 @@ def test_a_run_that_died_in_its_first_checkpoint_begins_again(finished, tmp_path
     shutil.copy(finished / "metrics.h5", tmp_path / "run")
     (tmp_path / "run" / "STATUS").write_text("failed: the disk was full\n")
     with pytest.raises(JobError, match="nothing is overwritten"):
-        carry_out(tiny("standalone"), tmp_path / "run", resume="never")
-    carry_out(tiny("standalone"), tmp_path / "run")
-    assert outcome(tmp_path / "run").manifest["rows"] == 3
+        carry_out(JOB, tmp_path / "run", resume="never")
+    carry_out(JOB, tmp_path / "run")
+    assert outcome(tmp_path / "run").manifest["rows"] == 2
 
 
 def test_what_goes_on_from_a_checkpoint_does_not_enter_the_folder_of_another_run(finished, tmp_path):
     other = shutil.copytree(finished, tmp_path / "other")
     before = (other / "metrics.h5").read_bytes()
     with pytest.raises(JobError, match="other: holds a run already and nothing is overwritten"):
-        carry_out(tiny("standalone"), other, resume=finished)
+        carry_out(JOB, other, resume=finished)
     assert (other / "metrics.h5").read_bytes() == before
 
 
 def test_a_finished_run_of_another_job_is_no_run_of_this_job(finished, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "run")
     with pytest.raises(CheckpointError, match="differs in training.lr; nothing was changed"):
-        carry_out(tiny("standalone", training={"lr": 0.01}), folder)
+        carry_out(tiny("standalone", training={"lr": 0.01}, federation={"rounds": 2}, checkpoint={"every": 1}), folder)
     assert (folder / "STATUS").read_text() == "done\n"
 
 

@@ -8,7 +8,8 @@ from typing import Literal, Optional
 import pytest
 
 from hpcfl.errors import JobError
-from hpcfl.settings import fields, job
+from hpcfl.runs.choices import CHOICES
+from hpcfl.settings import annotations, fields, job, manual
 
 
 class Shape(Enum):
@@ -41,7 +42,7 @@ class Config:
 
 
 def resolved(config=Config, **settings):
-    return job.resolve({"algorithm": {"name": "mine", **settings}}, {"mine": config}, "some.toml")
+    return job.resolve({"algorithm": {"name": "mine", **settings}}, {**CHOICES, "algorithm": {"mine": config}}, "some.toml")
 
 
 def refusal(config=Config, **settings):
@@ -62,7 +63,7 @@ def test_a_job_file_sets_what_a_field_is_annotated_with():
 @pytest.mark.parametrize("settings", [{}, GIVEN])
 def test_a_job_with_annotated_settings_reads_back_equal(settings):
     read = resolved(**settings)
-    again = job.resolve(tomllib.loads(read.to_toml()), {"mine": Config})
+    again = job.resolve(tomllib.loads(read.to_toml()), {**CHOICES, "algorithm": {"mine": Config}})
     assert again == read and again.digest() == read.digest() and job.find_differences(again.tables(), read.tables()) == []
 
 
@@ -121,9 +122,22 @@ def test_what_a_config_refuses_itself_is_an_error_of_the_job():
 
 def test_a_field_with_a_name_that_toml_wants_in_quotes_survives_the_round_trip():
     config = dataclasses.make_dataclass("Config", [("größe", int, 1)], frozen=True)
-    assert job.resolve(tomllib.loads(resolved(config, größe=5).to_toml()), {"mine": config}).algorithm.größe == 5
+    again = job.resolve(tomllib.loads(resolved(config, größe=5).to_toml()), {**CHOICES, "algorithm": {"mine": config}})
+    assert again.algorithm.größe == 5
 
 
 def test_a_field_that_the_class_sets_itself_is_no_setting():
     config = dataclasses.make_dataclass("Config", [("rate", float, 1.0), ("cache", dict, field(init=False, default_factory=dict))], frozen=True)
     assert resolved(config).tables()["algorithm"] == {"name": "mine", "rate": 1.0}
+
+
+def test_a_plain_field_says_what_it_means_in_its_metadata_or_not_at_all():
+    rate = field(metadata={"meaning": "share of\n  heads", "unit": "percent"})
+    config = dataclasses.make_dataclass("Config", [("rate", float, rate), ("limit", int | None, None), ("shape", Shape, Shape.ROUND)], frozen=True)
+    settings = annotations.settings(config, "", CHOICES)
+    assert (settings["rate"].meaning, settings["rate"].unit, settings["limit"].meaning) == ("share of\n  heads", "percent", "")
+    text = manual.toml(manual.find("mine", {**CHOICES, "algorithm": {"mine": config}}))
+    assert [" ".join(line.split()) for line in text.splitlines()] == [
+        "[algorithm]", 'name = "mine"', "# rate must be set # share of heads (a number, in percent)",
+        "# limit is not set # (a whole number, or to be left out)",
+        "shape = \"round\" # (one of 'round', 'square')"]

@@ -15,18 +15,25 @@ CASES = {                                                          # kind: (fiel
     "real up to": (fields.real(0.5, 0.0, 1.0), [0.0, 1.0], [1.0001]),
     "real above": (fields.real(0.5, 0.0, 1.0, above=True), [1e-9, 1], [0.0, 0, 1.0001]),
     "choice": (fields.choice("auto", "on", "off"), ["auto", "on", "off"], ["On", "", True, 1, ["on"]]),
+    "choice of": (fields.choice_of("rule", "auto", "never"), ["auto", "never", "sgd", "adam"], ["lion", None, ["sgd"]]),
+    "choice of a table": (fields.choice_of({"sum": 1, "mean": 2}, "mean"), ["sum", "mean"], ["auto", 1]),
+    "name of": (fields.name_of("rule", "sgd", besides="your own"), ["sgd", "anything"], [1, None, ["sgd"]]),
+    "names of": (fields.names_of("rule", "sgd", besides="your own"), [["sgd"], ("adam", "anything")], [[], "sgd", [1], None]),
     "flag": (fields.flag(False), [True, False], [0, 1, "true", None]),
     "text": (fields.text("run"), ["", "a b"], [1, None, ["a"]]),
     "words": (fields.words("cnn1"), [["a"], ("a", "b")], [[], "a", ["a", 1], None]),
-    "selection": (fields.selection("turn", "grow", last=("mix", "cut")), [[], ["turn"], ("grow", "turn", "mix"), ["cut"]],
+    "selection": (fields.selection(("turn", "grow"), last=("mix", "cut")), [[], ["turn"], ("grow", "turn", "mix"), ["cut"]],
                   ["turn", ["tern"], ["turn", "turn"], ["mix", "turn"], ["mix", "cut"], [1], [["turn"]], None]),
     "integers": (fields.integers(1, low=1), [[3], [1, 2]], [[], [0], [1.0], [True], 1, "1"]),
     "reals": (fields.reals(), [[], [0.5, 2]], [[0.0], [-1.0], [True], [float("inf")], 1.0, ["1"]]),
 }
 
 
+TABLES = {"rule": {"sgd": None, "adam": None}}
+
+
 def kind(name):
-    return CASES[name][0].metadata["kind"]
+    return CASES[name][0].metadata["kind"].among(TABLES)
 
 
 @pytest.mark.parametrize("name, value", [(name, value) for name, (_, good, _) in CASES.items() for value in good])
@@ -45,6 +52,19 @@ def test_a_refusal_names_the_key_the_value_and_what_is_wanted(name, value):
 def test_a_word_that_is_not_known_is_told_the_nearest():
     with pytest.raises(JobError, match="'tern' is none of them, did you mean 'turn'"):
         kind("selection").check("section.key", ["grow", "tern"])
+    with pytest.raises(JobError, match="wanted one of 'auto', 'never', 'sgd', 'adam'; did you mean 'sgd'?"):
+        kind("choice of").check("section.key", "sdg")
+
+
+def test_a_table_is_asked_anew_each_time(monkeypatch):
+    assert kind("choice of").names == ("auto", "never", "sgd", "adam")
+    monkeypatch.setitem(TABLES["rule"], "lion", None)
+    assert kind("choice of").check("section.key", "lion") == "lion" and "'lion'" in kind("choice of").allowed
+
+
+def test_a_table_that_the_door_does_not_hand_in_is_asked_for():
+    with pytest.raises(KeyError, match="rule"):
+        CASES["choice of"][0].metadata["kind"].among({})
 
 
 def test_a_whole_number_becomes_a_real_one():
@@ -58,6 +78,8 @@ def test_lists_become_tuples():
 @pytest.mark.parametrize("name, sentence", [
     ("integer", "a whole number of at least 1"), ("integer up to", "a whole number of at least 1 and at most 5"), ("real", "a number of at least 0"),
     ("real above", "a number above 0 and at most 1"), ("choice", "one of 'auto', 'on', 'off'"), ("flag", "true or false"),
+    ("choice of", "one of 'auto', 'never', 'sgd', 'adam'"), ("choice of a table", "one of 'mean', 'sum'"),
+    ("name of", "a name: 'sgd', 'adam', or your own"), ("names of", "a list of at least one name: 'sgd', 'adam', or your own"),
 ])
 def test_what_is_allowed_is_a_sentence(name, sentence):
     assert kind(name).allowed == sentence

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import pytest
 
 from hpcfl.errors import JobError
-from hpcfl.settings import fields, job, synonyms
+from hpcfl.runs.choices import CHOICES
+from hpcfl.settings import annotations, fields, job, manual, sections, synonyms
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Nothing:
 
 
 CONFIGS = {"prox": Config, "standalone": Nothing}
+OFFERED = {**CHOICES, "algorithm": CONFIGS}
 TEXT = """
 [run]
 name = "first"
@@ -44,38 +46,38 @@ def path(tmp_path):
 
 def refusal(tables):
     with pytest.raises(JobError) as refused:
-        job.resolve(tables, CONFIGS, "some.toml")
+        job.resolve(tables, OFFERED, "some.toml")
     return str(refused.value)
 
 
 def test_a_file_overrides_defaults_and_leaves_the_rest(path):
-    read = job.load(path, CONFIGS)
-    assert read.run == job.Run(name="first", seed=3) and read.models == job.Models(names=("cnn1", "mlp")) and read.training == job.Training(lr=1.0)
-    assert read.algorithm == Config(mu=0.5)
-    assert read.data == job.Data() and read.algorithm_name == "prox"
+    read = job.load(path, OFFERED)
+    assert read.run == sections.Run(name="first", seed=3) and read.models == sections.Models(names=("cnn1", "mlp"))
+    assert read.training == sections.Training(lr=1.0) and read.algorithm == Config(mu=0.5)
+    assert read.data == sections.Data() and read.algorithm_name == "prox"
 
 
 def test_a_job_needs_only_the_name_of_its_algorithm():
-    assert job.resolve({"algorithm": {"name": "standalone"}}, CONFIGS).federation == job.Federation()
+    assert job.resolve({"algorithm": {"name": "standalone"}}, OFFERED).federation == sections.Federation()
 
 
 def test_every_default_is_a_value_that_a_file_may_hold():
-    for section, kind in {**job.SECTIONS, "algorithm": Config}.items():
-        for field in dataclasses.fields(kind):
-            field.metadata["kind"].check(f"{section}.{field.name}", field.default)
+    for section, kind in {**sections.SECTIONS, "algorithm": Config}.items():
+        for key, setting in annotations.settings(kind, section, OFFERED).items():
+            setting.kind.check(f"{section}.{key}", setting.default)
 
 
 def test_a_resolved_job_reads_back_equal(path):
-    read = job.load(path, CONFIGS)
-    again = job.resolve(tomllib.loads(read.to_toml()), CONFIGS)
+    read = job.load(path, OFFERED)
+    again = job.resolve(tomllib.loads(read.to_toml()), OFFERED)
     assert again == read and again.digest() == read.digest()
 
 
 @pytest.mark.parametrize("text", ['with "quotes"', "back\\slash", "new\nline", "größe", "= [x]",
                                   "\x7f\x80\x1f\t", "\u2028 \U0001f600", "'''", " # ", "x" * 9999])
 def test_any_text_survives_the_round_trip(text):
-    read = job.resolve({"residency": {"folder": text}, "algorithm": {"name": "prox", "names": [text]}}, CONFIGS)
-    again = job.resolve(tomllib.loads(read.to_toml()), CONFIGS)
+    read = job.resolve({"residency": {"folder": text}, "algorithm": {"name": "prox", "names": [text]}}, OFFERED)
+    again = job.resolve(tomllib.loads(read.to_toml()), OFFERED)
     assert again == read and again.residency.folder == text and again.algorithm.names == (text,)
 
 
@@ -93,40 +95,41 @@ def test_a_run_is_not_named_out_of_its_folder(name):
 
 @pytest.mark.parametrize("name", ["größe", "a b", "study/first", "..x", "~", 'with "quotes"', "ß" * 100])
 def test_a_name_that_stays_below_its_folder_is_taken(name):
-    assert job.resolve({"run": {"name": name}, "algorithm": {"name": "prox"}}, CONFIGS).run.name == name
+    assert job.resolve({"run": {"name": name}, "algorithm": {"name": "prox"}}, OFFERED).run.name == name
 
 
 def test_the_resolved_text_spells_out_every_default(path):
-    tables = tomllib.loads(job.load(path, CONFIGS).to_toml())
-    assert set(tables) == set(job.SECTIONS)
-    for section, kind in {**job.SECTIONS, "algorithm": Config}.items():
+    tables = tomllib.loads(job.load(path, OFFERED).to_toml())
+    assert set(tables) == set(sections.SECTIONS)
+    for section, kind in {**sections.SECTIONS, "algorithm": Config}.items():
         assert {field.name for field in dataclasses.fields(kind)} <= set(tables[section])
 
 
 @pytest.mark.parametrize("override", ["run.seed=4", "training.lr=0.5", "algorithm.mu=0.25", "data.partition=dirichlet"])
 def test_any_other_setting_changes_the_digest(path, override):
-    assert job.load(path, CONFIGS, [override]).digest() != job.load(path, CONFIGS).digest()
+    assert job.load(path, OFFERED, [override]).digest() != job.load(path, OFFERED).digest()
 
 
 def test_another_algorithm_changes_the_digest():
-    one, other = (job.resolve({"algorithm": {"name": name}}, CONFIGS) for name in CONFIGS)
+    one, other = (job.resolve({"algorithm": {"name": name}}, OFFERED) for name in CONFIGS)
     assert one.digest() != other.digest()
 
 
 def test_an_override_is_read_as_toml_or_as_a_bare_word(path):
-    read = job.load(path, CONFIGS, ["training.lr=1e-2", "models.names=['mlp']", "data.partition=dirichlet", 'run.name="x=y"', "run.compile = 'off'"])
+    read = job.load(path, OFFERED, ["training.lr=1e-2", "models.names=['mlp']", "data.partition=dirichlet", 'run.name="x=y"', "run.compile = 'off'"])
     assert (read.training.lr, read.models.names, read.data.partition, read.run.name, read.run.compile) == (0.01, ("mlp",), "dirichlet", "x=y", "off")
 
 
 def test_the_last_of_two_overrides_wins(path):
-    assert job.load(path, CONFIGS, ["run.seed=4", "run.seed=5"]).run.seed == 5
+    assert job.load(path, OFFERED, ["run.seed=4", "run.seed=5"]).run.seed == 5
 
 
 def test_a_setting_tried_with_another_method_keeps_what_that_method_knows(path):
-    configs = CONFIGS | {"other": dataclasses.make_dataclass("Other", [("mu", float, fields.real(0.02, 0.0))], frozen=True)}
+    other = dataclasses.make_dataclass("Other", [("mu", float, fields.real(0.02, 0.0))], frozen=True)
+    offered = OFFERED | {"algorithm": CONFIGS | {"other": other}}
     path.write_text(TEXT + 'names = ["b"]')
-    assert job.load(path, configs, ["algorithm.name=other"]).tables()["algorithm"] == {"name": "other", "mu": 0.5}
-    assert job.load(path, configs, ["algorithm.name=standalone"]).tables()["algorithm"] == {"name": "standalone"}
+    assert job.load(path, offered, ["algorithm.name=other"]).tables()["algorithm"] == {"name": "other", "mu": 0.5}
+    assert job.load(path, offered, ["algorithm.name=standalone"]).tables()["algorithm"] == {"name": "standalone"}
 
 
 @pytest.mark.parametrize("text, overrides, key", [
@@ -137,13 +140,13 @@ def test_a_setting_tried_with_another_method_keeps_what_that_method_knows(path):
 def test_other_keys_that_the_method_does_not_know_are_refused(path, text, overrides, key):
     path.write_text(text)
     with pytest.raises(JobError, match=f"unknown key {key}"):
-        job.load(path, CONFIGS, overrides)
+        job.load(path, OFFERED, overrides)
 
 
 @pytest.mark.parametrize("override", ["seed=4", "run.seed", "run.=4", ".seed=4", ""])
 def test_a_malformed_override_is_shown_the_right_form(path, override):
     with pytest.raises(JobError, match="section.key=value"):
-        job.load(path, CONFIGS, [override])
+        job.load(path, OFFERED, [override])
 
 
 def test_an_unknown_key_is_told_the_nearest_one_and_those_there_are():
@@ -171,7 +174,7 @@ def test_what_there_is_no_setting_for_is_said():
 
 
 def test_every_synonym_stands_for_a_setting_that_exists_and_for_one_alone():
-    known = {section: [field.name for field in dataclasses.fields(kind)] if kind else ["name"] for section, kind in job.SECTIONS.items()}
+    known = {section: [field.name for field in dataclasses.fields(kind)] if kind else ["name"] for section, kind in sections.SECTIONS.items()}
     words = [word for others in (*synonyms.MEANT.values(), *synonyms.ABSENT.values()) for word in others.split()]
     assert len(set(words)) == len(words) and set(synonyms.SECTIONS) <= set(known)
     for setting in synonyms.MEANT:
@@ -199,7 +202,7 @@ def test_a_setting_before_the_first_section_is_told_where_it_belongs():
 def test_an_empty_file_is_called_empty(path, content):
     path.write_bytes(content)
     with pytest.raises(JobError, match=r"job.toml: is empty; wanted at least a section \[algorithm\] with name = one of prox, standalone"):
-        job.load(path, CONFIGS)
+        job.load(path, OFFERED)
 
 
 @pytest.mark.parametrize("old, new", job.RENAMED.items())
@@ -207,7 +210,7 @@ def test_a_setting_that_was_renamed_is_refused_with_its_new_name(path, old, new)
     section, key = old.split(".")
     assert f"some.toml: {old} is called {new}" in refusal({section: {key: 1}, "algorithm": {"name": "prox"}})
     with pytest.raises(JobError, match=f"{old} is called {new}"):
-        job.load(path, CONFIGS, [f"{old}=1"])
+        job.load(path, OFFERED, [f"{old}=1"])
 
 
 def test_all_renamed_settings_of_a_file_are_named_at_once():
@@ -217,7 +220,7 @@ def test_all_renamed_settings_of_a_file_are_named_at_once():
 
 def test_every_new_name_exists_and_no_old_one_does():
     for old, new in job.RENAMED.items():
-        names = [f"{section}.{field.name}" for section, kind in job.SECTIONS.items() if kind is not None for field in dataclasses.fields(kind)]
+        names = [f"{section}.{field.name}" for section, kind in sections.SECTIONS.items() if kind is not None for field in dataclasses.fields(kind)]
         assert new in names and old not in names
 
 
@@ -227,13 +230,19 @@ def test_a_job_recorded_under_old_names_is_recalled_as_it_was_meant(tmp_path):
         [clients]\nresidency = "disk"\nchunk = 3\n[algorithm]\nname = "prox"\nmu = 0.5\n''')
     meant = {"data": {"image_size": 32, "test_fraction": 0.2, "normalization": "unit"}, "models": {"feature_size": 8},
              "federation": {"server_rank": "dedicated"}, "residency": {"location": "disk", "chunk": 3}, "algorithm": {"name": "prox", "mu": 0.5}}
-    assert job.recall(path, CONFIGS) == job.resolve(meant, CONFIGS)
+    assert job.recall(path, OFFERED) == job.resolve(meant, OFFERED)
 
 
 def test_what_is_recorded_today_is_recalled_unchanged(path):
-    read = job.load(path, CONFIGS)
+    read = job.load(path, OFFERED)
     path.write_text(read.to_toml())
-    assert job.recall(path, CONFIGS) == read and job.find_differences(job.read_recorded(tomllib.loads(path.read_text())), read.tables()) == []
+    assert job.recall(path, OFFERED) == read and job.find_differences(job.read_recorded(tomllib.loads(path.read_text())), read.tables()) == []
+
+
+def test_a_job_that_was_recorded_with_comments_is_recalled_as_well(path):
+    read = job.load(path, OFFERED)
+    path.write_text(manual.commented(read, OFFERED))
+    assert job.recall(path, OFFERED) == read == job.load(path, OFFERED)
 
 
 def test_an_unknown_algorithm_is_told_which_there_are():
@@ -261,7 +270,7 @@ def test_a_value_where_a_section_belongs_is_refused():
 @pytest.mark.parametrize("clients", [0, -1, 2.5])
 def test_the_number_of_clients_is_a_number_and_not_left_to_the_ranks(clients):
     assert "federation.clients" in refusal({"federation": {"clients": clients}, "algorithm": {"name": "prox"}})
-    assert job.resolve({"algorithm": {"name": "prox"}}, CONFIGS).federation.clients == 10
+    assert job.resolve({"algorithm": {"name": "prox"}}, OFFERED).federation.clients == 10
 
 
 def test_a_number_too_large_for_its_kind_is_refused():
@@ -270,7 +279,7 @@ def test_a_number_too_large_for_its_kind_is_refused():
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(JobError, match="absent.toml: cannot read the job file: No such file"):
-        job.load(tmp_path / "absent.toml", CONFIGS)
+        job.load(tmp_path / "absent.toml", OFFERED)
 
 
 @pytest.mark.parametrize("content", [b"[run\n", b"[run]\nseed = \n", b"[run]\nseed = " + b"9" * 5000, b"[run]\nseed = " + b"[" * 5000],
@@ -278,14 +287,14 @@ def test_a_missing_file_is_named(tmp_path):
 def test_a_file_that_is_not_toml_is_named(path, content):
     path.write_bytes(content)
     with pytest.raises(JobError, match="job.toml: not a TOML file"):
-        job.load(path, CONFIGS)
+        job.load(path, OFFERED)
 
 
 @pytest.mark.parametrize("encode", [lambda text: b"\xef\xbb\xbf" + text.encode(), lambda text: text.replace("\n", "\r\n").encode()], ids=["mark", "CRLF"])
 def test_a_byte_order_mark_and_other_line_ends_change_nothing(path, encode):
-    wanted = job.load(path, CONFIGS)
+    wanted = job.load(path, OFFERED)
     path.write_bytes(encode(TEXT))
-    assert job.load(path, CONFIGS) == wanted
+    assert job.load(path, OFFERED) == wanted
 
 
 @pytest.mark.parametrize(("encoding", "told"), [("utf-16", "it is UTF-16, wanted UTF-8"), ("utf-16-be", "it is UTF-16 or binary"),
@@ -293,21 +302,21 @@ def test_a_byte_order_mark_and_other_line_ends_change_nothing(path, encode):
 def test_a_file_in_another_encoding_is_told_which_is_wanted(path, encoding, told):
     path.write_bytes(TEXT.replace("first", "schön").encode(encoding))
     with pytest.raises(JobError, match=f"job.toml: not a TOML file: {told}.*save it as UTF-8"):
-        job.load(path, CONFIGS)
+        job.load(path, OFFERED)
 
 
 def test_differences_name_the_settings(path):
-    one, other = (job.load(path, CONFIGS, overrides).tables() for overrides in ([], ["run.seed=9", "algorithm.mu=0.75"]))
+    one, other = (job.load(path, OFFERED, overrides).tables() for overrides in ([], ["run.seed=9", "algorithm.mu=0.75"]))
     assert job.find_differences(one, other) == ["algorithm.mu", "run.seed"]
     assert job.find_differences(one, one) == []
 
 
 def test_differences_see_settings_that_only_one_side_has():
-    one = job.resolve({"algorithm": {"name": "standalone"}}, CONFIGS).tables()
-    other = job.resolve({"algorithm": {"name": "prox"}}, CONFIGS).tables()
+    one = job.resolve({"algorithm": {"name": "standalone"}}, OFFERED).tables()
+    other = job.resolve({"algorithm": {"name": "prox"}}, OFFERED).tables()
     assert job.find_differences(one, other) == ["algorithm.mu", "algorithm.name", "algorithm.names"]
 
 
 def test_a_job_cannot_be_changed_after_reading(path):
     with pytest.raises(dataclasses.FrozenInstanceError):
-        job.load(path, CONFIGS).run.seed = 1
+        job.load(path, OFFERED).run.seed = 1

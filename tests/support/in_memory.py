@@ -6,13 +6,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hpcfl.algorithms import CONFIGS, PLANS
+from hpcfl.algorithms import PLANS
 from hpcfl.contract import Algorithm, Phase
 from hpcfl.federation.exchange import Exchange
 from hpcfl.federation.ledger import Ledger
 from hpcfl.federation.loop import rounds
 from hpcfl.federation.state import Place, State, begin
 from hpcfl.federation.world import World
+from hpcfl.runs.choices import CHOICES
 from hpcfl.settings.job import Job, resolve
 from hpcfl.tree import Tree
 from hpcfl.wire.communicator import Alone, Communicator
@@ -33,7 +34,7 @@ def job(name: str, settings: Mapping[str, object] | None = None, **sections: Map
     """The small job of an algorithm with some settings of its own, and other sections changed."""
     layers = [SMALL, OWN.get(name, {}), sections]
     tables = {section: {key: value for layer in layers for key, value in layer.get(section, {}).items()} for layer in layers for section in layer}
-    return resolve(tables | {"algorithm": {"name": name, **(settings or {})}}, CONFIGS)
+    return resolve(tables | {"algorithm": {"name": name, **(settings or {})}}, CHOICES)
 
 
 def world(described: Job, comm: Communicator | None = None) -> World:

@@ -17,10 +17,11 @@ import psutil
 import pytest
 import torch
 
-from hpcfl.algorithms import CONFIGS, PLANS
+from hpcfl.algorithms import PLANS
 from hpcfl.federation.delivery import DERIVED
 from hpcfl.files import trees
 from hpcfl.runs import launch
+from hpcfl.runs.choices import CHOICES
 from hpcfl.runs.signals import NUMBERS
 from hpcfl.settings.job import Job, resolve
 from hpcfl.training.group import OPTIMIZER
@@ -83,7 +84,7 @@ def merged(*layers: Tables) -> dict[str, dict[str, object]]:
 def tiny(case: str, **changes: Mapping[str, object]) -> Job:
     """The tiny job of a case; `changes` are sections: tiny("fedavg", run={"deterministic": True})."""
     name, settings = CASES[case]
-    return resolve(merged(TINY, QUICK.get(name, {}), settings, {"algorithm": {"name": name}}, changes), CONFIGS, case)
+    return resolve(merged(TINY, QUICK.get(name, {}), settings, {"algorithm": {"name": name}}, changes), CHOICES, case)
 
 
 def write_job(folder: Path, job: Job) -> Path:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from hpcfl import tree
 from hpcfl.errors import JobError, LayoutError, NonFiniteError
-from hpcfl.settings.job import Training
+from hpcfl.settings.sections import Training
 from hpcfl.streams import Stream
 from hpcfl.training import compiling
 from hpcfl.training.fit import fit

@@ -58,7 +58,8 @@ def test_hidden_names_are_no_data_at_any_depth(tmp_path, packed):
 
 
 def test_what_is_left_out_of_a_folder_is_noted(tmp_path):
-    base = write_folder(tmp_path / "pictures", draw_pictures() | {"val/cat/0.png": encode_picture(), "train/cat/0.bmp": b"", "train/0.png": encode_picture(), "labels.csv": b""})
+    base = write_folder(tmp_path / "pictures", draw_pictures() | {"val/cat/0.png": encode_picture(), "train/cat/0.bmp": b"", "train/0.png": encode_picture(),
+                                                                  "labels.csv": b""})
     (base / "train" / "bird").mkdir()
     (base / "train" / "cow" / "deeper").mkdir(parents=True)
     (base / "test" / "bird").mkdir()
@@ -77,7 +78,8 @@ def test_an_empty_folder_of_an_archive_is_noted_too(tmp_path):
 
 
 def test_pictures_that_change_their_kind_are_noted(tmp_path):
-    found = sources.read_folder(write_folder(tmp_path / "pictures", draw_pictures() | {"test/dog/a.png": encode_picture(mode="RGBA"), "train/cat/0.png": encode_picture(mode="L")}))
+    found = sources.read_folder(write_folder(tmp_path / "pictures", draw_pictures() | {"test/dog/a.png": encode_picture(mode="RGBA"),
+                                                                                       "train/cat/0.png": encode_picture(mode="L")}))
     assert found.notes == ("images of Pillow's kinds L, RGBA became RGB, without transparency where they had any",)
 
 

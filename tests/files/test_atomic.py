@@ -53,7 +53,8 @@ def test_a_fault_of_the_disk_is_the_error_that_the_caller_wants(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(CheckpointError, match="file/below: could not be written: (Not a directory|File exists); what was there before is untouched"):
         atomic.write_text(tmp_path / "file" / "below", "text")
-    with pytest.raises(LookupError, match="Not a directory|File exists"), atomic.replacing(tmp_path / "file" / "below", lambda error: LookupError(error.strerror)):
+    beside = tmp_path / "file" / "below"
+    with pytest.raises(LookupError, match="Not a directory|File exists"), atomic.replacing(beside, lambda error: LookupError(error.strerror)):
         pass
 
 

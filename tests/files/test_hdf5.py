@@ -54,8 +54,10 @@ def test_numbers_texts_and_attributes_come_back_as_python_has_them(file):
 
 
 @pytest.mark.parametrize(("ask", "said"), [
-    (lambda found: found.dataset("rounds/other"), "small.h5: has no 'rounds/other'. Try again"), (lambda found: found.dataset("rounds"), "'rounds' is not an array"),
-    (lambda found: found.members("rounds/loss"), "'rounds/loss' is no group"), (lambda found: found.dataset("rounds/loss/below"), "has no 'rounds/loss/below'")])
+    (lambda found: found.dataset("rounds/other"), "small.h5: has no 'rounds/other'. Try again"),
+    (lambda found: found.dataset("rounds"), "'rounds' is not an array"),
+    (lambda found: found.members("rounds/loss"), "'rounds/loss' is no group"),
+    (lambda found: found.dataset("rounds/loss/below"), "has no 'rounds/loss/below'")])
 def test_what_is_not_there_is_told_with_its_path(ask, said, file):
     with hdf5.reading(file, CheckpointError, ". Try again") as found, pytest.raises(CheckpointError, match=said):
         ask(found)

@@ -33,7 +33,8 @@ def test_a_folder_that_is_not_there_and_a_disk_without_room_are_told_with_the_wa
         Scratch(str(tmp_path / "none"))
     file = Scratch(str(tmp_path))
     monkeypatch.setattr(scratch.os, "pwrite", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
-    with pytest.raises(EnvironmentFault, match="No space left on device; free space, name another folder on a disk of this node, or set residency.location = 'host'"):
+    with pytest.raises(EnvironmentFault,
+                       match="No space left on device; free space, name another folder on a disk of this node, or set residency.location = 'host'"):
         file.write(torch.zeros(10))
 
 

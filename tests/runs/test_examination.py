@@ -111,7 +111,8 @@ def test_answers_are_those_of_asking_everybody(tmp_path, monkeypatch):
 
 
 def test_names_go_by_bits_types_and_paths():
-    rows = {"a": torch.tensor([[0.0, 1.0], [-0.0, 1.0], [0.0, 1.0]]), "b": torch.tensor([1, 1, 1]), "none": torch.zeros(3, 0), "half": torch.zeros(3, 2).bfloat16(),
+    rows = {"a": torch.tensor([[0.0, 1.0], [-0.0, 1.0], [0.0, 1.0]]), "b": torch.tensor([1, 1, 1]), "none": torch.zeros(3, 0),
+            "half": torch.zeros(3, 2).bfloat16(),
             "flag": torch.tensor([True, True, True])}
     names = tree.fingerprints(rows)
     assert names[0] == names[2] != names[1]

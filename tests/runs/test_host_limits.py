@@ -5,11 +5,12 @@ import pytest
 
 from hpcfl.runs import host_limits
 from hpcfl.runs.host_limits import choose_threads, read_core_seconds, read_memory_left_bytes, read_quota_cores, read_thread_limit
-from hpcfl.settings.job import Run
+from hpcfl.settings.sections import Run
 
 
 @pytest.mark.parametrize(("settings", "cores", "limit", "threads"), [
-    ({}, 8.0, math.inf, 8), ({}, 8.0, 3, 3), ({}, 2.5, math.inf, 2), ({}, 0.25, math.inf, 1), ({"threads": 5}, 2.0, 1, 5), ({"deterministic": True}, 8.0, math.inf, 1)])
+    ({}, 8.0, math.inf, 8), ({}, 8.0, 3, 3), ({}, 2.5, math.inf, 2), ({}, 0.25, math.inf, 1), ({"threads": 5}, 2.0, 1, 5),
+    ({"deterministic": True}, 8.0, math.inf, 1)])
 def test_threads_are_those_of_the_job_or_one_for_each_core_that_may_be_used(settings, cores, limit, threads):
     assert choose_threads(Run(**settings), cores, limit) == threads
 

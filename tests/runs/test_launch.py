@@ -38,7 +38,8 @@ def test_a_run_in_python_takes_its_folder_as_a_word_too_and_ends_with_the_way_to
     assert lines[0].startswith("tiny: standalone on digits, 5 clients on 1 rank(s) of 1 thread, 3 rounds -> ")
 
 
-@pytest.mark.parametrize(("clients", "alone"), [(2, "fedavg averages nothing here"), (3, "these have one client only, which averages with nobody: cnn1"), (4, "")])
+@pytest.mark.parametrize(("clients", "alone"), [(2, "fedavg averages nothing here"), (3, "these have one client only, which averages with nobody: cnn1"),
+                                                (4, "")])
 def test_clients_that_average_with_nobody_are_named_before_and_in_the_run(clients, alone, hpcfl, tmp_path):
     job = tiny("fedavg", federation={"clients": clients, "participation": 1.0, "rounds": 1})
     code, text = hpcfl("run", write_job(tmp_path, job), "--dry-run")

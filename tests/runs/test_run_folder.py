@@ -122,7 +122,8 @@ def test_a_second_job_on_a_run_folder_is_refused_and_told_of_the_first(ranks, wh
         with started(tmp_path / "second", "run", whole[1], "--out", folder, ranks=ranks) as second:
             assert second.ends() == 2, second.text()
         text = " ".join(second.text().split())
-        assert text.count(f"{folder}: another run is at work in this folder (process {holder} on {platform.node()}, since {started_at(holder)}); wait for it, or choose another --out") == 1
+        who = f"process {holder} on {platform.node()}, since {started_at(holder)}"
+        assert text.count(f"{folder}: another run is at work in this folder ({who}); wait for it, or choose another --out") == 1
         assert files(folder) == before and first.process.poll() is None
         (tmp_path / "go").touch()
         assert first.ends() == 0, first.text()

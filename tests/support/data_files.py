@@ -82,7 +82,8 @@ def read_everything(name="own"):
 
 def write_tiny_zip(base, seed=0):
     """Tiny-ImageNet's layout with two classes."""
-    files = {f"train/{name}/images/{name}_{index}.JPEG": encode_picture((64, 64), kind="JPEG", seed=seed + index) for name in ("n02", "n01") for index in range(3)}
+    files = {f"train/{name}/images/{name}_{index}.JPEG": encode_picture((64, 64), kind="JPEG", seed=seed + index)
+             for name in ("n02", "n01") for index in range(3)}
     files |= {f"val/images/val_{index}.JPEG": encode_picture((64, 64), "L", "JPEG", seed=index) for index in range(2)}
     files |= {"val/val_annotations.txt": b"val_0.JPEG\tn02\t0\t0\t9\t9\nval_1.JPEG\tn01\t0\t0\t9\t9\n",
               "wnids.txt": b"n01\nn02\n", "test/images/test_0.JPEG": b""}

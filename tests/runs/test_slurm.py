@@ -124,7 +124,8 @@ def test_what_is_not_asked_for_is_left_to_the_site():
 
 def test_what_a_site_asks_for_reaches_sbatch(capsys):
     code, text, _ = printed(REPOSITORY / "jobs" / "fedvtc-digits.toml", "--nodes", 2, "--gpus-per-node", "a100:2", "--account", "ab12",
-                            "--qos=high", "--mem", "64G", "--array", "0-9%2", "--", "--constraint=a100|h100", "--exclusive", "--mail-type", "END,FAIL", "-x", "n[1-3]", capsys=capsys)
+                            "--qos=high", "--mem", "64G", "--array", "0-9%2", "--", "--constraint=a100|h100", "--exclusive",
+                            "--mail-type", "END,FAIL", "-x", "n[1-3]", capsys=capsys)
     lines = {line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")}
     assert code == 0 and lines > {"--ntasks-per-node=2", "--gpus-per-node=a100:2", "--account=ab12", "--qos=high", "--mem=64G", "--array=0-9%2",
                                   "'--constraint=a100|h100'", "--exclusive", "--mail-type END,FAIL", "-x 'n[1-3]'"}

@@ -1,4 +1,4 @@
-"""The command line and the launch say what is wrong before anything starts, and take no folder and no core that belongs to another."""
+"""The command line says what is wrong before anything starts, and what it only reads or lists is a table or JSON."""
 import json
 import os
 import shutil

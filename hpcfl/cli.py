@@ -66,20 +66,21 @@ def _one_of_many(comm) -> bool:
 def _dry_run(job, comm, refused: str) -> int:
     """Check everything that can be checked without training, and say what would run, and why it would be `refused`."""
     from hpcfl.federation.world import World
-    from hpcfl.report import averaging
+    from hpcfl.report import lone_clients
     from hpcfl.runs import devices
     from hpcfl.runs.choices import CHOICES
     from hpcfl.settings import manual
+    from hpcfl.wording import count_text
     world = World(job, comm, devices.choose_job_device(job, comm))
     if comm.is_server:
         print(manual.commented(job, CHOICES), end="\n\n")
         for remark in world.corpus.remarks:
             print(f"# {job.data.name}: {remark}")
         for phase in world.plan:
-            print(f"# phase {phase.name}: {phase.rounds} round(s) of {', '.join(type(step).__name__ for step in phase.steps)}")
+            print(f"# phase {phase.name}: {count_text(phase.rounds, 'round')} of {', '.join(type(step).__name__ for step in phase.steps)}")
         for client, (architecture, rank) in enumerate(zip(world.problem.architectures, world.home, strict=True)):
             print(f"# client {client}: {architecture} on rank {rank}, {len(world.split.train[client])} training images")
-        if warning := averaging.warning_text(job.algorithm_name, world.averages(world.steps)):
+        if warning := lone_clients.warning_text(job.algorithm_name, world.averages(world.steps)):
             print(f"# warning: {warning}")
         if refused:
             print(f"# hpcfl run would not start here: {refused}")
@@ -113,8 +114,8 @@ def _slurm(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from hpcfl.report import labels, recording, summary, tables
-    runs, skipped = recording.find_runs(arguments.runs)
+    from hpcfl.report import labels, recording, run_folders, summary, tables
+    runs, skipped = run_folders.find_runs(arguments.runs)
     for line in skipped:
         print(f"hpcfl: skipped {line}", file=sys.stderr)
     out = arguments.out or (arguments.runs[0] if len(arguments.runs) == 1 else runs[0])
@@ -179,9 +180,8 @@ def _data_list(arguments: argparse.Namespace) -> int:
 
 def _data_row(row: dict) -> tuple[str, ...]:
     """The few columns of a data set that fit a terminal; --json has the rest."""
-    from hpcfl.data.classes import list_text, range_text
     from hpcfl.data.store import OWN_TERMS
-    from hpcfl.wording import printable_text
+    from hpcfl.wording import list_text, printable_text, range_text
     there = "classes" in row
     numbers = [str(row[key]) if there else "" for key in ("train", "test", "classes")]
     note = {"absent": f"hpcfl data get {row['name']}", "damaged": row.get("problem", "")}.get(row["status"], "")

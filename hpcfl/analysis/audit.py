@@ -155,12 +155,12 @@ def _refuse_foreign(folder: Path) -> None:
 
 
 def _write(folder: Path, found: Found, blocks: Blocks) -> list[str]:
-    from hpcfl.report import figures, mosaics, page  # here, because matplotlib takes a second to load
+    from hpcfl.report import canvas, mosaics, page  # here, because matplotlib takes a second to load
     report, pairs = (folder / name for name in FILES)
     try:
         page.replace_file(report, (json.dumps(found, indent=1, allow_nan=False) + "\n").encode())
         if blocks:
-            page.replace_file(pairs, figures.to_png(partial(mosaics.draw_pairs, blocks=blocks)))
+            page.replace_file(pairs, canvas.to_png(partial(mosaics.draw_pairs, blocks=blocks)))
         else:
             pairs.unlink(missing_ok=True)                          # of an earlier audit
     except OSError as error:

@@ -12,7 +12,7 @@ from hpcfl.errors import HpcflError, JobError, LayoutError
 from hpcfl.training.group import OPTIMIZER, Group
 from hpcfl.tree import Marks, Tree
 from hpcfl.wire.uplink import Uplink
-from hpcfl.wording import did_you_mean, nearest, numbers_text
+from hpcfl.wording import did_you_mean, leaf_text, nearest, numbers_text
 
 VERBS = ("modules", "accept", "found", "join", "prepare", "publish", "global_models", "receive", "train", "aggregate", "refine", "draw", "seen")
 WORKING = ("prepare", "train", "aggregate", "refine")              # what a round is made of: a step without any of them does nothing
@@ -95,7 +95,7 @@ def check_kept(where: str, before: Tree, after: Tree, free: str = "") -> None:
     for path in before.keys() & after.keys():
         old, new = before[path], after[path]
         if (old.shape != new.shape or old.dtype != new.dtype) and not (free and path.startswith(free)):
-            raise LayoutError(f"{where}: gave '{path}' as {_leaf_text(new)}, wanted {_leaf_text(old)} as before; "
+            raise LayoutError(f"{where}: gave '{path}' as {leaf_text(new.shape, new.dtype)}, wanted {leaf_text(old.shape, old.dtype)} as before; "
                               + ("cast it, .to(dtype), before it is returned" if old.shape == new.shape else "a leaf keeps its shape for the whole run"))
 
 
@@ -169,7 +169,3 @@ def _type_text(found: Any) -> str:
     if isinstance(found, tuple):
         return f"a tuple of {', '.join(type(each).__name__ for each in found) or 'nothing'}"
     return "None" if found is None else f"a {type(found).__name__}"
-
-
-def _leaf_text(leaf: Tensor) -> str:
-    return f"{tuple(leaf.shape)} {str(leaf.dtype).removeprefix('torch.')}"

@@ -4,9 +4,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from hpcfl.errors import DataError
-from hpcfl.wording import count_text
+from hpcfl.wording import count_text, list_text
 
-SHOWN = 12                                                         # labels or names that are spelled out at most
 Counts = Mapping[str, Sequence[int]]                               # part -> images of each class, (C,)
 
 
@@ -45,18 +44,6 @@ def list_remarks(names: Sequence[str], counts: Counts) -> list[str]:
     if only_trained := [name for name in untested if name not in untrained]:
         found.append(f"{_classes_text(only_trained)} no test images, so that accuracies say nothing of them")
     return found
-
-
-def list_text(values: Sequence[object]) -> str:
-    """Values in words: "1, 2, 3"; of many the first ones, the last one and how many there are."""
-    words = list(map(str, values))
-    return ", ".join(words) if len(words) <= SHOWN else f"{', '.join(words[:SHOWN - 2])} ... {words[-1]} ({len(words)} in all)"
-
-
-def range_text(counts: Sequence[int]) -> str:
-    """How many images a class has: "50", or "48 to 52"."""
-    low, high = min(counts), max(counts)
-    return str(low) if low == high else f"{low} to {high}"
 
 
 def _classes_text(names: Sequence[str]) -> str:

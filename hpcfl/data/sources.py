@@ -16,7 +16,7 @@ import numpy as np
 
 from hpcfl.data import classes
 from hpcfl.errors import DataError
-from hpcfl.wording import cause_text, count_text
+from hpcfl.wording import cause_text, count_text, list_text
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 GREY_MODES = ("1", "L")                                            # Pillow's names; a data set of only these keeps one channel
@@ -84,7 +84,7 @@ def _find_left_out(files: "_Files", test: str) -> tuple[str, ...]:
                    and not any(f"{below}/".startswith(f"{folder}/") for below in held))
     rest = sorted(files.names - read)
     notes = [f"{folder}/ holds no {', '.join(IMAGE_SUFFIXES)} file and is left out (a link to a folder is not followed)" for folder in empty]
-    notes += [f"{count_text(len(rest), 'file')} left out, in no folder of a class or of no kind that is read: {classes.list_text(rest)}"] if rest else []
+    notes += [f"{count_text(len(rest), 'file')} left out, in no folder of a class or of no kind that is read: {list_text(rest)}"] if rest else []
     return tuple(notes)
 
 

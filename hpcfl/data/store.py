@@ -18,13 +18,13 @@ import numpy as np
 import platformdirs
 
 from hpcfl.data import archive, arrays, sources
-from hpcfl.data.classes import list_remarks, name_classes, range_text
+from hpcfl.data.classes import list_remarks, name_classes
 from hpcfl.data.embedded import EMBEDDED
 from hpcfl.data.sources import PUBLISHED, Labelled
 from hpcfl.errors import DataError
 from hpcfl.files.atomic import replacing
 from hpcfl.files.places import expand_home
-from hpcfl.wording import did_you_mean, nearest, printable_text
+from hpcfl.wording import did_you_mean, nearest, printable_text, range_text
 
 OWN_TERMS = "as the source says"                                   # of data that somebody imported
 ALIKE = 0.6                                                        # how much of a name must be that of another data set to be taken for a slip

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import psutil
 
+from hpcfl.wording import duration_text
+
 NAME = "LOCK"
 SIGNS = ("metrics.h5", "LATEST", "STATUS", "log/rank-0000.log")    # files that a run touches while it goes on
 
@@ -60,5 +62,4 @@ def _is_free(path: Path) -> bool | None:
 
 def _age_text(folder: Path) -> str:
     seconds = time.time() - max((path.stat().st_mtime for path in map(folder.joinpath, SIGNS) if path.is_file()), default=0.0)
-    units = (("d", 86400), ("h", 3600), ("min", 60))
-    return next((f"{seconds / each:.0f} {unit}" for unit, each in units if seconds >= 2 * each), f"{max(0.0, seconds):.0f} s")
+    return duration_text(max(0.0, seconds))

@@ -147,13 +147,6 @@ def set_aside(path: Path) -> Path | None:
     return aside
 
 
-def rounds_text(rounds: Sequence[int]) -> str:
-    """Rounds in words: "round 3", "rounds 1 to 4", "rounds 1, 2, 5"."""
-    if len(rounds) > 2 and rounds[-1] - rounds[0] == len(rounds) - 1:
-        return f"rounds {rounds[0]} to {rounds[-1]}"
-    return f"round{'s' * (len(rounds) > 1)} {', '.join(map(str, rounds))}"
-
-
 def _read(path: Path, advice: str) -> RecordFile:
     with hdf5.reading(path, CheckpointError, advice) as file:
         groups = sorted({name.split("/")[0] for name in SHAPES} & set(file.members()))

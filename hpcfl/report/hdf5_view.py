@@ -1,4 +1,4 @@
-"""inspect: what an HDF5 file holds, as a dictionary (`describe`) and as a tree on the terminal (`render`); follows no link out of the file."""
+"""hdf5_view: what an HDF5 file holds, as a dictionary (`describe`) and as a tree on the terminal (`render`); follows no link out of the file."""
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,13 +9,12 @@ import numpy as np
 
 from hpcfl.errors import DataError, JobError
 from hpcfl.files.hdf5 import explain_foreign
-from hpcfl.wording import cause_text, printable_text
+from hpcfl.wording import byte_text, cause_text, printable_text
 
 BLOCK_BYTES = 16 << 20                                             # statistics read a dataset in pieces of this size, so memory stays small
 SHOWN = 8                                                          # values of an attribute, or strings of a long dataset, that are shown
 WHOLE = 20                                                         # a row of so many values is shown whole
 DEPTH = 64                                                         # groups deeper than this are named but not opened: a description is recursive
-BYTE_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
 def describe(path: str | Path, summarise: bool = True) -> dict[str, Any]:
@@ -45,14 +44,6 @@ def render(description: dict[str, Any]) -> str:
     """The tree view of a description, one line per group, dataset and attribute."""
     lines = [f"{printable_text(description['file'])}  {byte_text(description['file_bytes'])}", *_lines(description, "")]
     return "\n".join(lines)
-
-
-def byte_text(count: float) -> str:
-    """A number of bytes for people: 999 B, 1.50 kB, 2.34 MB (powers of 1000)."""
-    power = 0 if count < 1000 else min(int(math.log10(count) / 3 + 1e-9), len(BYTE_UNITS) - 1)
-    return f"{count:.0f} B" if power == 0 else f"{count / 1000 ** power:.3g} {BYTE_UNITS[power]}"
-
-
 
 
 def _group(group: h5py.Group, seen: dict[Any, str], summarise: bool, depth: int = 0) -> dict[str, Any]:

@@ -13,7 +13,7 @@ Found = Mapping[str, Any]                                          # `report.sum
 
 @dataclass(frozen=True)
 class Measure:
-    """An accuracy in `summary`'s accuracy: its column, the sentence that says what it is, and how to find its spread there."""
+    """An accuracy in `summary`'s accuracy: its column, the sentence that says what it is, and where to find it there."""
 
     key: str
     heading: str

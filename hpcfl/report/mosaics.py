@@ -5,7 +5,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hpcfl.report.figures import WIDTH, Theme
+from hpcfl.report.canvas import WIDTH, Theme
 
 
 def draw_samples(theme: Theme, real: np.ndarray, synthetic: np.ndarray, has: np.ndarray, owners: Sequence[str]) -> Figure:

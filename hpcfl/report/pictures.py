@@ -5,12 +5,11 @@ from functools import partial
 
 import numpy as np
 
-from hpcfl.report import figures, mosaics
-from hpcfl.report.hdf5_view import byte_text
+from hpcfl.report import canvas, figures, mosaics
 from hpcfl.report.measures import after_all_text, after_text
 from hpcfl.report.recording import BEFORE, Recording, average
+from hpcfl.wording import byte_text, count_text, duration_text, number_text, percent_text
 
-NOTHING = "–"
 CLASSES_PICTURED = 20                                              # rows of the grid of synthetic images
 IMAGES_PICTURED = 4                                                # of a class and client
 CLIENTS_PICTURED = 3
@@ -26,13 +25,13 @@ class Picture:
     name: str
     title: str
     alt: str
-    draw: figures.Drawing
+    draw: canvas.Drawing
 
 
 def picture_run(recording: Recording, prefix: str = "") -> list[Picture]:
     """The pictures of one run, those left out that it has no data for; file names start with `prefix`."""
-    made = (make(recording) for make in (_accuracy, _before_after, _recall, _losses, _server, _negatives, _traffic, _seconds, _partition, _samples))
-    return [replace(picture, name=prefix + picture.name) for picture in made if picture is not None]
+    found = (make(recording) for make in (_accuracy, _before_after, _recall, _losses, _server, _negatives, _traffic, _seconds, _partition, _samples))
+    return [replace(picture, name=prefix + picture.name) for picture in found if picture is not None]
 
 
 def compare_runs(groups: Mapping[str, Sequence[Recording]]) -> list[Picture]:
@@ -43,7 +42,7 @@ def compare_runs(groups: Mapping[str, Sequence[Recording]]) -> list[Picture]:
         curves = {label: runs for label, runs in curves.items() if all(len(at) for at, _, _ in runs)}
         if not curves and measure == "global":
             continue
-        ends = "; ".join(f"{label} {number_text(np.mean([percent[-1] for _, _, percent in runs]))} %" for label, runs in curves.items())
+        ends = "; ".join(f"{label} {percent_text(np.mean([percent[-1] for _, _, percent in runs]))}" for label, runs in curves.items())
         alt = f"Mean accuracy of {models}, all runs, over {{}}. " + (f"At the end: {ends}." if ends else "Nothing was evaluated yet.")
         over_rounds = {label: [(rounds, percent) for rounds, _, percent in runs] for label, runs in curves.items()}
         over_bytes = {label: [(sent, percent) for _, sent, percent in runs] for label, runs in curves.items()}
@@ -52,21 +51,6 @@ def compare_runs(groups: Mapping[str, Sequence[Recording]]) -> list[Picture]:
                  Picture(f"{kind}-bytes", f"Accuracy for the bytes spent: {told}", alt.format("the simulated bytes sent so far"),
                          partial(figures.draw_overlay, groups=over_bytes, against="bytes"))]
     return pictures
-
-
-def number_text(value: float | None, digits: int = 1) -> str:
-    """A number for people; a dash for what is not known."""
-    return NOTHING if value is None or not np.isfinite(value) else f"{value:.{digits}f}"
-
-
-def seconds_text(seconds: float) -> str:
-    """A duration for people in s, min or h."""
-    return f"{seconds:.3g} s" if seconds < 120 else f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def count_text(number: int, noun: str) -> str:
-    """A number with its noun: 1 rank, 2 ranks."""
-    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def _curve(recording: Recording, measure: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -95,11 +79,11 @@ def _accuracy(recording: Recording) -> Picture | None:
     last, mean = shown[0][3][-1], average(shown[0][3], 1)
     phases = recording.arrays["rounds/phase"]
     starts = [(row, str(phases[row])) for row in range(recording.rounds) if row == 0 or phases[row] != phases[row - 1]]
-    alt = f"Accuracy of {count_text(recording.clients, 'client')} over {count_text(recording.rounds, 'round')}: mean {number_text(mean[0])} % at the " \
-          f"first evaluation and {number_text(mean[-1])} % at the last, clients then between {number_text(np.nanmin(last))} % and " \
-          f"{number_text(np.nanmax(last))} %." if np.isfinite(mean[-1]) else "Accuracy per round."
+    alt = f"Accuracy of {count_text(recording.clients, 'client')} over {count_text(recording.rounds, 'round')}: mean {percent_text(mean[0])} at the " \
+          f"first evaluation and {percent_text(mean[-1])} at the last, clients then between {percent_text(np.nanmin(last))} and " \
+          f"{percent_text(np.nanmax(last))}." if np.isfinite(mean[-1]) else "Accuracy per round."
     if "global model" in lines:
-        alt += f" The federation's own models end at {number_text(lines['global model'][2][-1, 0])} %."
+        alt += f" The federation's own models end at {percent_text(lines['global model'][2][-1, 0])}."
     return Picture("accuracy", "Accuracy per round", alt,
                    partial(figures.draw_accuracy, lines=lines, chance=100 / recording.classes, phases=starts))
 
@@ -115,7 +99,7 @@ def _before_after(recording: Recording) -> Picture | None:
     else:
         title, personal = "Clients after the last evaluated round", recording.accuracy("personal", [end])[0]
         points = {"whole test set": (0, now)} | ({"own images": (2, personal)} if np.isfinite(personal).any() else {})
-    told = "; ".join(f"{name}: mean {number_text(average(values, 0))} %" for name, (_, values) in points.items())
+    told = "; ".join(f"{name}: mean {percent_text(average(values, 0))}" for name, (_, values) in points.items())
     return Picture("clients", title, f"{title}, last evaluation. {told}.", partial(figures.draw_before_after, labels=_labels(recording), points=points))
 
 
@@ -125,7 +109,7 @@ def _recall(recording: Recording) -> Picture | None:
         return None
     by_class = average(values, 0)
     alt = f"Heat map of recall, clients by classes. On average the best class is {np.nanargmax(by_class)} with " \
-          f"{number_text(np.nanmax(by_class))} %, the worst {np.nanargmin(by_class)} with {number_text(np.nanmin(by_class))} %."
+          f"{percent_text(np.nanmax(by_class))}, the worst {np.nanargmin(by_class)} with {percent_text(np.nanmin(by_class))}."
     return Picture("recall", "Recall by client and class", alt,
                    partial(figures.draw_recall, values=values, absent=recording.absent(), labels=_labels(recording)))
 
@@ -146,7 +130,7 @@ def _server(recording: Recording) -> Picture | None:
     dilated = recording.datasets("train").get(DILATION, np.full((recording.rounds, recording.clients), np.nan))
     clients = average(dilated, 1)
     told = {**lines, **({"dilation, mean of clients": clients} if np.isfinite(clients).any() else {})}
-    ends = "; ".join(f"{name} {number_text(values[np.isfinite(values)][-1])} %" for name, values in told.items())
+    ends = "; ".join(f"{name} {percent_text(values[np.isfinite(values)][-1])}" for name, values in told.items())
     alt = f"Accuracy of the server's models on its public validation part over {count_text(recording.rounds, 'round')}. At the end: {ends}."
     return Picture("server", "The server's models on its public validation part", alt,
                    partial(figures.draw_server, notes=lines, dilated=dilated)) if told else None
@@ -158,7 +142,7 @@ def _negatives(recording: Recording) -> Picture | None:
     if not len(measured):
         return None
     names = ["before compression" if size == BEFORE else size for size in sizes]
-    means = (f"{name} {number_text(mean)} %" for name, mean in zip(names, average(values[measured[-1]], 0), strict=True))
+    means = (f"{name} {percent_text(mean)}" for name, mean in zip(names, average(values[measured[-1]], 0), strict=True))
     title = "Share of negative weights" + ("" if len(paths) <= figures.PANELS_UP_TO else f", round {measured[-1] + 1}")
     alt = f"Share of negative weights of {count_text(len(paths), 'parameter')} before and after compression. Mean over parameters in round " \
           f"{measured[-1] + 1}: {'; '.join(means)}."
@@ -177,7 +161,7 @@ def _seconds(recording: Recording) -> Picture | None:
     by_rank = {name: np.nan_to_num(values.astype(float)).sum(0) for name, values in recording.datasets("seconds").items()}
     order = (*PHASES, *sorted(by_rank.keys() - {*PHASES, "idle"}), "idle")
     shown = {name: by_rank[name] for name in order if name in by_rank and by_rank[name].any()}
-    totals = "; ".join(f"{name} {seconds_text(values.sum())}" for name, values in shown.items())
+    totals = "; ".join(f"{name} {duration_text(values.sum())}" for name, values in shown.items())
     alt = f"Time of each rank by phase, all rounds. Over all ranks: {totals}."
     return Picture("seconds", "Seconds by phase and rank", alt, partial(figures.draw_seconds, by_rank=shown)) if shown else None
 

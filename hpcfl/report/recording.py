@@ -1,6 +1,5 @@
 """recording: a run's metrics.h5 read into memory, checked against the schema, with the accuracies that are asked of it."""
 import json
-import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -12,15 +11,15 @@ import numpy as np
 
 from hpcfl.accounts import RECORD_VERSION, SHAPES
 from hpcfl.errors import CheckpointError, JobError
-from hpcfl.files import lock, metrics
-from hpcfl.files.metrics import rounds_text
+from hpcfl.files import metrics
 from hpcfl.report.measures import REFINING
+from hpcfl.report.run_folders import read_status, why_no_run
 from hpcfl.settings.job import read_recorded
+from hpcfl.wording import numbers_text
 
 NEGATIVE = "negative "                                             # begins the name of a share of negative weights: negative PATH SIZE
 BEFORE = "1"                                                       # its SIZE of the model that was not compressed; of others the architecture
 OLD_REFINES = {"fedvtc": "finetune"}                               # of records that say nothing of the plan
-DEEP = 4                                                           # folders below a named one in which runs are looked for
 ROWS = "RE"                                                        # axes that grow: cut to the shortest, a write may have been interrupted
 
 
@@ -183,8 +182,8 @@ def read(run: str | Path) -> Recording:
     folder = Path(run)
     path = folder / "metrics.h5"
     if not path.is_file():
-        raise JobError(f"{folder}: {_no_run(folder)}")
-    status = _read_status(folder)
+        raise JobError(f"{folder}: {why_no_run(folder)}")
+    status = read_status(folder)
     attributes, arrays = metrics.read(path, _way_out(status))
     if attributes.get("schema") != RECORD_VERSION:
         raise CheckpointError(f"{path}: schema = {attributes.get('schema')}, wanted {RECORD_VERSION}; report it with the hpcfl version that wrote it")
@@ -196,23 +195,6 @@ def read(run: str | Path) -> Recording:
                          _align(arrays, sizes, path), _read_plan(attributes), attributes.get("data_source"), attributes.get("data_sha256"))
     except (KeyError, TypeError, ValueError) as error:             # TOMLDecodeError is a ValueError
         raise CheckpointError(f"{path}: attribute missing or damaged ({error}); wanted algorithm, job, clients, classes and ranks") from None
-
-
-def find_runs(places: Sequence[str | Path]) -> tuple[list[Path], list[str]]:
-    """The run folders that are named or lie in named folders, each once, and a line on every other thing that was named or looks like a run.
-
-    Raises: JobError where no run is left.
-    """
-    found: dict[Path, Path] = {}
-    skipped: list[str] = []
-    for place in map(Path, places):
-        runs, begun = _search(place, DEEP)
-        for run in runs:
-            found.setdefault(run.resolve(), run)
-        skipped += [f"{folder}: {_no_run(folder)}" for folder in begun or ([] if runs else [place])]
-    if not found:
-        raise JobError("; ".join(skipped) or "no run was named; wanted at least one run folder, or a folder of them")
-    return list(found.values()), list(dict.fromkeys(skipped))
 
 
 def to_percent(correct: np.ndarray, count: np.ndarray) -> np.ndarray:
@@ -232,35 +214,6 @@ def _read_plan(attributes: Mapping[str, Any]) -> list[dict[str, Any]]:
             for each in json.loads(attributes.get("plan", "[]"))]
 
 
-def _read_status(folder: Path) -> str:
-    path = folder / "STATUS"
-    return lock.read_status(folder, path.read_text(encoding="utf-8", errors="replace").strip() or "unknown") if path.is_file() else "unknown"
-
-
-def _search(place: Path, deep: int) -> tuple[list[Path], list[Path]]:
-    """The run folders at a place and up to so many folders below it, and those of runs that finished no round."""
-    if (place / "metrics.h5").is_file():
-        return [place], []
-    if (place / "STATUS").is_file():
-        return [], [place]
-    inner = sorted(Path(entry.path) for entry in os.scandir(place) if entry.is_dir(follow_symlinks=False) and not entry.name.startswith(".")) \
-        if deep and place.is_dir() and os.access(place, os.R_OK | os.X_OK) else []
-    below = [_search(folder, deep - 1) for folder in inner]
-    return [run for runs, _ in below for run in runs], [folder for _, begun in below for folder in begun]
-
-
-def _no_run(folder: Path) -> str:
-    if folder.is_file():
-        return "is a file, wanted the run folder that holds it"
-    if not folder.is_dir():
-        return "no such folder, wanted a run folder as `hpcfl run` writes it (runs/<name>/<UTC>-<hash8>)"
-    inner = sorted(path.parent for path in folder.glob("*/metrics.h5"))
-    if inner:
-        return f"is no run folder but holds {len(inner)}; name them, for example {inner[-1]}"
-    status = f"; its STATUS is '{_read_status(folder)}', so no round was finished" if (folder / "STATUS").is_file() else ""
-    return f"is no run folder, it has no metrics.h5{status}"
-
-
 def _way_out(status: str) -> str:
     if status == "done":
         return "; the run is done and its checkpoints hold its models, but the figures are lost: repeat it with another --out to have them again"
@@ -270,7 +223,7 @@ def _way_out(status: str) -> str:
 def _lost_text(attributes: Mapping[str, Any]) -> str:
     """Words for the rounds whose figures were lost before the run was resumed."""
     rounds = [int(row) + 1 for row in attributes.get("lost_rounds", ())]
-    return f"without the figures of {rounds_text(rounds)}, which were lost" if rounds else ""
+    return f"without the figures of {numbers_text(rounds, 'round', ' to ')}, which were lost" if rounds else ""
 
 
 def _align(arrays: dict[str, np.ndarray], sizes: dict[str, int], path: Path) -> dict[str, np.ndarray]:

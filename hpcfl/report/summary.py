@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from hpcfl.report import averaging, measures
+from hpcfl.report import lone_clients, measures
 from hpcfl.report.recording import Recording, average, read
 
 TARGETS = (10, 20, 30, 40, 50, 60, 70, 80, 90)                     # percent; `bytes.until_accuracy` says what each cost
@@ -44,7 +44,7 @@ def summarise(run: str | Path | Recording, targets: Sequence[float] = TARGETS) -
             "accuracy": _accuracy(recording), "bytes": _bytes(recording, targets), **_seconds(recording),
             "conditions": _conditions(recording), "by_architecture": _by_architecture(recording), "flops": _flops(recording),
             "server": {name: _last(values) for name, values in recording.notes().items()},
-            "warnings": list(filter(None, [averaging.warning_text(recording.algorithm, recording.averages())]))}
+            "warnings": list(filter(None, [lone_clients.warning_text(recording.algorithm, recording.averages())]))}
 
 
 def summarise_values(values: np.ndarray) -> dict[str, Any]:

@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 
 from hpcfl.report import measures
-from hpcfl.report.hdf5_view import byte_text
 from hpcfl.report.measures import MEASURES, Found
 from hpcfl.report.summary import WAYS
-from hpcfl.wording import align_rows, printable_text
+from hpcfl.wording import align_rows, byte_text, mean_sd_text, printable_text
 
-NOTHING = "-"
+NOTHING = "-"                                                      # as all terminals and LaTeX have it
 Runs = Mapping[str, Sequence[Found]]                               # label -> summaries of runs that differ only in seed
 Column = Callable[[str, Any], str]
 
@@ -76,13 +75,6 @@ def to_csv(runs: Runs) -> str:
 FORMATS: dict[str, Callable[[Runs], str]] = {"text": to_text, "markdown": to_markdown, "latex": to_latex, "csv": to_csv}
 
 
-def mean_sd_text(found: Mapping[str, float | None], nothing: str = NOTHING) -> str:
-    """92.8 ± 0.2; of a single run the number alone."""
-    if found["mean"] is None:
-        return nothing
-    return f"{found['mean']:.1f}" + ("" if found["sd"] is None else f" ± {found['sd']:.1f}")
-
-
 def progress_text(run: Found) -> str:
     """Finished rounds, of those that are planned where some are to come."""
     return f"{run['rounds']}/{run['planned_rounds']}" if (run["planned_rounds"] or 0) > run["rounds"] else str(run["rounds"])
@@ -125,11 +117,11 @@ SEED_COLUMNS: dict[str, Column] = {
     "run": lambda label, _: printable_text(label),
     "seeds": lambda _, found: ", ".join(map(str, found["seeds"])),
     "rounds": lambda _, found: str(found["rounds"]),
-    **_with_after({measure.heading: partial(lambda key, _, found: mean_sd_text(found["accuracy"][key]), key) for key, measure in MEASURES.items()},
+    **_with_after({measure.heading: partial(lambda key, _, found: mean_sd_text(**found["accuracy"][key], nothing=NOTHING), key) for key, measure in MEASURES.items()},
                   lambda _, found: measures.after_text(found["refine"])),
     "up/client": lambda _, found: byte_text(found["simulated_up_bytes_per_client"]["mean"]),
     "down/client": lambda _, found: byte_text(found["simulated_down_bytes_per_client"]["mean"]),
-    "seconds": lambda _, found: mean_sd_text(found["wall_s"])}
+    "seconds": lambda _, found: mean_sd_text(**found["wall_s"], nothing=NOTHING)}
 WORDS = ("run", "status", "seeds", measures.AFTER)                 # columns that start on the left
 
 

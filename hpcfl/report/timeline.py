@@ -1,4 +1,4 @@
-"""trace: when each rank did what, as a file for ui.perfetto.dev or chrome://tracing (the JSON of Chrome's trace events)."""
+"""timeline: when each rank did what, as a file for ui.perfetto.dev or chrome://tracing (the JSON of Chrome's trace events)."""
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path

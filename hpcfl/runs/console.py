@@ -11,6 +11,7 @@ import numpy as np
 
 from hpcfl.federation.state import Place
 from hpcfl.runs import outlets
+from hpcfl.wording import megabytes_text
 
 log = logging.getLogger("hpcfl")
 COLUMNS = {"global": 12, "clients": 29, "own": 9}                  # accuracies of a round's line and how wide they are
@@ -111,11 +112,6 @@ class Console:
         if failure:
             self.speaks = self.live = False
             log.warning("standard output takes nothing any more (%s); the run goes on, and what it has to say is in its folder log", failure)
-
-
-def megabytes_text(count: float) -> str:
-    """A byte count in MB (1e6 bytes), eight characters wide."""
-    return f"{count / 1e6:8.3f} MB"
 
 
 class LogFile(logging.FileHandler):

@@ -15,7 +15,7 @@ import hpcfl
 from hpcfl.errors import Interrupted, Stopped, error_text
 from hpcfl.federation.world import World
 from hpcfl.files import atomic
-from hpcfl.report import averaging
+from hpcfl.report import lone_clients
 from hpcfl.runs import checkpoint
 from hpcfl.runs.console import Console, keep_log
 from hpcfl.runs.devices import choose_job_device, set_threads, spare_threads
@@ -69,7 +69,7 @@ def _set_up(job: Job, comm: Communicator, folder: Path, resume_from: Path | None
     for remark in world.corpus.remarks:
         console.say(f"{job.data.name}: {remark}")
     console.announce(len(world.corpus.test_labels), world.has_global_models, job.evaluation.personal and any(map(len, world.split.test)))
-    if comm.is_server and (warning := averaging.warning_text(job.algorithm_name, world.averages(world.steps))):
+    if comm.is_server and (warning := lone_clients.warning_text(job.algorithm_name, world.averages(world.steps))):
         log.warning(warning)
     return Simulation(world, folder, console, stop_requested)
 

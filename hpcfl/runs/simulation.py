@@ -22,6 +22,7 @@ from hpcfl.runs.examination import Examination
 from hpcfl.runs.pace import Pace
 from hpcfl.runs.record import Record
 from hpcfl.runs.signal_lead import Lead
+from hpcfl.wording import numbers_text
 
 log = logging.getLogger("hpcfl")
 
@@ -108,7 +109,7 @@ class Simulation:
             log.warning("%s%s", each.reason, f"; it is called {aside.name} from now on" if aside else "")
         if self.record.lost:
             log.warning("the figures of %s are lost, what was learned in them is not: the run goes on from its checkpoint",
-                        metrics.rounds_text([row + 1 for row in self.record.lost]))
+                        numbers_text([row + 1 for row in self.record.lost], "round", " to "))
         if self.record.left_out:
             log.warning("the %s accuracies of the rounds before are left out of the record: they are over other images than this job's",
                         " and ".join(self.record.left_out))

@@ -7,7 +7,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -149,7 +149,7 @@ class Watchdog:
         checkpoint = f"its last checkpoint is {last}, and the same command goes on from there" if last else "it has no checkpoint yet"
         found = "; ".join(f"rank {rank} {self.absence_text(rank, said.get(rank))}" for rank in missing) or f"no rank is missing: {self.split_text(said)}"
         return (f"timeouts.collective = {self.limit_s:g} s is over: {found}. "
-                f"{_waiting_text(list(waiting))} in {', '.join(calls)}. The stacks are in {self.folder / 'log'}/rank-*.stack. "
+                f"{_waiting_text(waiting)} in {', '.join(calls)}. The stacks are in {self.folder / 'log'}/rank-*.stack. "
                 f"The run is ended; {checkpoint}. If all this is only slow, raise timeouts.collective" + self.launcher_text())
 
     def absence_text(self, rank: int, told: dict[str, Any] | None) -> str:
@@ -197,16 +197,9 @@ def _in_step(one: Sequence[Any], other: Sequence[Any]) -> bool:
     return all(here[number] == there[number] for number in here.keys() & there.keys())
 
 
-def _waiting_text(ranks: list[int]) -> str:
-    """Ranks 0 to 3, 7: runs of numbers in short, for there may be hundreds."""
-    runs: list[list[int]] = []
-    for rank in ranks:
-        if runs and rank == runs[-1][-1] + 1:
-            runs[-1].append(rank)
-        else:
-            runs.append([rank])
-    words = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs)
-    return f"Ranks {words} wait" if len(ranks) > 1 else f"Rank {words or 'unknown'} waits"
+def _waiting_text(ranks: Collection[int]) -> str:
+    """Which ranks wait, as a sentence begins: "Ranks 0 to 3, 7 wait"."""
+    return f"{numbers_text(ranks, 'Rank', ' to ') if ranks else 'Rank unknown'} wait{'s' * (len(ranks) < 2)}"
 
 
 def _find_place() -> str:

@@ -18,7 +18,7 @@ from hpcfl.training.engines import forward_one, forward_together, run_sequential
 from hpcfl.training.group import OPTIMIZER, Group
 from hpcfl.training.turns import Batches, Forward, Modules, Setup, Turn
 from hpcfl.tree import Tree
-from hpcfl.wording import numbers_text
+from hpcfl.wording import leaf_text, numbers_text
 
 ENGINES = {"sequential": run_sequential, "vmap": run_stacked}
 PRECISIONS = {"auto": None, "float32": None, "bfloat16": torch.bfloat16}
@@ -102,12 +102,10 @@ def _set_up(group: Group, modules: Mapping[str, nn.Module], turns: Sequence[Turn
 
 def _find_held(group: Group, name: str, module: nn.Module, where: str) -> list[str]:
     """The names of one module's tensors that the Group holds: all of its state_dict, or none."""
-    def told(tensor: Tensor, first: int) -> str:
-        return f"{tuple(tensor.shape[first:])} {str(tensor.dtype).removeprefix('torch.')}"
     held = group.part(name)
-    wanted = {path: told(tensor, 0) for path, tensor in module.state_dict().items()} if held else {}
+    wanted = {path: leaf_text(tensor.shape, tensor.dtype) for path, tensor in module.state_dict().items()} if held else {}
     for path in dict.fromkeys([*wanted, *held]):
-        got, want = told(held[path], 1) if path in held else "missing", wanted.get(path, "missing")
+        got, want = leaf_text(held[path].shape[1:], held[path].dtype) if path in held else "missing", wanted.get(path, "missing")
         if got != want:
             raise LayoutError(f"{where}: group {group.architecture}: '{name}/{path}' of a client is {got}, in the module it is {want}")
     return list(wanted)

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from hpcfl import cli
-from hpcfl.data import archive, classes, corpora, store
+from hpcfl.data import archive, corpora, store
 from hpcfl.errors import DataError
 from hpcfl.report import hdf5_view, page, summary
 from hpcfl.report.recording import read
@@ -137,10 +137,6 @@ def test_names_that_do_not_fit_the_classes_are_refused(tmp_path, names):
         file["classes/names"] = names
     with pytest.raises(DataError, match="own.h5: classes/names is .*; wanted text .4,."):
         corpora.open_corpus("own")
-
-
-def test_long_lists_are_cut_in_the_middle():
-    assert classes.list_text([1, 2]) == "1, 2" and classes.list_text(range(100)) == "0, 1, 2, 3, 4, 5, 6, 7, 8, 9 ... 99 (100 in all)"
 
 
 def test_a_class_whose_name_would_steer_the_terminal_is_shown_escaped(tmp_path, capsys):

@@ -15,7 +15,6 @@ from hpcfl.federation.world import World
 from hpcfl.runs import host_limits
 from hpcfl.wire.communicator import Alone, Communicator, connect
 from hpcfl.wire.launchers import Launch, read_launch
-from hpcfl.wording import byte_text, duration_text, numbers_text, shared_text
 from tests.support.tiny_runs import tiny
 from tests.support.verdict import mpi_assert
 
@@ -258,22 +257,6 @@ def test_a_round_costs_most_where_a_rank_has_most_to_do_and_nothing_where_nothin
     assert (alone.down_bytes, alone.up_bytes, alone.down_s, alone.up_s) == (0, 0, 0, 0)
     gathering = estimate.estimate_round(world(run={"deterministic": True}, federation={"participation": 1.0}), loads, WIRE)
     assert gathering.up_by == "Gatherv" and gathering.up_bytes == 3 * estimate.count_model_bytes(world(), "cnn1")
-
-
-@pytest.mark.parametrize(("count", "text"), [
-    (0, "0 B"), (8, "8 B"), (999, "999 B"), (1000, "1 kB"), (4194304, "4.19 MB"), (7.5e10, "75 GB"), (5e15, "5000 TB")])
-def test_bytes_in_words(count, text):
-    assert byte_text(count) == text
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(4.2e-6, "4.2 us"), (0.0123, "12.3 ms"), (1.5, "1.5 s"), (0.0, "0 us"), (3600.0, "3600 s")])
-def test_seconds_in_words(seconds, text):
-    assert duration_text(seconds) == text
-
-
-def test_ranks_in_words():
-    assert numbers_text([3]) == "rank 3" and numbers_text([0, 1, 2, 5, 7, 8]) == "ranks 0-2, 5, 7-8"
-    assert shared_text({"a": [0, 1]}) == "a" and shared_text({"a": [0, 2], "b": [1]}) == "ranks 0, 2: a; rank 1: b"
 
 
 def test_whatever_is_raised_becomes_words():

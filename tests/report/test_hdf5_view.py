@@ -112,7 +112,3 @@ def test_damaged_missing_and_foreign_files_are_refused_by_name(path, tmp_path):
     (tmp_path / "text.h5").write_text("not HDF5")
     with pytest.raises(DataError, match="text.h5"):
         hdf5_view.describe(tmp_path / "text.h5")
-
-
-def test_sizes_are_written_for_people():
-    assert [hdf5_view.byte_text(count) for count in (0, 999, 1000, 1234567, 5e9)] == ["0 B", "999 B", "1 kB", "1.23 MB", "5 GB"]

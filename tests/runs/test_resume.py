@@ -296,14 +296,14 @@ def test_a_whole_checkpoint_goes_on_whatever_became_of_the_record(damage, stoppe
         path.write_bytes({"cut": content[:1000], "emptied": b"", "no HDF5": b"nothing of the kind"}[damage])
     left = path.read_bytes() if path.exists() else None
     carry_out(job, folder)
-    assert "the figures of rounds 1, 2 are lost, what was learned in them is not" in capsys.readouterr().err
+    assert "the figures of rounds 1 to 2 are lost, what was learned in them is not" in capsys.readouterr().err
     assert left is None or (folder / "metrics.h5.damaged").read_bytes() == left
     resumed, undisturbed_run = outcome(folder), outcome(whole("standalone"))
     assert not apart(replace(resumed, metrics={}), replace(undisturbed_run, metrics={}))
     assert resumed.metrics["rounds/round"].tolist() == [0, 1, 2] and resumed.metrics["evaluation/at"].tolist() == [2]
     assert resumed.metrics["train/loss"][2].tobytes() == undisturbed_run.metrics["train/loss"][2].tobytes()
     found = summary.summarise(folder)
-    assert found["status"] == "done: without the figures of rounds 1, 2, which were lost" and found["rounds"] == 3
+    assert found["status"] == "done: without the figures of rounds 1 to 2, which were lost" and found["rounds"] == 3
     assert found["accuracy"]["generalization"] == summary.summarise(whole("standalone"))["accuracy"]["generalization"]
 
 

@@ -1,4 +1,4 @@
-"""averaging: what to say of a run in which some clients, or all of them, average with nobody."""
+"""lone_clients: what to say of a run in which some clients, or all of them, average with nobody."""
 from collections.abc import Mapping
 
 NAMED = 6                                                          # parts that a warning lists; of more it says how many

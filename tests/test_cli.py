@@ -27,7 +27,7 @@ def sliced(tmp_path_factory) -> Path:
 
 
 def ending(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as end:
+    with undisturbed(), pytest.raises(SystemExit) as end:
         cli.main([*map(str, arguments)])
     return end.value.code
 
@@ -56,12 +56,11 @@ def in_a_shell_of_srun(monkeypatch):
 
 def test_in_a_shell_that_srun_started_a_run_is_refused_with_the_way_out_which_works(in_a_shell_of_srun, tmp_path, capsys):
     job = write_job(tmp_path, tiny("standalone"))
-    with undisturbed():
-        assert ending("run", job, "--out", tmp_path / "run") == 3
-        error = capsys.readouterr().err
-        assert "srun started 4 ranks (SLURM_STEP_NUM_TASKS), but each sees only itself" in error and error.endswith(
-            "To run one process here, whatever launched the shell that it is started from: hpcfl run --alone\n")
-        assert ending("run", job, "--out", tmp_path / "run", "--alone") == 0
+    assert ending("run", job, "--out", tmp_path / "run") == 3
+    error = capsys.readouterr().err
+    assert "srun started 4 ranks (SLURM_STEP_NUM_TASKS), but each sees only itself" in error and error.endswith(
+        "To run one process here, whatever launched the shell that it is started from: hpcfl run --alone\n")
+    assert ending("run", job, "--out", tmp_path / "run", "--alone") == 0
     assert outcome(tmp_path / "run").manifest["rows"] == 3
 
 

@@ -1,5 +1,6 @@
-"""What all tests share: one thread, the folder of real data, and one voice for many ranks."""
+"""What all tests share: one thread, the folder of real data, one voice for many ranks, and a note of what was skipped."""
 import functools
+import json
 import os
 import shutil
 import sys
@@ -13,6 +14,10 @@ from hpcfl.training import compiling
 from tests.support import slurm_cluster
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+LONGEST = ("runs/test_slurm.py", "runs/test_faults.py", "runs/test_watchdog.py", "bench/test_gefl.py", "bench/test_fedconv.py", "runs/test_signals.py", "runs/test_guard.py",
+           "runs/test_resume.py", "wire/test_two_hosts.py", "runs/test_power_cut.py", "doctor/test_examine.py", "runs/test_whole_runs.py",
+           "federation/test_residency.py", "algorithms/test_every_algorithm.py")       # begin first, so that no worker is left with one of them at the end
 
 torch.set_num_threads(1)                                           # the ranks of one machine share its cores
 
@@ -66,17 +71,49 @@ class Voices:
         sys.stdout.flush()
 
 
+class Notes:
+    """Of every test that was looked at, whether it ran and why not: a line each, which `tests.support.skipped` reads when all suites are over."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or report.skipped:
+            reason = report.longrepr[2].removeprefix("Skipped: ") if report.skipped and isinstance(report.longrepr, tuple) else None
+            with open(self.path, "a", encoding="utf-8") as file:
+                print(json.dumps((report.nodeid, reason)), file=file)
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device, skipped where torch sees none")
     config.addinivalue_line("markers", "slurm: brings up a SLURM of its own, skipped where SLURM is not installed or root is missing")
+    config.addinivalue_line("markers", "costly: takes long and is worth it; left out by -m 'not costly' while one works on something else")
+    rank = 0
     if config.getoption("--with-mpi"):
         from mpi4py import MPI
-        config.pluginmanager.register(Voices(config, MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size))
+        rank = MPI.COMM_WORLD.rank
+        config.pluginmanager.register(Voices(config, rank, MPI.COMM_WORLD.size))
+    if "HPCFL_TEST_NOTES" in os.environ and rank == 0 and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Notes(os.environ["HPCFL_TEST_NOTES"]))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.name != "test_slurm.py")  # first: it takes longest, and most of it is waiting
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Under mpirun every rank imports what it collects: files without a test for several ranks are passed over."""
+    if config.getoption("--with-mpi") and collection_path.suffix == ".py" and "pytest.mark.mpi" not in collection_path.read_text(encoding="utf-8"):
+        return True
+    return None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if absent := [name for name in LONGEST if not (REPOSITORY / "tests" / name).is_file()]:
+        raise pytest.UsageError(f"tests/conftest.py: LONGEST names {', '.join(absent)}, which is not there; wanted the files that take longest")
+    order = {REPOSITORY / "tests" / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
+    if config.getoption("--with-mpi"):
+        alone = [item for item in items if not item.get_closest_marker("mpi")]
+        items[:] = [item for item in items if item.get_closest_marker("mpi")]
+        config.hook.pytest_deselected(items=alone)
     for item in items:
         for mark in item.iter_markers("mpi"):
             if mark.args or mark.kwargs.keys() - {"min_size"}:

@@ -1,40 +1,17 @@
-"""The command line and the launch say what is wrong before anything starts, and take no folder and no core that belongs to another."""
+"""The command line says what is wrong before anything starts, and what it only reads or lists is a table or JSON."""
 import json
-import math
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
-from hpcfl import cli, tree
-from hpcfl.algorithms import PLANS
-from hpcfl.algorithms.fedavg import FedAvg
-from hpcfl.errors import CheckpointError, JobError, LayoutError
-from hpcfl.federation.world import World
-from hpcfl.report import summary
-from hpcfl.report.measures import REFINING
-from hpcfl.runs import devices, simulation
-from hpcfl.runs.examination import Examination
-from hpcfl.wire.communicator import Alone, Communicator, connect
-from tests.support.tiny_runs import carry_out, checkpoint_of, outcome, tiny, undisturbed, write_job
-
-
-class Node:
-    """Rank 0 of ranks of one host that are bound to the given cores."""
-
-    def __init__(self, cores: list[set[int]]):
-        self.cores = cores
-
-    def gather(self, own: tuple[str, set[int]]) -> list[tuple[str, set[int]]]:
-        return [(own[0], each) for each in self.cores]
-
-    def share(self, value):
-        return value
+from hpcfl import cli
+from hpcfl.errors import CheckpointError, JobError
+from hpcfl.wire.communicator import connect
+from tests.support.tiny_runs import carry_out, outcome, tiny, undisturbed, write_job
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +25,7 @@ def sliced(tmp_path_factory) -> Path:
 
 
 def ending(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as end:
+    with undisturbed(), pytest.raises(SystemExit) as end:
         cli.main([*map(str, arguments)])
     return end.value.code
 
@@ -77,12 +54,11 @@ def in_a_shell_of_srun(monkeypatch):
 
 def test_in_a_shell_that_srun_started_a_run_is_refused_with_the_way_out_which_works(in_a_shell_of_srun, tmp_path, capsys):
     job = write_job(tmp_path, tiny("standalone"))
-    with undisturbed():
-        assert ending("run", job, "--out", tmp_path / "run") == 3
-        error = capsys.readouterr().err
-        assert "srun started 4 ranks (SLURM_STEP_NUM_TASKS), but each sees only itself" in error and error.endswith(
-            "To run one process here, whatever launched the shell that it is started from: hpcfl run --alone\n")
-        assert ending("run", job, "--out", tmp_path / "run", "--alone") == 0
+    assert ending("run", job, "--out", tmp_path / "run") == 3
+    error = capsys.readouterr().err
+    assert "srun started 4 ranks (SLURM_STEP_NUM_TASKS), but each sees only itself" in error and error.endswith(
+        "To run one process here, whatever launched the shell that it is started from: hpcfl run --alone\n")
+    assert ending("run", job, "--out", tmp_path / "run", "--alone") == 0
     assert outcome(tmp_path / "run").manifest["rows"] == 3
 
 
@@ -147,143 +123,3 @@ def test_information_needs_a_global_model_and_a_checkpoint(finished, sliced, tmp
         assert error.startswith("hpcfl: ") and said in error and "Traceback" not in error
 
 
-@pytest.mark.parametrize(("cores", "threads"), [
-    ([{0, 1, 2, 3}], 4), ([{0, 1, 2, 3}] * 2, 2), ([{0, 1, 2, 3}, {4, 5, 6, 7}], 4), ([{0, 1, 2}] * 3, 1), ([{0, 1}, {1, 2}, {2, 3}], 1), ([{0}] * 4, 1)])
-def test_a_rank_takes_its_part_of_the_cores_it_is_bound_to(cores, threads, monkeypatch):
-    chosen = []
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: cores[0], raising=False)
-    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
-    monkeypatch.setattr(devices, "read_quota_cores", lambda: math.inf)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    devices.set_threads(tiny("standalone", run={"threads": 0}), Node(cores))
-    assert chosen == [threads]
-
-
-@pytest.mark.parametrize(("quota", "variable", "settings", "threads"), [
-    (3.5, "", {}, 1), (6.0, "", {}, 3), (math.inf, "2", {}, 2), (math.inf, "3,1", {}, 3), (math.inf, "many", {}, 32), (2.0, "16", {}, 1),
-    (2.0, "1", {"threads": 5}, 5), (math.inf, "", {"deterministic": True}, 1)])
-def test_control_groups_and_omp_num_threads_bound_the_threads_of_a_rank(quota, variable, settings, threads, monkeypatch):
-    """Two ranks of a host with 64 cores."""
-    chosen = []
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(64)), raising=False)
-    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
-    monkeypatch.setattr(devices, "read_quota_cores", lambda: quota)
-    monkeypatch.setenv("OMP_NUM_THREADS", variable)
-    devices.set_threads(tiny("standalone", run={"threads": 0} | settings), Node([set(range(64))] * 2))
-    assert chosen == [threads]
-
-
-@pytest.mark.parametrize(("case", "changes", "threads"), [
-    ("fedavg", {}, 1), ("fedavg", {"run": {"threads": 3}}, 8), ("fedavg", {"training": {"engine": "vmap"}}, 8),
-    ("gefl", {}, 8), ("fedavg", {"models": {"names": ["mlp2", "resnet8"]}, "data": {"image_size": 32}, "training": {"batch": 16}}, 8)])
-def test_small_models_on_small_batches_train_on_one_thread(case, changes, threads, monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-    left = [8]
-    monkeypatch.setattr(torch, "set_num_threads", left.append)
-    devices.spare_threads(World(tiny(case, **{"run": {"threads": 0}, **changes}), Communicator(Alone()), torch.device("cpu")))
-    assert left[-1] == threads
-
-
-def test_a_run_that_died_in_its_first_checkpoint_begins_again(finished, tmp_path):
-    (tmp_path / "run").mkdir()
-    shutil.copy(finished / "metrics.h5", tmp_path / "run")
-    (tmp_path / "run" / "STATUS").write_text("failed: the disk was full\n")
-    with pytest.raises(JobError, match="nothing is overwritten"):
-        carry_out(tiny("standalone"), tmp_path / "run", resume="never")
-    carry_out(tiny("standalone"), tmp_path / "run")
-    assert outcome(tmp_path / "run").manifest["rows"] == 3
-
-
-def test_what_goes_on_from_a_checkpoint_does_not_enter_the_folder_of_another_run(finished, tmp_path):
-    other = shutil.copytree(finished, tmp_path / "other")
-    before = (other / "metrics.h5").read_bytes()
-    with pytest.raises(JobError, match="other: holds a run already and nothing is overwritten"):
-        carry_out(tiny("standalone"), other, resume=finished)
-    assert (other / "metrics.h5").read_bytes() == before
-
-
-def test_a_finished_run_of_another_job_is_no_run_of_this_job(finished, tmp_path):
-    folder = shutil.copytree(finished, tmp_path / "run")
-    with pytest.raises(CheckpointError, match="differs in training.lr; nothing was changed"):
-        carry_out(tiny("standalone", training={"lr": 0.01}), folder)
-    assert (folder / "STATUS").read_text() == "done\n"
-
-
-@pytest.mark.parametrize(("rounds", "place"), [(4, "round 4 of phase rounds"), (2, "behind its end")])
-def test_a_checkpoint_that_lies_elsewhere_in_the_plan_is_refused(rounds, place, tmp_path):
-    folder = carry_out(tiny("fedvtc", checkpoint={"every": 1, "keep": 9}), tmp_path / "run")
-    changed = tiny("fedvtc", federation={"rounds": rounds}, checkpoint={"every": 1, "keep": 9})
-    with pytest.raises(CheckpointError, match=f"its last round, 4, was round 1 of phase finetune; in this job that is {place}"):
-        carry_out(changed, folder, may_differ=["federation.rounds"])
-    carry_out(changed, tmp_path / "new", resume=checkpoint_of(folder, 2), may_differ=["federation.rounds"])
-    assert outcome(tmp_path / "new").manifest["rows"] == rounds + 1
-
-
-def test_models_that_no_step_touched_are_not_evaluated_again(tmp_path, monkeypatch):
-    evaluated, asked = [], Examination._ask
-    monkeypatch.setattr(Examination, "_asked", lambda self, group, known: evaluated.extend(group.clients) or asked(self, group, known))
-    folder = carry_out(tiny("fedvtc", federation={"participation": 1.0, "rounds": 1}, evaluation={"every": 1}), tmp_path / "run")
-    metrics = outcome(folder).metrics
-    assert [stage.decode() for stage in metrics["evaluation/stage"]] == ["end", "before_refine", "end"]
-    assert sorted(evaluated) == sorted([*range(5)] * 2), "after the round and after fine-tuning, not before it"
-    assert (metrics["evaluation/generalization_correct"][0] == metrics["evaluation/generalization_correct"][1]).all()
-
-
-def test_models_of_the_federation_are_evaluated_on_the_whole_test_set_at_the_end_of_a_round(tmp_path):
-    job = tiny("fedavg", federation={"participation": 1.0}, evaluation={"every": 1, "batch": 50})
-    metrics = outcome(carry_out(job, tmp_path / "run")).metrics
-    end = metrics["evaluation/stage"] == b"end"
-    assert metrics["evaluation/global_names"].tolist() == [b"cnn1", b"mlp2"]
-    assert end.sum() == 3 and (metrics["evaluation/global_correct"][~end] == -1).all()
-    for index, name in enumerate(metrics["evaluation/global_names"]):
-        (holders,) = np.nonzero(metrics["clients/architecture"] == name)
-        for client in holders:                                     # who has just adopted the average answers as it does
-            assert metrics["evaluation/global_correct"][end, index].tolist() == metrics["evaluation/generalization_correct"][end, client].tolist()
-
-
-def test_a_round_says_first_what_the_federations_own_models_are_worth(tmp_path, capsys):
-    metrics = outcome(carry_out(tiny("heterofl", evaluation={"every": 1}, federation={"rounds": 1}), tmp_path / "sliced")).metrics
-    _, legend, line, _ = capsys.readouterr().out.splitlines()
-    images = metrics["evaluation/generalization_count"].sum()
-    worth = 100 * metrics["evaluation/global_correct"][-1, 0].sum() / images
-    clients = 100 * metrics["evaluation/generalization_correct"][-1].sum(1) / images
-    assert f"  global {worth:5.1f}  clients {clients.mean():5.1f} [{clients.min():5.1f} ..{clients.max():5.1f}]  own " in line
-    assert f"on the {images} test images. global: the federation's own models; clients: the models that clients hold" in legend
-    carry_out(tiny("standalone", evaluation={"every": 1, "personal": False}, federation={"rounds": 1}), tmp_path / "alone")
-    _, legend, line, _ = capsys.readouterr().out.splitlines()
-    assert "global" not in legend + line and "  own " not in line and " clients " in line
-
-
-@pytest.mark.parametrize(("clients", "alone"), [(2, "fedavg averages nothing here"), (3, "these have one client only, which averages with nobody: cnn1"), (4, "")])
-def test_clients_that_average_with_nobody_are_named_before_and_in_the_run(clients, alone, tmp_path, capsys):
-    job = tiny("fedavg", federation={"clients": clients, "participation": 1.0, "rounds": 1})
-    assert ending("run", write_job(tmp_path, job), "--dry-run") == 0
-    assert [alone in line for line in capsys.readouterr().out.splitlines() if line.startswith("# warning: ")] == [True] * bool(alone)
-    folder = carry_out(job, tmp_path / "run")
-    assert [alone in line for line in (folder / "log" / "rank-0000.log").read_text().splitlines() if " WARNING fedavg averages" in line] == [True] * bool(alone)
-    assert [alone in warning for warning in summary.summarise(folder)["warnings"]] == [True] * bool(alone)
-
-
-@pytest.mark.parametrize("case", ["fedavg", "fedvtc", "ccvr", "gaussian", "fedproto", "fml", "gefl_f", "heterofl", "fedgh"])
-def test_the_record_says_what_each_phase_does_last_and_with_how_many_clients_it_averages(case):
-    job = tiny(case)
-    plan = simulation._describe_plan(World(job, Communicator(Alone()), torch.device("cpu")))
-    found = {each["phase"]: (each["refines"], each["averages"]) for each in plan}
-    assert found == {"fedavg": {"rounds": ("adopt", {"cnn1": 2, "mlp2": 3})}, "fedproto": {"rounds": (None, {})}, "fml": {"rounds": (None, {"meme": 5})},
-                     "fedvtc": {"rounds": (None, {}), "finetune": ("finetune", {})}, "fedgh": {"rounds": ("adopt", {})},
-                     "ccvr": {"rounds": ("adopt", {"cnn1": 2, "common": 5, "mlp2": 3}), "calibrate": ("adopt", {})},
-                     "gaussian": {"statistics": (None, {}), "classify": ("adopt", {})}, "heterofl": {"rounds": ("adopt", {"global": 5})},
-                     "gefl_f": {"warmup": ("adopt", {"cnn1": 2, "cnn2_bn": 3, "common": 5}), "generator": (None, {}),
-                                "targets": ("adopt", {"cnn1": 2, "cnn2_bn": 3, "common": 5})}}[case]
-
-
-@pytest.mark.parametrize("method", PLANS)
-def test_every_method_says_what_its_refining_is(method):
-    steps = World(tiny(method), Communicator(Alone()), torch.device("cpu")).steps
-    assert {step.refines for step in steps if step.overrides("refine")} <= REFINING.keys() - {"refine"}
-
-
-def test_a_global_model_that_is_not_of_its_architecture_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(FedAvg, "global_models", lambda self, message: {"odd": ("mlp2", tree.part(message, "cnn1"))})
-    with pytest.raises(LayoutError, match="global model 'odd': '.*' is in only one of it and mlp2"):
-        carry_out(tiny("fedavg"), tmp_path / "run")

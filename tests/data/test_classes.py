@@ -11,12 +11,7 @@ from hpcfl.report import hdf5_view, page, summary
 from hpcfl.report.recording import read
 from tests.support.tiny_runs import carry_out, tiny, write_job
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """An empty cache for each test."""
-    monkeypatch.setenv("HPCFL_DATA", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def imported(folder, train, test, name="own"):
@@ -160,7 +155,8 @@ def test_a_report_says_which_data_the_name_stood_for(tmp_path):
     found, header = summary.summarise(folder), archive.read_header(path)
     assert (found["data"], found["data_source"], found["data_sha256"]) == ("own", str(tmp_path / "own.npz"), header.sha256)
     recording = read(folder)
-    assert f"standalone on own ({tmp_path / 'own.npz'}, SHA-256 {header.sha256[:12]}), 5 clients" in page._headline(page.Run(1, "standalone", recording, found), False)
+    headline = page._headline(page.Run(1, "standalone", recording, found), False)
+    assert f"standalone on own ({tmp_path / 'own.npz'}, SHA-256 {header.sha256[:12]}), 5 clients" in headline
     with h5py.File(folder / "metrics.h5", "r+") as file:           # as an earlier hpcfl wrote it
         del file.attrs["data_source"]
     assert "standalone on own, 5 clients" in page._headline(page.Run(1, "standalone", recording, summary.summarise(folder)), False)

@@ -13,7 +13,7 @@ from hpcfl import cli
 from hpcfl.analysis import scaling
 from hpcfl.data import store
 from hpcfl.errors import JobError
-from hpcfl.files import atomic, places
+from hpcfl.files import places
 from tests.support.tiny_runs import carry_out, tiny, write_job
 
 ASCII = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}             # Python reads, writes and speaks ASCII where nobody says otherwise
@@ -102,8 +102,3 @@ def test_a_home_that_nobody_has_is_told(capsys):
 def test_json_that_another_shell_wrote_is_read(tmp_path, encoding):
     (tmp_path / "doctor.json").write_bytes('{"ranks": 2, "wire": [], "by_rank": [{"host": "größe"}]}'.encode(encoding))
     assert scaling.read_doctor(tmp_path / "doctor.json")["by_rank"] == [{"host": "größe"}]
-
-
-def test_text_is_written_as_utf_8(tmp_path):
-    atomic.write_text(tmp_path / "STATUS", "größe\n")
-    assert (tmp_path / "STATUS").read_bytes() == "größe\n".encode()

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from hpcfl import tree
+from hpcfl.algorithms.fedavg import FedAvg
+from hpcfl.errors import LayoutError
 from hpcfl.federation.ledger import Ledger
 from hpcfl.federation.world import World
 from hpcfl.runs import examination
@@ -29,7 +31,7 @@ def passes(monkeypatch) -> Iterator[Counter]:
     def counted(predict: Callable, shard, classes, batch, first=0, every=1):
         asked[len(shard)] += 1
         return count_correct(predict, shard, classes, batch, first, every)
-    monkeypatch.setattr(examination, "correct", counted)
+    monkeypatch.setattr(examination, "count_correct", counted)
     return asked
 
 
@@ -109,7 +111,8 @@ def test_answers_are_those_of_asking_everybody(tmp_path, monkeypatch):
 
 
 def test_names_go_by_bits_types_and_paths():
-    rows = {"a": torch.tensor([[0.0, 1.0], [-0.0, 1.0], [0.0, 1.0]]), "b": torch.tensor([1, 1, 1]), "none": torch.zeros(3, 0), "half": torch.zeros(3, 2).bfloat16(),
+    rows = {"a": torch.tensor([[0.0, 1.0], [-0.0, 1.0], [0.0, 1.0]]), "b": torch.tensor([1, 1, 1]), "none": torch.zeros(3, 0),
+            "half": torch.zeros(3, 2).bfloat16(),
             "flag": torch.tensor([True, True, True])}
     names = tree.fingerprints(rows)
     assert names[0] == names[2] != names[1]
@@ -132,3 +135,19 @@ def test_ranks_share_the_asking_of_a_model_of_the_federation_and_their_clients_n
     before = passes[len(world.test)]
     own = exam.count_of_clients([Group("mlp2", world.mine, tree.join(model=tree.repeat(model, len(world.mine))))])
     assert passes[len(world.test)] == before and all((answers["generalization_correct"] == wanted).all() for answers in own.values())
+
+
+def test_models_that_no_step_touched_are_not_evaluated_again(tmp_path, monkeypatch):
+    evaluated, asked = [], Examination._ask
+    monkeypatch.setattr(Examination, "_ask", lambda self, group, known: evaluated.extend(group.clients) or asked(self, group, known))
+    folder = carry_out(tiny("fedvtc", federation={"participation": 1.0, "rounds": 1}, evaluation={"every": 1}), tmp_path / "run")
+    metrics = outcome(folder).metrics
+    assert [stage.decode() for stage in metrics["evaluation/stage"]] == ["end", "before_refine", "end"]
+    assert sorted(evaluated) == sorted([*range(5)] * 2), "after the round and after fine-tuning, not before it"
+    assert (metrics["evaluation/generalization_correct"][0] == metrics["evaluation/generalization_correct"][1]).all()
+
+
+def test_a_global_model_that_is_not_of_its_architecture_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(FedAvg, "global_models", lambda self, message: {"odd": ("mlp2", tree.part(message, "cnn1"))})
+    with pytest.raises(LayoutError, match="global model 'odd': '.*' is in only one of it and mlp2"):
+        carry_out(tiny("fedavg"), tmp_path / "run")

@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import h5py
+import pytest
 
 from hpcfl.files import atomic, trees
 from hpcfl.runs import checkpoint
@@ -101,6 +102,7 @@ def same(folder: Path, whole: Path) -> None:
     assert all((path / "manifest.json").is_file() for path in (folder / "checkpoints").iterdir())
 
 
+@pytest.mark.costly
 def test_a_run_killed_fifty_times_at_random_moments_always_goes_on_to_the_same_end(tmp_path, capsys):
     """Moments are uniform over the length of an undisturbed run, less where less of it is left; one that ends before is compared, and another begins."""
     draw = random.Random(SEED)
@@ -215,6 +217,7 @@ def test_what_is_left_of_a_checkpoint_takes_the_place_of_none(tmp_path):
     assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"round-000003", "round-000004"}
 
 
+@pytest.mark.costly
 def test_a_job_of_two_ranks_killed_whole_three_times_goes_on_to_the_same_end(tmp_path):
     draw = random.Random(SEED)
     job = deterministic(tiny("fedvtc", federation={"rounds": 15}, checkpoint={"every": 1, "keep": 1}, evaluation={"every": 5}))

@@ -429,17 +429,3 @@ def test_a_run_whose_record_grows_by_files_ends_with_one(small, tmp_path, monkey
     assert summary.summarise(tmp_path / "run")["rounds"] == 3
     carry_out(job, tmp_path / "run")
     assert not apart(outcome(tmp_path / "run"), outcome(whole("standalone"))) and not metrics.find_beside(tmp_path / "run" / "metrics.h5")
-
-
-def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path):
-    folder = carry_out(tiny("standalone", federation={"rounds": 6}, evaluation={"every": 1}, checkpoint=ALL_CHECKPOINTS), tmp_path / "all")
-    scores = {path.name: json.loads((path / "manifest.json").read_text())["validation_accuracy"] for path in (folder / "checkpoints").iterdir()}
-    best = max(scores, key=lambda name: (scores[name], name))
-    folder = carry_out(tiny("standalone", federation={"rounds": 6}, evaluation={"every": 1}, checkpoint={"every": 1, "keep": 2}), tmp_path / "few")
-    assert {path.name for path in (folder / "checkpoints").iterdir()} == {best, "round-000005", "round-000006"}
-
-
-def test_a_checkpoint_that_was_not_evaluated_has_no_accuracy(whole):
-    folder = whole("standalone")
-    accuracies = [json.loads((checkpoint_of(folder, rows) / "manifest.json").read_text())["validation_accuracy"] for rows in (1, 2, 3)]
-    assert accuracies[0] is None and accuracies[1] is not None and accuracies[2] is not None

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from hpcfl.errors import RankMissing
-from hpcfl.runs.console import Console
 from hpcfl.runs.watchdog import APART, RECENT, TOGETHER, Watchdog, Watched, _waiting_text, watching
 from hpcfl.wire.communicator import Alone, Communicator
 from hpcfl.wire.ranks import Ranks
@@ -222,19 +221,6 @@ def test_without_a_limit_or_other_ranks_nothing_is_watched(tmp_path):
         engine = comm._ranks
         with watching(comm, tmp_path, limit, print):
             assert comm._ranks is engine and not [thread for thread in threading.enumerate() if thread.name == "watchdog"]
-
-
-def test_a_long_round_is_heard_of_and_a_new_one_is_short_again(capsys):
-    rounds = iter([0.1, 0.3, 0.5, 0.6, 0.9, 1.3, 0.2, 0.3, 0.5, *[0.5] * 1000])
-
-    def told() -> tuple[float, str]:
-        seconds = next(rounds)
-        return seconds, f"at {seconds}"
-    with Console(speaks=True, live=False).beating(0.4, told):
-        time.sleep(2.0)
-    assert capsys.readouterr().out.split("\n") == ["at 0.5", "at 0.9", "at 1.3", "at 0.5", ""]
-    with Console(speaks=False, live=False).beating(0.4, told), Console(speaks=True, live=False).beating(0.0, told):
-        assert not [thread for thread in threading.enumerate() if thread.name == "heartbeat"]
 
 
 def test_a_long_round_of_a_run_says_what_it_spends_its_time_on(tmp_path):

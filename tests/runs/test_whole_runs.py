@@ -1,4 +1,6 @@
 """Whole runs give the same results on any number of ranks, wherever they are resumed, and whatever the official test set holds."""
+import hashlib
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +13,7 @@ from hpcfl.algorithms import PLANS
 from hpcfl.data import store
 from hpcfl.data.embedded import load_digits
 from hpcfl.federation.world import World
+from hpcfl.runs.run_folder import is_finished
 from hpcfl.wire.communicator import Alone, Communicator, connect
 from tests.support.tiny_runs import CASES, apart, carry_out, checkpoint_of, deterministic, of_one_precision, outcome, started, tiny, write_job
 from tests.support.verdict import mpi_assert
@@ -34,39 +37,53 @@ def alone(comm, job, out, **how):
         time.sleep(0.02)
 
 
+@pytest.fixture(scope="session")
+def undisturbed_runs(tmp_path_factory) -> Path:
+    """Where runs of one process lie that several tests compare with, and in tests/run several suites: on any number of ranks they are the same."""
+    return Path(os.environ.get("HPCFL_TEST_RUNS") or tmp_path_factory.mktemp("undisturbed"))
+
+
+def alone_once(comm, job, folder: Path) -> Path:
+    """The run of a job in one process, from `folder` where it is already there."""
+    out = Path(comm.share(folder / f"{job.algorithm_name}-{hashlib.sha256(job.to_toml().encode()).hexdigest()[:16]}"))
+    if comm.share(not is_finished(out) if comm.is_server else None):
+        alone(comm, job, out)
+    return out
+
+
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("case", CASES)
-def test_neither_ranks_nor_interruptions_change_the_results(case, tmp_path, monkeypatch):
+def test_neither_ranks_nor_interruptions_change_the_results(case, undisturbed_runs, tmp_path, monkeypatch):
     of_one_precision(monkeypatch, case)
     comm, exact = connect(), connect(deterministic=True)
     total = sum(phase.rounds for phase in World(tiny(case), comm, torch.device("cpu")).plan)
     rows = min(comm.size, total - 1)                               # interrupted after another round on 2, 3 and 4 ranks
     job = tiny(case, checkpoint={"every": rows, "keep": 100})
-    alone(comm, deterministic(job), tmp_path / "alone")
+    whole = alone_once(comm, deterministic(tiny(case, checkpoint={"every": 1, "keep": 100})), undisturbed_runs)
     carry_out(deterministic(job), tmp_path / "exact", exact)
     carry_out(job, tmp_path / "usual", comm)
-    agree(comm, tmp_path / "exact", tmp_path / "alone")
-    agree(comm, tmp_path / "usual", tmp_path / "alone", tolerance=1e-5)
+    agree(comm, tmp_path / "exact", whole)
+    agree(comm, tmp_path / "usual", whole, tolerance=1e-5)
 
     alone(comm, deterministic(job), tmp_path / "from ranks to one", resume=checkpoint_of(tmp_path / "exact", rows))
-    carry_out(deterministic(job), tmp_path / "from one to ranks", exact, resume=checkpoint_of(tmp_path / "alone", rows))
+    carry_out(deterministic(job), tmp_path / "from one to ranks", exact, resume=checkpoint_of(whole, rows))
     carry_out(job, tmp_path / "usual resumed", comm, resume=checkpoint_of(tmp_path / "usual", rows))
-    agree(comm, tmp_path / "from ranks to one", tmp_path / "alone")
-    agree(comm, tmp_path / "from one to ranks", tmp_path / "alone")
+    agree(comm, tmp_path / "from ranks to one", whole)
+    agree(comm, tmp_path / "from one to ranks", whole)
     agree(comm, tmp_path / "usual resumed", tmp_path / "usual")
 
 
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("case", CASES)
-def test_neither_idle_ranks_nor_a_dedicated_server_change_the_results(case, tmp_path, monkeypatch):
+def test_neither_idle_ranks_nor_a_dedicated_server_change_the_results(case, undisturbed_runs, tmp_path, monkeypatch):
     of_one_precision(monkeypatch, case)
     comm, exact = connect(), connect(deterministic=True)
     job = tiny(case, federation={"clients": 3 if comm.size == 4 else 1})                            # always a rank without a client
-    alone(comm, deterministic(job), tmp_path / "alone")
+    whole = alone_once(comm, deterministic(job), undisturbed_runs)
     carry_out(deterministic(job), tmp_path / "exact", exact)
-    agree(comm, tmp_path / "exact", tmp_path / "alone")
+    agree(comm, tmp_path / "exact", whole)
     carry_out(replace(job, federation=replace(job.federation, server_rank="dedicated")), tmp_path / "dedicated", comm)
-    agree(comm, tmp_path / "dedicated", tmp_path / "alone", tolerance=1e-5)
+    agree(comm, tmp_path / "dedicated", whole, tolerance=1e-5)
 
 
 @pytest.mark.mpi(min_size=2)

@@ -76,7 +76,7 @@ class FedDF(FedAvg):
 
     def answer(self, items: Mapping[int, Tree], site: ServerSite) -> dict[int, Tree]:
         """Logits of some models on the public images and on those held out of them, (n, C)."""
-        shards = {"public": site.public, "held_out": site.public_validation}
+        shards = dict(zip(("public", "held_out"), site.require_public(), strict=True))
         found = {}
         for key, item in items.items():
             structure = self.problem.structure(self.problem.sizes.every[int(item["architecture"])])
@@ -108,7 +108,7 @@ class FedDF(FedAvg):
     def train_stage(self, group: Group, done: int, count: int, teacher: Tensor, site: ServerSite) -> Group:
         """`count` steps of Adam on public images, its moments going on from the stage before."""
         def batches(index: int) -> Iterator[Tree]:
-            passes = iterate_epochs(site.public, self.config.batch, count, site.stream(f"distillation {done}", index))
+            passes = iterate_epochs(site.require_public()[0], self.config.batch, count, site.stream(f"distillation {done}", index))
             for batch in islice(passes, count):
                 yield {"x": batch["x"], "teacher": teacher[batch["index"]]}
         lr = self.config.lr * (1 + math.cos(math.pi * done / self.config.steps)) / 2
@@ -119,7 +119,8 @@ class FedDF(FedAvg):
 
     def distance(self, group: Group, teacher: Tree, site: ServerSite) -> float:
         """KL(ensemble || student) on what is held out of the public images, where there is any, else on the others."""
-        part, shard = ("held_out", site.public_validation) if "held_out" in teacher else ("public", site.public)
+        public, held_out = site.require_public()
+        part, shard = ("held_out", held_out) if "held_out" in teacher else ("public", public)
         predict = bind(self.problem.structure(group.architecture), tree.row(group.part("model"), 0))
         return float(divergence(teacher[part], apply_in_batches(predict, shard).log_softmax(1)))
 

@@ -249,7 +249,8 @@ class TeachStep(GeneratorStep):
     def __init__(self, config: Config, problem: Problem, space: Space, continued: bool):
         """`continued`: whether the generator goes on training in these rounds."""
         super().__init__(config, problem, space)
-        self.continued, self.drawn = continued, None
+        self.continued = continued
+        self.drawn: tuple[tuple[str, int], dict[int, tuple[Tensor, Tensor]]] | None = None
 
     def publish(self, server: Tree) -> Tree:
         unused = tuple(f"{name}/" for name in self.networks if name != GENERATOR)
@@ -259,7 +260,8 @@ class TeachStep(GeneratorStep):
         return super().receive(message, architecture) | tree.join(**{GENERATOR: tree.part(message, GENERATOR)})
 
     def adopt(self, group: Group, message: Tree) -> Group:
-        return super().adopt(group, {path: leaf for path, leaf in message.items() if not path.startswith(f"{GENERATOR}/")})
+        received = {path: leaf for path, leaf in message.items() if not path.startswith(f"{GENERATOR}/")}
+        return super().adopt(group, received)  # type: ignore[misc]  # of the averaging step that it is mixed into
 
     def learn(self, group: Group, message: Tree, site: ClientSite) -> tuple[Group, dict[str, Tensor]]:
         if not self.continued:

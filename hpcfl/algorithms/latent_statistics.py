@@ -19,14 +19,22 @@ LocalMoments = dict[int, Moments]                                         # clie
 class LatentSettings(Protocol):
     """The settings that describing needs; FedVTC's Config and the Gaussian classifier's have them."""
 
-    latent: str
-    common_map: str
-    common_size: int
-    covariance: str
-    between_client: bool
-    min_count: int
-    shrink_target: str
-    server_floor: float
+    @property
+    def latent(self) -> str: ...
+    @property
+    def common_map(self) -> str: ...
+    @property
+    def common_size(self) -> int: ...
+    @property
+    def covariance(self) -> str: ...
+    @property
+    def between_client(self) -> bool: ...
+    @property
+    def min_count(self) -> int: ...
+    @property
+    def shrink_target(self) -> str: ...
+    @property
+    def server_floor(self) -> float: ...
 
 
 class DescribeLatents(Algorithm):
@@ -38,7 +46,7 @@ class DescribeLatents(Algorithm):
         super().__init__(config, problem)
         self.latent = LATENTS[config.latent](config, problem)
         self.full = moments.needs_full(config.covariance)
-        self.read: tuple[Tree, AnnouncedGaussians | None] = ({}, None)          # the last message, and what it says
+        self.read: tuple[Tree, AnnouncedGaussians] | None = None   # the last message, and what it says
 
     def modules(self, architecture: str) -> dict[str, nn.Module]:
         return super().modules(architecture) | self.latent.modules()
@@ -60,7 +68,7 @@ class DescribeLatents(Algorithm):
     def read_gaussians(self, message: Tree) -> AnnouncedGaussians:
         """The global statistics of a message, ready to be drawn from; read once for all groups, verbs and chunks that it comes to."""
         told = {name: message[name] for name in ("has", "mean", "spread")}
-        if self.read[1] is None or any(leaf is not self.read[0][name] for name, leaf in told.items()):
+        if self.read is None or any(leaf is not self.read[0][name] for name, leaf in told.items()):
             self.read = told, AnnouncedGaussians.from_message(told, self.config.covariance, self.problem.device)
         return self.read[1]
 

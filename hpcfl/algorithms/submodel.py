@@ -31,6 +31,8 @@ class Config:
 class MaskAbsentClasses(nn.Module):
     """Logits, zero for classes that a client has no images of (Diao et al., section 3.3; zero, not -infinity, as in their code)."""
 
+    classes: Tensor
+
     def __init__(self, classes: int):
         super().__init__()
         self.register_buffer("classes", torch.ones(classes, dtype=torch.bool))

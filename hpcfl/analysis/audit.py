@@ -72,7 +72,8 @@ def render(found: Mapping[str, Any]) -> str:
 
 
 def _classifiers(world: World, state: State, clients: Sequence[int], pool: Shard) -> list[Found]:
-    rows, wanted = {}, set(clients)
+    rows: dict[int, Found] = {}
+    wanted = set(clients)
     audited = [parked for parked in state.groups if wanted & set(parked.clients)]
     for architecture in {parked.architecture for parked in audited}:
         groups = [parked for parked in audited if parked.architecture == architecture]

@@ -47,7 +47,7 @@ class Sampler:
             return None
         step, place = able[-1]
         group = next(group for group in state.groups if client in group.clients).fetch().select([client])
-        return Sampler(step, group, step.receive(step.publish(state.server), group.architecture), world.client_site(group, place.phase, place.round))
+        return Sampler(step, group, step.receive(step.publish(state.at_server()), group.architecture), world.client_site(group, place.phase, place.round))
 
     def draw(self, per_class: int) -> tuple[Tensor, Tensor] | None:
         """Samples (C, per_class, c, h, w) and which classes have any, (C,)."""
@@ -70,7 +70,7 @@ def measure(world: World, state: State, clients: Sequence[int], pool: Shard, per
     """
     sampler, judge = (Sampler.find(world, state, clients[0], verb) for verb in ("draw", "generator_losses"))
     drawn = sampler.draw(per_class) if sampler else None
-    if drawn is None or not bool(drawn[1].any()):
+    if sampler is None or drawn is None or not bool(drawn[1].any()):
         return {"left_out": f"{world.job.algorithm_name} has no generator of images or of maps of them at this checkpoint"}, {}
     problem, test, device = world.problem, world.test, world.problem.device
     counts = torch.bincount(test.labels, minlength=problem.classes).clamp(max=per_class) * drawn[1].to(device)
@@ -94,9 +94,9 @@ def measure(world: World, state: State, clients: Sequence[int], pool: Shard, per
     found = {
         "client": clients[0], "phase": sampler.site.phase, "space": space, "samples_per_class": per_class, "samples": len(samples), "members": len(members),
         "attacks": _attacks(sampler, judge, members, others, pool, samples, reals),
-        "mnd": {name: {"samples": asdict(likeness.mnd(*each[:3])), "real": asdict(likeness.mnd(*each[:2], each[3])) if reals else None}
+        "mnd": {name: {"samples": asdict(likeness.mnd(each[0], each[1], each[2])), "real": asdict(likeness.mnd(each[0], each[1], each[3])) if reals else None}
                 for name, each in sets.items()},
-        "fid": {"space": last} | _fid(*sets[last][:3], members.labels, held_out.labels),
+        "fid": {"space": last} | _fid(sets[last][0], sets[last][1], sets[last][2], members.labels, held_out.labels),
         "samples_nearer_than_any_held_out_percent": 100 * float((measure_nearest(samples, train) < measure_nearest(fresh, train).min()).double().mean()),
         "closest_pairs": {name: [{"training_index": int(indices[point]), "class": int(members.labels[point]), "l2_distance": distance}
                                  for point, distance in zip(each.points.tolist(), each.distances.tolist(), strict=True)] for name, each in pairs.items()}}
@@ -139,7 +139,7 @@ def _attacks(sampler: Sampler, judge: Sampler | None, members: Shard, others: Sh
     else:
         found["nearest_calibrated"] = {"left_out": "too few images of a class are left that nobody trained on; take fewer --samples, "
                                                    "or a run with data.fraction below 1"}
-    everything = Shard(*(torch.cat([getattr(side, name) for side in sides]) for name in ("images", "labels")), members.scale)
+    everything = Shard(torch.cat([side.images for side in sides]), torch.cat([side.labels for side in sides]), members.scale)
     found["loss"] = attack((-judge.losses(everything)).split([len(side) for side in sides])) if judge else {"left_out": "this generator has no loss of single images"}
     return found
 

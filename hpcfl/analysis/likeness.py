@@ -66,7 +66,8 @@ def find_closest(points: Tensor, others: Tensor, count: int) -> Pairs:
 
     Fewer where the points have fewer nearest others. Raises: as `membership.nearest`.
     """
-    distances, chosen, flat = measure_nearest(points, others).sqrt(), {}, others.flatten(1).double()
+    distances, flat = measure_nearest(points, others).sqrt(), others.flatten(1).double()
+    chosen: dict[int, int] = {}
     for point in distances.argsort(stable=True).tolist():
         other = int((flat - points[point].flatten()).square().sum(1).argmin())
         chosen.setdefault(other, point)                            # points come nearest first

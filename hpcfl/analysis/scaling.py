@@ -111,13 +111,13 @@ def predict(round_: Round, wire: Wire, ranks: int, clients: int) -> dict[str, An
     alone, parts = (split_seconds(round_, wire, count, clients) for count in (1, ranks))
     speed_up = sum(alone.values()) / sum(parts.values())
     return {"ranks": ranks, "round_s": sum(parts.values()), **{f"{name}_s": seconds for name, seconds in parts.items()}, "speed_up": speed_up,
-            "efficiency": speed_up / ranks, "limit": max(parts, key=parts.get), "clients_per_rank": find_enough_clients(round_, wire, ranks)}
+            "efficiency": speed_up / ranks, "limit": max(parts, key=parts.__getitem__), "clients_per_rank": find_enough_clients(round_, wire, ranks)}
 
 
 def split_seconds(round_: Round, wire: Wire, ranks: int, clients: int) -> dict[str, float]:
     """The seconds of a round by part."""
     again = np.arange(clients) % round_.clients
-    home = np.array(place_clients(round_.costs[again], ranks, round_.server))
+    home = np.array(place_clients(round_.costs[again].tolist(), ranks, round_.server), int)
     mean, waiting = {}, 0.0
     for name, seconds in round_.work_s.items():
         loads = np.stack([np.bincount(home, row[again], ranks) for row in seconds])                     # (R, ranks)
@@ -168,7 +168,7 @@ def measure_round(recording: Recording, wire: Wire, phase: str | None = None) ->
         raise JobError(f"{recording.folder}: its metrics.h5 has no '{missing[0]}'; it was written by an earlier hpcfl, so run some rounds of the job anew")
     phases = arrays["rounds/phase"]
     took = {str(name): arrays["rounds/wall_s"][phases == name].sum() for name in phases}
-    chosen = phase or max(took, key=took.get)
+    chosen = phase or max(took, key=took.__getitem__)
     if chosen not in took:
         raise JobError(f"{recording.folder}: has no phase '{chosen}', wanted one of {', '.join(took)}")
     rows, ranks, flops = phases == chosen, recording.ranks, arrays["clients/forward_flops"]

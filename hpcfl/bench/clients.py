@@ -23,7 +23,7 @@ from hpcfl.runs import launch
 from hpcfl.runs.console import Console
 from hpcfl.runs.simulation import Simulation
 from hpcfl.settings.job import resolve
-from hpcfl.wire.communicator import Communicator
+from hpcfl.wire.communicator import Communicator, require_server
 from hpcfl.wire.launchers import OF_THE_JOB
 
 CLIENTS = (10, 100, 1000)
@@ -73,7 +73,7 @@ def measure_case(comm: Communicator, arguments: Namespace, residency: str, count
     rounds_s = [row["wall_s"] - float(row["seconds"]["evaluate"].max()) for row in rows[1:]]
     states = {name: tree.nbytes(world.problem.structure(name).state_dict()) for name in ARCHITECTURES}
     return {"ranks": comm.size, "residency": residency, "chunk": chunk, "clients": count, "round_s": round(median(rounds_s), 3),
-            "peak_memory_bytes": max(peaks), "before_bytes": max(before),
+            "peak_memory_bytes": max(require_server(peaks)), "before_bytes": max(require_server(before)),
             "state_bytes": sum(states[name] for name in world.problem.architectures)}
 
 

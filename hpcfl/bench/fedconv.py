@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from hpcfl import tree
 from hpcfl.algorithms import CONFIGS
 from hpcfl.algorithms.fedconv import Config, FedConv
-from hpcfl.contract import Problem, Totals
+from hpcfl.contract import Algorithm, Problem, Totals
 from hpcfl.data.shards import Shard, iterate_epochs
 from hpcfl.federation.exchange import Exchange
 from hpcfl.federation.ledger import Ledger
@@ -23,7 +23,7 @@ from hpcfl.federation.world import World
 from hpcfl.runs import launch
 from hpcfl.settings.job import Job, resolve
 from hpcfl.training.group import Group
-from hpcfl.wire.communicator import Communicator
+from hpcfl.wire.communicator import Communicator, require_server
 from hpcfl.wire.uplink import Uploads
 
 CLASSES_OF_SIZE = [0, 0, 1, 1, 1, 1, 2, 2, 2, 2]                   # the authors' ten clients
@@ -67,7 +67,7 @@ class Timed(FedConv):
     def train_public(self, site, group, module, count, lr, purpose, *others, **named) -> Group:
         start = time.perf_counter()
         trained = super().train_public(site, group, module, count, lr, purpose, *others, **named)      # reads its losses back: the device has finished
-        steps = count * len(site.public) // BATCH * len(group.clients)
+        steps = count * len(site.require_public()[0]) // BATCH * len(group.clients)
         self.laps[purpose.split()[0], group.architecture].append((time.perf_counter() - start) / steps)
         return trained
 
@@ -105,9 +105,10 @@ def measure_engine(world: FedConvNoise) -> dict[str, Any]:
     told = comm.gather(([account["seconds"]["idle"] for account in accounts], [dict(step.laps) for step in world.plan[0].steps]))
     if not comm.is_server:
         return {}
-    laps = [each for _, booked in told for each in booked]
+    answers = require_server(told)
+    laps = [each for _, booked in answers for each in booked]
     return {"plain_step_ms": to_milliseconds(median(plain)), **{figure: to_milliseconds(find_typical(laps, work)) for figure, work in WORKS.items()},
-            "server_phase_s": round(median(account["wall_s"] for account in accounts), 3), "idle_s": [round(median(idle), 3) for idle, _ in told]}
+            "server_phase_s": round(median(account["wall_s"] for account in accounts), 3), "idle_s": [round(median(idle), 3) for idle, _ in answers]}
 
 
 def run_server_phase(exchange: Exchange, state: State, place: Place) -> State:
@@ -117,9 +118,9 @@ def run_server_phase(exchange: Exchange, state: State, place: Place) -> State:
     return exchange.serve(step, "aggregate", state, place, return_untrained(step, state) if exchange.world.comm.is_server else {})
 
 
-def return_untrained(step: FedConv, state: State) -> Totals:
+def return_untrained(step: Algorithm, state: State) -> Totals:
     """Uploads of clients that trained nothing."""
-    message = step.publish(state.server)
+    message = step.publish(state.at_server())
     return {"models": Uploads({client: tree.join(model=step.receive(message, architecture)) | {"samples": torch.tensor(100.0, dtype=torch.float64)}
                                for client, architecture in enumerate(step.problem.architectures)})}
 

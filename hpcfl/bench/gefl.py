@@ -6,15 +6,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hpcfl.algorithms import CONFIGS
-from hpcfl.algorithms.gefl import GENERATOR, build_generator
-from hpcfl.algorithms.gefl_f import EXTRACTOR, Config
+from hpcfl.algorithms.gefl import GENERATOR, TrainGenerator, build_generator
+from hpcfl.algorithms.gefl_f import EXTRACTOR, Config, TrainHeaders
 from hpcfl.contract import ClientSite, Holdings
 from hpcfl.data.shards import Shard, iterate_epochs, list_batch_sizes
 from hpcfl.federation.exchange import Exchange
@@ -23,6 +23,7 @@ from hpcfl.federation.loop import rounds
 from hpcfl.federation.state import Place, State, begin
 from hpcfl.federation.world import World
 from hpcfl.generators.ddpm import Ddpm
+from hpcfl.models.classifier import Shape
 from hpcfl.runs import launch
 from hpcfl.settings.job import Job, resolve
 from hpcfl.training.evaluate import bind
@@ -89,7 +90,8 @@ class GeFLNoise(World):
 def measure_phases(world: GeFLNoise) -> tuple[dict[str, list[float]], dict[str, tuple[str, list[float]]], list[dict[str, Any]]]:
     """Seconds of each phase's rounds but its first; on one rank {bare loop: (phase, its seconds)}; and rows of what this rank did in them."""
     comm, ledger = world.comm, Ledger(world.problem.device)
-    laps, accounts, bare = defaultdict(list), defaultdict(list), {name: (phase, []) for name, (phase, *_) in BARE.items()} if comm.size == 1 else {}
+    laps, accounts = defaultdict(list), defaultdict(list)
+    bare: dict[str, tuple[str, list[float]]] = {name: (phase, []) for name, (phase, *_) in BARE.items()} if comm.size == 1 else {}
     state = begin(world)
     comm.barrier()
     start = time.perf_counter()
@@ -112,26 +114,26 @@ def measure_phases(world: GeFLNoise) -> tuple[dict[str, list[float]], dict[str, 
 def list_sites(world: GeFLNoise, state: State, place: Place) -> Iterator[tuple[int, str, ClientSite]]:
     """This rank's clients, their architectures and what they may see."""
     for group in state.groups:
-        site = world.client_site(group, place.phase, place.round)
+        site = world.client_site(group.fetch(), place.phase, place.round)
         yield from ((client, group.architecture, site) for client in group.clients)
 
 
 def time_bare_generator(world: GeFLNoise, state: State, place: Place, **settings: Any) -> float:
     """Seconds in which torch.optim.Adam with these settings takes one network through the batches of a generator round."""
-    (step,), device = place.phase.steps, world.problem.device
+    step, device = cast(TrainGenerator, place.phase.steps[0]), world.problem.device
     (rule,), ((_, loss),) = step.generative.rules(), step.generative.losses()
     modules = Modules(step.initialise("init/generator")).to(device)
     optimizer = torch.optim.Adam(modules.parameters(), lr=rule.lr, betas=rule.betas, weight_decay=rule.weight_decay, **settings)
     start = time.perf_counter()
     for client, _, site in list_sites(world, state, place):
-        for batch in step.batches(state.server, site, client, BATCH):
+        for batch in step.batches(state.at_server(), site, client, BATCH):
             update(optimizer, modules(loss, batch, {})[0])
     return measure_elapsed(start, device)
 
 
 def time_bare_header(world: GeFLNoise, state: State, place: Place) -> float:
     """Seconds in which torch.optim.SGD takes a header of each client through the samples and maps of a header round."""
-    (step,), device, training = place.phase.steps, world.problem.device, world.job.training
+    step, device, training = cast(TrainHeaders, place.phase.steps[0]), world.problem.device, world.job.training
     generator = step.initialise("init/generator")[GENERATOR].to(device).eval()
     models = {client: world.problem.structure(architecture) for client, architecture, _ in list_sites(world, state, place)}
 
@@ -141,7 +143,7 @@ def time_bare_header(world: GeFLNoise, state: State, place: Place) -> float:
     start = time.perf_counter()
     for client, _, site in list_sites(world, state, place):
         header = [leaf for path, leaf in models[client].named_parameters() if not path.startswith(EXTRACTOR)]
-        own = iterate_epochs(step.space.encode_own(state.server, site, client), BATCH, training.epochs, site.stream("batches", client))
+        own = iterate_epochs(step.space.encode_own(state.at_server(), site, client), BATCH, training.epochs, site.stream("batches", client))
         for batches in (step.draw_batches(draw, site, client), own):
             optimizer = torch.optim.SGD(header, lr=training.lr)
             for batch in batches:
@@ -159,7 +161,7 @@ def update(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
 def time_sampling(world: GeFLNoise, repetitions: int, compiling: bool) -> dict[str, float]:
     """{"ddpm_samples_per_s": ...} of networks as they are initialised, all kinds in turn; where wanted, compiled too if they sample in many calls."""
     problem, device = world.problem, world.problem.device
-    shape, y = problem.structure(problem.sizes.every[0]).maps_shape, torch.arange(DRAWN[device.type], device=device) % problem.classes
+    shape, y = cast(Shape, problem.structure(problem.sizes.every[0]).maps_shape), torch.arange(DRAWN[device.type], device=device) % problem.classes
     kinds = {name: build_generator(Config(**settings), shape, problem.classes, True) for name, settings in SAMPLED.items()}
     ways, laps = [(name, kind, False) for name, kind in kinds.items()], defaultdict(list)
     ways += [(f"{name}_compiled", kind, True) for name, kind in kinds.items() if compiling and kind.calls > 1]

@@ -25,7 +25,7 @@ from hpcfl.runs import launch
 from hpcfl.settings.job import Job, resolve
 from hpcfl.training.group import Group
 from hpcfl.training.losses import cross_entropy
-from hpcfl.wire.communicator import Alone, Communicator, connect
+from hpcfl.wire.communicator import Alone, Communicator, connect, require_server
 from hpcfl.wording import align_rows
 
 
@@ -73,7 +73,7 @@ def measure_work(work: str, engine: str, compile: str, job: Job, device: torch.d
     """One way to do one kind of work: the first passes (with the compilation, where there is one), and then the steps that count."""
     job = replace(job, run=replace(job.run, compile=compile), training=replace(job.training, engine=engine))
     world = World(job, Communicator(Alone()), device)
-    group, phase = world.join()[0], world.plan[0]
+    group, phase = world.join()[0].fetch(), world.plan[0]
     carry_out = WORKS[work](phase.steps[0], group, world.client_site(group, phase, 0), world.server_site(phase, 0, Ledger(device)))
     first_s = time_call(carry_out, device)
     if device.type == "cuda":
@@ -97,7 +97,7 @@ def run_generator(step: FedVTC, group: Group, site: ClientSite, server_site: Ser
     """The generator's training on the statistics of untrained features, as in the first round that has any."""
     latents = step.encode(group, site)
     local = step.measure(latents, site)
-    server = step.aggregate(step.found(server_site), Communicator(Alone()).combine(step.upload(local)), server_site)
+    server = step.aggregate(step.found(server_site), require_server(Communicator(Alone()).combine(step.upload(local))), server_site)
     return partial(step.train_generator, group, latents, local, step.read_gaussians(step.publish(server)), site)
 
 

@@ -44,7 +44,7 @@ def compute_digest(data: Labelled) -> str:
     """SHA-256 over the bytes of training images, training labels, test images, test labels (labels as little-endian int64)."""
     hasher = hashlib.sha256()
     for part in PARTS:
-        hasher.update(np.ascontiguousarray(getattr(data, f"{part}_images")))
+        hasher.update(np.ascontiguousarray(getattr(data, f"{part}_images")).data)
         hasher.update(getattr(data, f"{part}_labels").astype("<i8"))
     return hasher.hexdigest()
 

@@ -20,12 +20,12 @@ def number_labels(where: str, train: np.ndarray, test: np.ndarray) -> tuple[np.n
         raise DataError(f"{where}: training label {found[0]} is negative; classes are numbered from 0: leave out images without a class, or number it anew")
     absent = {label: int((test == label).sum()) for label in sorted(set(test.tolist()) - set(found))}
     if absent:
-        raise DataError(f"{where}: {count_text(sum(absent.values()), 'test image')} of class {list_text(absent)}, which has no training images (those are of class "
+        raise DataError(f"{where}: {count_text(sum(absent.values()), 'test image')} of class {list_text(tuple(absent))}, which has no training images (those are of class "
                         f"{list_text(found)}); leave them out of the test part, or add such images to the training part")
     number = {label: index for index, label in enumerate(found)}
-    parts = [np.array([number[label] for label in labels.tolist()], dtype=np.int64) for labels in (train, test)]
+    numbered, asked = (np.array([number[label] for label in labels.tolist()], dtype=np.int64) for labels in (train, test))
     note = f"labels {list_text(found)} became the numbers 0 to {len(found) - 1}, in this order; the classes keep their labels as names"
-    return *parts, tuple(map(str, found)), () if found == list(range(len(found))) else (note,)
+    return numbered, asked, tuple(map(str, found)), () if found == list(range(len(found))) else (note,)
 
 
 def name_classes(names: Sequence[str], classes: int) -> tuple[str, ...]:
@@ -40,7 +40,7 @@ def list_remarks(names: Sequence[str], counts: Counts) -> list[str]:
     if len(names) == 1:
         found.append(f"all images are of one class, '{names[0]}': the accuracy of every model is 100")
     if untrained:
-        found.append(f"{_classes_text(untrained)} no training images, so that no model can learn of them; where they are only gaps between labels, "
+        found.append(f"{_classes_text(tuple(untrained))} no training images, so that no model can learn of them; where they are only gaps between labels, "
                      "delete the data set's file in the cache and import it again, which numbers the classes without gaps")
     if only_trained := [name for name in untested if name not in untrained]:
         found.append(f"{_classes_text(only_trained)} no test images, so that accuracies say nothing of them")

@@ -21,7 +21,7 @@ from hpcfl.training.losses import cross_entropy
 from hpcfl.training.optimizers import Optimizer
 from hpcfl.training.turns import Turn
 from hpcfl.tree import Tree
-from hpcfl.wire.communicator import SMALL_CALLS, Communicator
+from hpcfl.wire.communicator import SMALL_CALLS, Communicator, require_server
 from hpcfl.wire.uplink import choose_wire_type
 
 BATCHES, ENOUGH_S = 5, 2.0                                         # batches that are timed of each architecture, and when fewer will do
@@ -75,8 +75,8 @@ def estimate(comm: Communicator, job: Job, device: torch.device, wire: Sequence[
     told = comm.gather((load, failed))
     if not comm.is_server:
         return None, {}
-    faults = {rank: said for rank, (_, said) in enumerate(told) if said}
-    return (None, faults) if faults else (estimate_round(world, tuple(each for each, _ in told), wire), {})
+    faults = {rank: said for rank, (_, said) in enumerate(require_server(told)) if said}
+    return (None, faults) if faults else (estimate_round(world, tuple(each for each, _ in require_server(told) if each is not None), wire), {})
 
 
 def measure_load(world: World) -> Load:

@@ -16,7 +16,7 @@ from hpcfl.doctor.run_checks import RUN_CHECKS
 from hpcfl.errors import EnvironmentFault
 from hpcfl.runs import launch
 from hpcfl.settings.job import Job, load
-from hpcfl.wire.communicator import Communicator
+from hpcfl.wire.communicator import Communicator, require_server
 from hpcfl.wire.launchers import Launch
 from hpcfl.wording import align_rows, byte_text, count_text, duration_text
 
@@ -36,11 +36,11 @@ def examine(comm: Communicator, told: Launch | None, job_file: Path | None, over
     _, faults = gather_values(comm, None, fault)
     faults |= {each.rank: each.device_fault for each in facts if each.device_fault}
     guess = None
-    if job_file and not comm.agree(bool(faults or silent)):
+    if job_file and not comm.agree(bool(faults or silent)) and job is not None:
         guess, faults = estimate_job(comm, job, wire)
     if not comm.is_server:
         return None
-    return Examined(comm.size, told, tuple(facts), silent, wire, folder, job, faults if job_file else None, guess)
+    return Examined(comm.size, told, tuple(facts), silent, wire, require_server(folder), job, faults if job_file else None, guess)
 
 
 def gather_values(comm: Communicator, value: Any, fault: str) -> tuple[list[Any], dict[int, str]]:

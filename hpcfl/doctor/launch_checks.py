@@ -129,7 +129,7 @@ def check_unused_gpus(examined: Examined) -> Finding | None:
 
 def check_device_buffers(examined: Examined) -> Finding:
     """Whether MPI can read GPU memory: good to know, no more."""
-    told = group_by_trait([facts for facts in examined.facts if facts.device_buffers], lambda facts: facts.device_buffers)
+    told = group_by_trait([facts for facts in examined.facts if facts.device_buffers], lambda facts: facts.device_buffers or "")
     if not told:
         return Finding("CUDA-aware MPI", OK, "not probed: no rank uses a GPU")
     if set(told) == {"yes"}:
@@ -144,7 +144,7 @@ def check_compiler(examined: Examined) -> Finding:
         return Finding("compiler", WARNING, f"{reasons_text(missing)}; training runs uncompiled, also where run.compile asks for more",
                        "for a CPU: a C++ compiler with OpenMP (apt-get install g++, module load gcc, or its name in CXX); for CUDA: triton, which comes with "
                        "torch's CUDA wheels, and a C compiler (gcc, or CC); for both the headers of Python (apt-get install python3-dev)")
-    found = group_by_trait([facts for facts in examined.facts if facts.compiler], lambda facts: facts.compiler)
+    found = group_by_trait([facts for facts in examined.facts if facts.compiler], lambda facts: facts.compiler or "")
     return Finding("compiler", OK, f"{' and '.join(found)} for torch.compile")
 
 
@@ -187,7 +187,7 @@ def check_load(examined: Examined) -> Finding | None:
 
 def check_memory(examined: Examined) -> Finding:
     """Whether hosts and devices have the memory that the job is estimated to need."""
-    rows = []                                                      # (bytes left, needed, a little, text)
+    rows: list[tuple[float, float, float, str]] = []                 # (bytes left, needed, a little, text)
     for host in group_by_trait(examined.facts, lambda facts: facts.host):
         here = examined.on(host)
         left, needed = min(facts.memory_left_bytes for facts in here), sum(examined.needs(facts) for facts in here if facts.device_free_bytes is None)
@@ -195,8 +195,8 @@ def check_memory(examined: Examined) -> Finding:
         rows.append((left, needed, LITTLE_BYTES * len(here), f"{host}: {byte_text(left)} left beside {count_text(len(here), 'rank')} of {byte_text(held)}"))
     for facts in examined.facts:
         if facts.device_free_bytes is not None:
-            left = facts.device_free_bytes / sum(other.device_id == facts.device_id for other in examined.on(facts.host))
-            rows.append((left, examined.needs(facts), LITTLE_BYTES, f"rank {facts.rank}: {byte_text(left)} left on {facts.device}"))
+            share = facts.device_free_bytes / sum(other.device_id == facts.device_id for other in examined.on(facts.host))
+            rows.append((share, examined.needs(facts), LITTLE_BYTES, f"rank {facts.rank}: {byte_text(share)} left on {facts.device}"))
     lacking = [f"{text}, and the job may need {byte_text(needed)} more" for left, needed, _, text in rows if needed > left]
     if lacking:
         return Finding("memory", PROBLEM, "; ".join(lacking), "more hosts, fewer clients, a smaller training.batch, or more memory for the job: sbatch --mem")

@@ -27,7 +27,7 @@ import hpcfl
 from hpcfl.errors import EnvironmentFault, HpcflError
 from hpcfl.runs import launch
 from hpcfl.runs.host_limits import read_launcher_cores, read_memory_left_bytes, read_quota_cores, read_thread_limit
-from hpcfl.wire.communicator import Communicator
+from hpcfl.wire.communicator import Communicator, require_server
 from hpcfl.wire.launchers import OF_THE_JOB
 
 LIMIT_S = 60                                                       # of a process that a probe starts
@@ -96,7 +96,7 @@ def look_around(comm: Communicator, wanted: str, cores: float) -> Facts:
         cores=cores, bound_cores=tuple(sorted(launch.find_bound_cores())), launcher_cores=read_launcher_cores(), quota_cores=quota if quota < math.inf else None,
         memory_left_bytes=read_memory_left_bytes(), resident_bytes=psutil.Process().memory_info().rss, compiler=compiler, compiler_fault=compiler_fault,
         device_buffers=(try_device_buffers(str(device)) if of_gpu else "") if first else None, mpirun=ask_mpirun() if first else None,
-        thread_limit=limit if (limit := read_thread_limit()) < math.inf else None, load=psutil.getloadavg()[0], host_cores=os.cpu_count() or 1)
+        thread_limit=int(limit) if (limit := read_thread_limit()) < math.inf else None, load=psutil.getloadavg()[0], host_cores=os.cpu_count() or 1)
 
 
 def find_versions(comm: Communicator) -> dict[str, str]:
@@ -178,7 +178,7 @@ def time_wire(comm: Communicator) -> list[dict[str, Any]]:
             count = comm.share(max(FEWEST_LAPS, min(MOST_LAPS, int(LAPS_S / each_s))))
             told = comm.gather([time_lap(comm, carry_out) for _ in range(count)])
             if comm.is_server:
-                slowest = [max(laps) for laps in zip(*told, strict=True)]
+                slowest = [max(laps) for laps in zip(*require_server(told), strict=True)]
                 rows.append({"collective": name, "rank_bytes": size, "median_s": round(median(slowest), 9), "repetitions": count})
     return rows
 

@@ -35,7 +35,7 @@ def check_run_folder(examined: Examined) -> Finding:
     kind = f" ({folder.file_system})" if folder.file_system else ""
     text = f"{folder.folder}{kind}: {byte_text(folder.free_bytes)} free; {byte_text(folder.written_bytes)} of HDF5 by each rank written, flushed and read back in " \
            f"{duration_text(folder.write_s)}"
-    needed = estimate.state_bytes * (examined.job.checkpoint.keep + KEPT_BESIDE) if estimate else 0
+    needed = estimate.state_bytes * (examined.job.checkpoint.keep + KEPT_BESIDE) if estimate and examined.job else 0
     if needed > folder.free_bytes:
         return Finding("run folder", PROBLEM, f"{text}; the checkpoints of this job may take {byte_text(needed)}",
                        "free space, choose another --out, or lower checkpoint.keep")
@@ -84,7 +84,7 @@ def check_job(examined: Examined) -> Finding | None:
     """Whether the job could begin here, and gives every rank something to do."""
     if examined.job_faults is None:
         return None
-    if examined.estimate is None:
+    if examined.estimate is None or examined.job is None:
         return Finding("job", PROBLEM, reasons_text(examined.job_faults or examined.silent), "mend what it names; hpcfl run JOB --dry-run tries the same")
     described, estimate = examined.job, examined.estimate
     text = f"{described.run.name}: {described.algorithm_name} on {described.data.name}, {count_text(estimate.clients, 'client')} on " \

@@ -17,7 +17,7 @@ import torch
 from hpcfl.doctor.probes import LIMIT_S, attempt
 from hpcfl.errors import CheckpointError
 from hpcfl.files import trees
-from hpcfl.wire.communicator import Communicator
+from hpcfl.wire.communicator import Communicator, require_server
 
 SIGN = "here"                                                      # a file that rank 0 leaves for the others to see
 SEEN_WITHIN_S = 5.0                                                # network file systems may show others a new file seconds later
@@ -83,12 +83,13 @@ def examine_folder(comm: Communicator, place: Path) -> dict[str, Any]:
     replaced, reads = rename(comm, place / "LATEST", not blind)
     if not comm.is_server:
         return {}
-    unseen = {rank: blind for rank, (blind, _, _) in enumerate(told) if blind}
-    unwritable = {rank: fault for rank, (_, _, fault) in enumerate(told) if fault}
+    answers = require_server(told)
+    unseen = {rank: blind for rank, (blind, _, _) in enumerate(answers) if blind}
+    unwritable = {rank: fault for rank, (_, _, fault) in enumerate(answers) if fault}
     written = [rank for rank in range(comm.size) if rank not in unseen | unwritable]
     attempt(wait_for, lambda: all(files[rank].is_file() for rank in written), "")
     unseen |= {rank: "rank 0 does not see what it wrote" for rank in written if not files[rank].is_file()}
-    slowest_s = max((took for _, took, _ in told if took), default=0.0)
+    slowest_s = max((took for _, took, _ in answers if took), default=0.0)
     return {"written_bytes": 4 * WRITTEN, "write_s": round(slowest_s, 4), "unwritable": unwritable, "unseen": unseen, "locks": locks, "replaced": replaced,
             "reads": sum(count for count, _ in reads), "torn": {rank: fault for rank, (_, fault) in enumerate(reads) if fault}}
 
@@ -138,7 +139,7 @@ def rename(comm: Communicator, file: Path, sees: bool) -> tuple[int, list[tuple[
     comm.barrier()
     if comm.is_server:
         replaced, fault = attempt(keep_replacing, file)
-        return replaced or 0, comm.gather((0, fault))
+        return replaced or 0, comm.gather((0, fault)) or []
     _, late = attempt(wait_for, file.is_file, f"it does not appear within {SEEN_WITHIN_S:g} s") if sees else (None, "")
     return 0, comm.gather(keep_reading(file) if sees and not late else (0, late)) or []
 

@@ -38,7 +38,7 @@ class Message:
     """What a step has published of one version of the server's state, as far as somebody has asked for it."""
 
     version: int                                                   # of the server's state
-    whole: Tree | None                                             # at the server
+    whole: Tree                                                    # at the server, empty elsewhere
     downloads: dict[str, Download] = field(default_factory=dict)   # by architecture
     trees: dict[str, Tree] = field(default_factory=dict)           # the same, at the server
     ranks: dict[str, set[int]] = field(default_factory=dict)       # where it has arrived, by architecture
@@ -65,12 +65,12 @@ class Delivery:
         if all(ranks <= message.ranks.get(architecture, set()) for architecture, ranks in wanted.items()):
             return message
         if self.comm.is_server:
-            before = tree.marks(state.server)
+            before = tree.marks(state.at_server())
             for architecture in wanted.keys() - message.trees.keys():
                 where = verb_text(step, "receive", f"for {architecture}")
                 with blame(step, "receive", f"for {architecture}"), step.problem.stream("receive", round_=state.version).seeding():
                     message.trees[architecture] = require_tree(where, step.receive(message.whole, architecture))
-                check_unwritten(where, before, state.server, "the server's state")
+                check_unwritten(where, before, state.at_server(), "the server's state")
                 told[architecture] = self._describe(message.trees[architecture], state)
         message.downloads |= self.comm.share(told)
         self._move({architecture: (ranks, len(readers[architecture])) for architecture, ranks in wanted.items()}, message.downloads, message.trees)
@@ -88,7 +88,8 @@ class Delivery:
 
         Who holds a model works with it; one that nobody holds whole is moved to all ranks. A rank that has no part in a model does not get its name.
         """
-        message, told, models = self._find_current(step, state), {}, {}
+        message, told = self._find_current(step, state), {}
+        models: Mapping[str, tuple[str, Tree]] = {}
         if self.comm.is_server:
             with blame(step, "global_models"):
                 models = require_models(verb_text(step, "global_models"), step.global_models(message.whole))
@@ -120,23 +121,24 @@ class Delivery:
         """The message of this version of the server's state, so far without readers if it is new."""
         message = self.messages.get(step)
         if message is None or message.version != state.version:
-            whole = self._publish_anew(step, state, message.whole if message else {}) if self.comm.is_server else None
+            whole = self._publish_anew(step, state, message.whole if message else {}) if self.comm.is_server else {}
             message = self.messages[step] = Message(state.version, whole)
         return message
 
     def _publish_anew(self, step: Algorithm, state: State, earlier: Tree) -> Tree:
-        before, where = tree.marks(state.server), verb_text(step, "publish")
+        server, where = state.at_server(), verb_text(step, "publish")
+        before = tree.marks(server)
         with blame(step, "publish"), step.problem.stream("publish", round_=state.version).seeding():
-            whole = require_tree(where, step.publish(state.server))
-        check_unwritten(where, before, state.server, "the server's state")
+            whole = require_tree(where, step.publish(server))
+        check_unwritten(where, before, server, "the server's state")
         check_kept(where, earlier, whole)
-        looked_at = set(map(id, state.server.values()))
+        looked_at = set(map(id, server.values()))
         derived = {path: leaf for path, leaf in whole.items() if id(leaf) not in looked_at}
         refuse_broken(derived, earlier, f"server, {where}", f"lower {step.problem.rates()}")
         return whole
 
     def _describe(self, read: Tree, state: State) -> Download:
-        owners = {id(leaf): path for path, leaf in state.server.items()}
+        owners = {id(leaf): path for path, leaf in state.at_server().items()}
         keys = {path: owners[id(leaf)] if id(leaf) in owners else f"{DERIVED}{tree.fingerprint({'': leaf})}" for path, leaf in read.items()}
         derived = sorted((path, key) for path, key in keys.items() if key.startswith(DERIVED))
         own = f"{DERIVED}{tree.number([path for path, _ in derived]):x}"

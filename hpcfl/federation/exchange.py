@@ -68,7 +68,7 @@ class Exchange:
             self.wait()
         return state
 
-    def serve(self, step: Algorithm, verb: str, state: State, place: Place, *what: Totals) -> State:
+    def serve(self, step: Algorithm, verb: str, state: State, place: Place, *what: Totals | None) -> State:
         """The server's next state under one verb; ranks that take no share of its work wait, and so does the server for those that do."""
         world, comm = self.world, self.world.comm
         site = world.server_site(place.phase, place.round, self.ledger, place.row)
@@ -82,7 +82,7 @@ class Exchange:
             return results
 
         def serving() -> tuple[Tree, set[str]]:
-            before, where = dict(state.server), verb_text(step, verb)
+            before, where = dict(state.at_server()), verb_text(step, verb)
             marks = tree.marks(before)
             with blame(step, verb), step.problem.stream(f"server/{place.phase.name}/{verb}", round_=place.round).seeding():
                 server = require_tree(where, getattr(step, verb)(state.server, *what, site))

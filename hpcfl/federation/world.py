@@ -95,7 +95,8 @@ class World:
         """The server's public images and their validation part, where a method wants them."""
         if self.job.data.public_fraction == 0:
             return None, None
-        return self._shards([self.split.public, self.split.public_validation])
+        public, validation = self._shards([self.split.public, self.split.public_validation])
+        return public, validation
 
     @cached_property
     def modules(self) -> Mapping[str, Mapping[str, nn.Module]]:
@@ -139,7 +140,8 @@ class World:
 
     def client_site(self, group: Group, phase: Phase, round_: int) -> ClientSite:
         """What a group may see in a round."""
-        holdings, remembered = ({client: every[client] for client in group.clients} for every in (self.holdings, self._remembered))
+        holdings = {client: self.holdings[client] for client in group.clients}
+        remembered = {client: self._remembered[client] for client in group.clients}
         if self._trainings[0] != (phase, round_):
             self._trainings = (phase, round_), Counter()
         return ClientSite(self.problem, holdings, self.modules[group.architecture], phase.name, round_, remembered, self._trainings[1])
@@ -150,7 +152,8 @@ class World:
 
     def found(self) -> Tree:
         """The server's state before the first round."""
-        site, server = self.server_site(self.plan[0], 0, Ledger(self.problem.device)), {}
+        site = self.server_site(self.plan[0], 0, Ledger(self.problem.device))
+        server: Tree = {}
         for step in self.steps:
             with blame(step, "found"), self.problem.stream("found").seeding():
                 server |= require_tree(verb_text(step, "found"), step.found(site))

@@ -31,12 +31,18 @@ class GenerativeModel(Protocol):
     ("symmetric"), or maps of a common extractor ("features"). Nothing clips samples to it: as in GeFL, CVAE and DDPM may leave it.
     """
 
-    shape: Shape
-    classes: int
-    value_range: str
-    decay: str                                                     # of the rate over the rounds of training: "none", or "linear" to zero
-    channels_last: bool | None                                     # memory format of training on a CPU, as `fit` takes it
-    calls: int                                                     # of "generator" in drawing one batch of samples
+    @property
+    def shape(self) -> Shape: ...
+    @property
+    def classes(self) -> int: ...
+    @property
+    def value_range(self) -> str: ...
+    @property
+    def decay(self) -> str: ...                                    # of the rate over the rounds of training: "none", or "linear" to zero
+    @property
+    def channels_last(self) -> bool | None: ...                    # memory format of training on a CPU, as `fit` takes it
+    @property
+    def calls(self) -> int: ...                                    # of "generator" in drawing one batch of samples
 
     def networks(self) -> dict[str, nn.Module]:
         """New networks, initialised from torch's global generator: "generator", which is what sampling needs, and what trains it."""

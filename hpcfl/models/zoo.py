@@ -68,7 +68,7 @@ def build(name: str, shape: Shape, classes: int, features: int = 64, norm: str =
         raise JobError(f"models.names: '{name}' got images of {shape[1]}x{shape[2]} pixels, wanted at least {family.smallest()}x{family.smallest()}; "
                        "choose another model or enlarge the images by data.image_size")
     try:
-        parts = family.build_trunk(tuple(shape), norm, own_width * width)
+        parts = family.build_trunk((shape[0], shape[1], shape[2]), norm, own_width * width)
     except JobError as error:
         raise JobError(f"models.names: '{name}': {error}") from error
     return Model(parts, shape, classes, features, feature_relu)

@@ -139,14 +139,15 @@ def _first_tables(runs: Sequence[Run], found: Mapping[str, Sequence[Found]]) -> 
     return ['<h2 id="results">Results</h2>', *tables, f"<p class=note>Accuracies in percent, the one to report in bold.</p><dl class=words>{legend}</dl>{told}"]
 
 
-def _architectures(found: dict[str, Any]) -> list[str]:
+def _architectures(found: Found) -> list[str]:
     over = found["accuracy"]["over_architectures"] or {"per_architecture": {}}
     accuracies = [*over["per_architecture"].items(), ("mean", over)] if over["per_architecture"] else []
     flops = [(phase, name, counted) for phase, entries in found["flops"].items() for name, counted in entries.items()]
-    tables = (("Architectures: size, time and bytes per client and round", ARCHITECTURE_COLUMNS, [(entry,) for entry in found["by_architecture"]]),
-              ("Architectures: mean accuracy of their clients, three ways", ACCURACY_COLUMNS, accuracies),
-              ("Architectures: floating-point operations per client and round, two for each multiply-add", FLOPS_COLUMNS, flops))
-    return [_table(*described, rows) for *described, rows in tables if rows]
+    tables: tuple[tuple[str, Mapping[str, Callable[..., str]], Sequence[tuple[Any, ...]]], ...] = (
+        ("Architectures: size, time and bytes per client and round", ARCHITECTURE_COLUMNS, [(entry,) for entry in found["by_architecture"]]),
+        ("Architectures: mean accuracy of their clients, three ways", ACCURACY_COLUMNS, accuracies),
+        ("Architectures: floating-point operations per client and round, two for each multiply-add", FLOPS_COLUMNS, flops))
+    return [_table(caption, columns, rows) for caption, columns, rows in tables if rows]
 
 
 def _flops_text(count: float | None) -> str:
@@ -192,7 +193,7 @@ def _percent_text(value: float | None) -> str:
     return NOTHING if value is None else f"{number_text(value)} %"
 
 
-def _per_client(found: dict[str, Any], direction: str) -> str:
+def _per_client(found: Found, direction: str) -> str:
     sent = found["bytes"]["per_client"][f"simulated_{direction}_bytes"]
     return byte_text(sum(sent) / max(1, len(sent)))
 
@@ -240,8 +241,8 @@ WORDS = ("After", "Phase", "Architecture")
 
 def _headline(run: Run, several: bool) -> str:
     recording, found, accuracy, sent = run.recording, run.found, run.found["accuracy"], run.found["bytes"]
-    known = {key: measure.select(accuracy) for key, measure in MEASURES.items()}
-    tiles = {name: (_percent_text(known[key]["mean"]), note) for key, (name, note) in _names(accuracy).items() if known[key] and known[key]["mean"] is not None}
+    known = {key: values for key, measure in MEASURES.items() if (values := measure.select(accuracy)) and values["mean"] is not None}
+    tiles = {name: (_percent_text(known[key]["mean"]), note) for key, (name, note) in _names(accuracy).items() if key in known}
     idle = "wall clock" if found["idle_share"] is None else f"waiting {number_text(100 * found['idle_share'])} %"
     idle += "" if found["load_balance"] is None or recording.ranks == 1 else f", busiest rank {number_text(found['load_balance'], 2)} of the mean"
     tiles |= {"Simulated bytes": (byte_text(sent["simulated_up_bytes"] + sent["simulated_down_bytes"]),
@@ -270,7 +271,7 @@ def _names(accuracy: Found) -> dict[str, tuple[str, str]]:
             "absent_classes": ("Absent classes", f"clients after {done}, test images of classes not in their data")}
 
 
-def _fold_details(recording: Recording, found: dict[str, Any]) -> list[str]:
+def _fold_details(recording: Recording, found: Found) -> list[str]:
     reached = [(target, cost) for target, cost in found["bytes"]["until_accuracy"].items() if cost is not None]
     model = {"global": "of the federation's own models", "generalization": "of the clients' models"}[found["bytes"]["until_accuracy_of"]]
     parts = {"Clients": _clients(recording, found), "Ranks": _ranks(recording, found),
@@ -279,7 +280,7 @@ def _fold_details(recording: Recording, found: dict[str, Any]) -> list[str]:
     return [f"<details><summary>{name}</summary>{inner}</details>" for name, inner in parts.items() if inner]
 
 
-def _clients(recording: Recording, found: dict[str, Any]) -> str:
+def _clients(recording: Recording, found: Found) -> str:
     counts, accuracy = recording.arrays.get("partition/train"), found["accuracy"]
     described = recording.datasets("clients")
     columns = {"Client": lambda client: str(client)}
@@ -304,7 +305,7 @@ def _clients(recording: Recording, found: dict[str, Any]) -> str:
     return _table("Last evaluation, bytes over all rounds", columns, ((client,) for client in range(recording.clients)))
 
 
-def _ranks(recording: Recording, found: dict[str, Any]) -> str:
+def _ranks(recording: Recording, found: Found) -> str:
     """Seconds of each rank, with what it waited of all its time; nothing for a single rank."""
     by_rank = found["seconds_by_rank"]
     if recording.ranks == 1 or not by_rank:

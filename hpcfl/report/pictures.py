@@ -109,7 +109,7 @@ def _before_after(recording: Recording) -> Picture | None:
     if end is None:
         return None
     now, refine = recording.accuracy("generalization", [end])[0], recording.refines(end)
-    if refine is not None:
+    if refine is not None and before is not None:
         title = f"Clients before and after {after_all_text(refine)}"
         points = {f"before {after_text(refine)}": (1, recording.accuracy("generalization", [before])[0]), f"after {after_text(refine)}": (0, now)}
     else:
@@ -170,7 +170,7 @@ def _traffic(recording: Recording) -> Picture | None:
     sent = {name: recording.per_round(path) for name, path in (("up", "simulated_up"), ("down", "simulated_down"), ("transported", "transported"))}
     up, down, transported = (byte_text(values.sum()) for values in sent.values())
     alt = f"Bytes per round. Totals: simulated up {up}, simulated down {down}, transported between ranks {transported}."
-    return Picture("bytes", "Bytes per round", alt, partial(figures.draw_traffic, **sent)) if any(values.any() for values in sent.values()) else None
+    return Picture("bytes", "Bytes per round", alt, partial(figures.draw_traffic, up=sent["up"], down=sent["down"], transported=sent["transported"])) if any(values.any() for values in sent.values()) else None
 
 
 def _seconds(recording: Recording) -> Picture | None:

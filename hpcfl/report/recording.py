@@ -21,6 +21,7 @@ BEFORE = "1"                                                       # its SIZE of
 OLD_REFINES = {"fedvtc": "finetune"}                               # of records that say nothing of the plan
 DEEP = 4                                                           # folders below a named one in which runs are looked for
 ROWS = "RE"                                                        # axes that grow: cut to the shortest, a write may have been interrupted
+Indices = Sequence[int] | np.ndarray                               # of evaluations or clients
 
 
 @dataclass(frozen=True)
@@ -92,12 +93,12 @@ class Recording:
         """How many clients average each part of models that any phase averages."""
         return {name: int(clients) for each in self.plan for name, clients in each["averages"].items()}
 
-    def accuracy(self, kind: str, evaluations: Sequence[int]) -> np.ndarray:
+    def accuracy(self, kind: str, evaluations: Indices) -> np.ndarray:
         """Accuracy of each client over all test samples in percent, (len(evaluations), K); `kind` is generalization, personal or validation."""
         correct, count = self._counted(kind, evaluations)
         return to_percent(correct.sum(-1), count.sum(-1))
 
-    def pooled_accuracy(self, kind: str, evaluations: Sequence[int], clients: Sequence[int]) -> np.ndarray:
+    def pooled_accuracy(self, kind: str, evaluations: Indices, clients: Indices) -> np.ndarray:
         """Accuracy in percent over the samples of some clients taken together, (len(evaluations),); `kind` as in `accuracy`."""
         correct, count = (part[:, clients].sum((1, 2)) for part in self._counted(kind, evaluations))
         return to_percent(correct, count)
@@ -110,7 +111,7 @@ class Recording:
         total = self.arrays["evaluation/generalization_count"].sum()
         return {str(name): float(to_percent(counts.sum(), total)) for name, counts in zip(names, correct[evaluation], strict=True) if (counts >= 0).all()}
 
-    def means(self, measure: str, evaluations: Sequence[int]) -> np.ndarray:
+    def means(self, measure: str, evaluations: Indices) -> np.ndarray:
         """The mean in percent over clients, or for "global" over the federation's own models, (len(evaluations),); NaN where there is none."""
         if measure != "global":
             return average(self.accuracy(measure, evaluations), 1)
@@ -164,7 +165,7 @@ class Recording:
         found = {str(name): np.flatnonzero(np.asarray(names) == name) for name in names}
         return dict(sorted(found.items(), key=lambda item: (-parameters[item[1][0]], item[0])))
 
-    def _counted(self, kind: str, evaluations: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    def _counted(self, kind: str, evaluations: Indices) -> tuple[np.ndarray, np.ndarray]:
         correct, count = self.arrays.get(f"evaluation/{kind}_correct"), self.arrays.get(f"evaluation/{kind}_count")
         if correct is None or count is None:
             shape = (len(evaluations), self.clients, self.classes)
@@ -219,7 +220,7 @@ def to_percent(correct: np.ndarray, count: np.ndarray) -> np.ndarray:
     return 100.0 * np.divide(correct, count, out=np.full(np.shape(correct), np.nan), where=np.asarray(count) > 0)
 
 
-def average(values: np.ndarray, axis: int) -> np.ndarray:
+def average(values: np.ndarray, axis: int) -> Any:
     """The mean along an axis that leaves NaN out; NaN, without a warning, where all of it is NaN."""
     known = np.isfinite(values)
     return np.divide(np.where(known, values, 0).sum(axis), known.sum(axis), out=np.full(known.sum(axis).shape, np.nan), where=known.any(axis))

@@ -19,6 +19,8 @@ class Averaged(Derived):
     element, each output channel, or each parameter tensor. With equal logits W' is the mean weighted by n_k.
     """
 
+    owner: Tensor
+
     def __init__(self, structure: nn.Module, models: int, granularity: str = "element", normalised: bool = True) -> None:
         super().__init__(structure)
         self.shapes = {path: tuple(parameter.shape) for path, parameter in structure.named_parameters()}
@@ -36,7 +38,7 @@ class Averaged(Derived):
         weights = [count / sum(samples) for count in samples]
         rows = torch.stack([weight * torch.cat([to_channels_last(model[path]).flatten() for path in self.shapes]) for weight, model in zip(weights, models, strict=True)])
         statistics = [path for path, leaf in tree.select_floating(models[0]).items() if path not in self.shapes]
-        mean = {path: sum(weight * model[path] for weight, model in zip(weights, models, strict=True)) for path in statistics}
+        mean = {path: sum((weight * model[path] for weight, model in zip(weights, models, strict=True)), torch.zeros(())) for path in statistics}
         return self.derive_buffers(mean) | {"shares": rows}
 
     def coverage(self, shapes: Mapping[str, torch.Size], little: float) -> Tensor:

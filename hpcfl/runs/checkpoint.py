@@ -19,6 +19,7 @@ from hpcfl.files import atomic, trees
 from hpcfl.runs.record import Record, measure_client_seconds
 from hpcfl.settings.job import find_differences, read_recorded
 from hpcfl.training.group import Group
+from hpcfl.wire.communicator import require_server
 
 CHECKPOINT_FORMAT = 2
 VERSION = "hpcfl"                                                  # what --may-differ calls the version that wrote a checkpoint
@@ -40,11 +41,12 @@ def save(folder: Path, world: World, state: State, record: Record, score: float 
         written[name] = {"sha256": trees.write_trees(target / name, _iterate_clients(state)), "clients": list(world.mine)}
         if comm.is_server:
             record.append(folder / "metrics.h5")                   # before the manifest: a record may run ahead of its checkpoint, never behind
-            written["server.h5"] = {"sha256": trees.write_trees(target / "server.h5", [("server", state.server)]), "clients": []}
+            written["server.h5"] = {"sha256": trees.write_trees(target / "server.h5", [("server", state.at_server())]), "clients": []}
     except CheckpointError as error:
         failure = str(error)
-    reports = comm.gather((written, failure))
+    gathered = comm.gather((written, failure))
     if comm.is_server:
+        reports = require_server(gathered)
         failure = next((text for _, text in reports if text), None)
         if failure is None:
             failure = _seal(folder, target, world, state, record, score, {name: entry for files, _ in reports for name, entry in files.items()})
@@ -72,7 +74,8 @@ def load(folder: Path, world: World, may_differ: Sequence[str] = ()) -> State | 
                               "Choose another --out")
     for name in sorted({files[client] for client in world.mine} | ({"server.h5"} if comm.is_server else set())):
         _verify(checkpoint / name, manifest["files"][name]["sha256"])
-    groups, received = [], {}
+    groups = []
+    received: dict[int, dict[str, int]] = {}
     for architecture, clients in world.teams(manifest["rows"] - 1):
         trees: dict[int, tree.Tree] = {}
         for name in sorted({files[client] for client in clients}):

@@ -51,7 +51,8 @@ def run(job: Job, comm: Communicator, out: str | Path | None, resume: str, may_d
     """
     refuse_old_names(may_differ, "--may-differ")
     began_s = time.monotonic()
-    folder, resume_from = (Path(path) if path else None for path in comm.share(_choose_folders(job, Path(out) if out else None, resume) if comm.is_server else None))
+    chosen = comm.share(_choose_folders(job, Path(out) if out else None, resume) if comm.is_server else None)
+    folder, resume_from = Path(chosen[0]), Path(chosen[1]) if chosen[1] else None
     with _owning(folder, comm), watching(comm, folder, job.timeouts.collective, partial(_fail, folder)):
         keep_log(folder, comm.rank)
         # A launcher gives its ranks terminals that are none, and standard output may be closed.
@@ -249,8 +250,8 @@ def _owning(folder: Path, comm: Communicator) -> Iterator[None]:
             handle.truncate(0)
             print(json.dumps(lock.describe_holder()), file=handle, flush=True)
         except BlockingIOError:
-            handle.seek(0)
-            failure = f"{folder}: another run is at work in this folder ({lock.holder_text(handle.read())}); wait for it, or choose another --out"
+            holder = (folder / lock.NAME).read_text(encoding="utf-8")
+            failure = f"{folder}: another run is at work in this folder ({lock.holder_text(holder)}); wait for it, or choose another --out"
         except OSError as error:
             failure = None if error.errno in NO_LOCKS else f"{folder}: cannot write there: {error.strerror}; choose a writable folder with --out"
     failure = comm.share(failure)

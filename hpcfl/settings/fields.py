@@ -3,7 +3,7 @@ import difflib
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 from hpcfl.errors import JobError
 
@@ -33,7 +33,7 @@ class SettingType:
             raise JobError(f"{key} = {value!r} is not allowed; wanted {self.allowed}{hint}") from None
 
 
-def is_text(value: Any) -> bool:
+def is_text(value: Any) -> TypeGuard[str]:
     """Whether a value is text that every file takes: no NUL, and no half of a character, which a command line in another encoding leaves."""
     return isinstance(value, str) and not any(character == "\0" or "\ud800" <= character <= "\udfff" for character in value)
 
@@ -67,7 +67,7 @@ def choice(default: str, *others: str) -> Any:
     """One of a few words; the first is the default."""
     options = (default, *others)
 
-    def parse(value: Any) -> str:
+    def parse(value: Any) -> Any:
         if value not in options:
             raise ValueError
         return value

@@ -224,7 +224,7 @@ def resolve(tables: Mapping[str, Any], configs: Mapping[str, type], where: str =
 
 def find_differences(one: Mapping[str, Mapping[str, Any]], other: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The settings in which two resolved jobs differ, as "section.key"."""
-    def flat(tables):
+    def flat(tables: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         return {f"{section}.{key}": json.dumps(value) for section, table in tables.items() for key, value in table.items()}
     a, b = flat(one), flat(other)
     return sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
@@ -262,7 +262,7 @@ def _section(section_type: type, table: Mapping[str, Any], section: str, where: 
         raise JobError(f"{where}: [{section}]{owner} is not allowed: {error}") from error
 
 
-def _default(entry: dataclasses.Field) -> Any:
+def _default(entry: dataclasses.Field[Any]) -> Any:
     return entry.default_factory() if entry.default_factory is not dataclasses.MISSING else entry.default
 
 
@@ -306,6 +306,6 @@ def _list_text(configs: Mapping[str, type]) -> str:
     return ", ".join(sorted(configs))
 
 
-def _suggest(word: str, known) -> str:
+def _suggest(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else ""

@@ -25,7 +25,8 @@ def compile_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
     from torch._inductor import config as inductor
     inductor.fallback_random = True                                # what is compiled draws the numbers that it draws uncompiled
     config.recompile_limit = max(config.recompile_limit, RECOMPILES)
-    fast, obstacles = torch.compile(forward), []
+    fast = torch.compile(forward)
+    obstacles: list[TorchDynamoException] = []
 
     def either(*arguments: object) -> Any:
         if not obstacles:

@@ -104,7 +104,7 @@ class Setup:
             if not isinstance(batch, Mapping) or not all(isinstance(leaf, Tensor) for leaf in batch.values()):
                 raise LayoutError(f"{self.where}: a batch of {self.member} {client} is {describe_value(batch)}, "
                                   "wanted a dict of tensors, for example {'x': images, 'y': labels}")
-            yield batch
+            yield dict(batch)
 
     @contextmanager
     def naming(self, turn: Turn, clients: Sequence[int]) -> Iterator[None]:

@@ -6,13 +6,14 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from itertools import chain
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from hpcfl import tree
-from hpcfl.errors import EnvironmentFault
+from hpcfl.errors import EnvironmentFault, LayoutError
 from hpcfl.tree import Tree
 from hpcfl.wire import packing
 from hpcfl.wire.launchers import ALONE, RELAUNCH, give_folders, read_launch
@@ -23,6 +24,8 @@ EXCHANGES = ("bcast", "reduce", "gatherv", "send", "bcast_by_client", "reduce_by
 SMALL_CALLS = 20                                                   # headers, barriers and agreements of a round, each like a collective of 8 bytes
 REDUCE_FLOATS = 1 << 22                                            # per Reduce: long enough for the wire, and the buffer takes 16 MiB however long a sum is
 
+Waiting = Callable[[], AbstractContextManager[Any]]
+T = TypeVar("T")
 Pieces = Mapping[str, Sums | Uploads]
 HelpWith = Callable[[str, dict[int, Tree]], dict[int, Tree]]       # (verb, items) -> results under the same keys
 
@@ -45,11 +48,11 @@ class Communicator:
     clients bring to a gathering.
     """
 
-    def __init__(self, ranks: Alone | Ranks, deterministic: bool = False) -> None:
+    def __init__(self, ranks: Ranks, deterministic: bool = False) -> None:
         """`deterministic`: totals have the same bits for any number of ranks, at the price of gathering what would be reduced."""
         self._ranks, self.deterministic = ranks, deterministic
         self._help_with: HelpWith | None = None
-        self._waiting: Callable[[], AbstractContextManager] = nullcontext
+        self._waiting: Waiting = nullcontext
         self.rank, self.size = ranks.rank, ranks.size
         self.local_rank, self.local_size = ranks.local_rank, ranks.local_size      # among the ranks of this host
         self.library, self.standard = ranks.library, ranks.standard
@@ -61,7 +64,8 @@ class Communicator:
         """Whether this is rank 0, which also acts as the server."""
         return self.rank == 0
 
-    def at_server(self, function: Callable, *args: Any, help_with: HelpWith | None = None, waiting: Callable[[], AbstractContextManager] = nullcontext) -> Any:
+    def at_server(self, function: Callable[..., T], *args: Any, help_with: HelpWith | None = None,
+                  waiting: Waiting = nullcontext) -> T | None:
         """function(*args) at rank 0, which may `spread` work meanwhile; None elsewhere.
 
         `help_with(verb, items)` is how every rank, rank 0 included, carries out its share of that work, {key: Tree} for {key: Tree};
@@ -69,7 +73,10 @@ class Communicator:
         """
         self._help_with, self._waiting = help_with, waiting
         try:
-            return function(*args) if self.is_server else self._serve()
+            if self.is_server:
+                return function(*args)
+            self._serve()
+            return None
         finally:
             self._help_with = None
             if self.is_server and self.size > 1:
@@ -148,7 +155,7 @@ class Communicator:
         if self.size == 1:
             return {name: self._combine_alone(name, piece) for name, piece in sorted(pieces.items())}
         headers = self._ranks.allgather({name: make_header(piece) for name, piece in pieces.items()})
-        check_alike(headers, lambda name: self._ranks.allgather(pieces[name].layout() if name in pieces else None))
+        check_alike(headers, lambda name: self._ranks.allgather(_require_sums(pieces[name]).layout() if name in pieces else ()))
         kinds = {name: kind for each in headers for name, (kind, _, _) in each.items()}
         reduced = {} if self.deterministic else _find_audiences(headers)
         sums = self._reduce(reduced, headers, pieces) if reduced else {}
@@ -160,7 +167,7 @@ class Communicator:
         """Whether any rank says so, known to all."""
         return bool(flag) if self.size == 1 else self._ranks.any(bool(flag))
 
-    def gather(self, value: Any) -> list | None:
+    def gather(self, value: T) -> list[T] | None:
         """Every rank's small object, in rank order, at rank 0; None elsewhere."""
         return [value] if self.size == 1 else self._ranks.gather(value)
 
@@ -207,6 +214,8 @@ class Communicator:
     def _share(self, verb: str, items: dict[int, Tree]) -> dict[int, Tree]:
         """This rank's share of spread work, in which nobody attends to work that is spread again."""
         help_with, self._help_with = self._help_with, None
+        if help_with is None:
+            raise RuntimeError(f"rank {self.rank}: asked to help with '{verb}', but its at_server(...) was not told how; give it help_with=...")
         try:
             return help_with(verb, items)
         finally:
@@ -248,11 +257,12 @@ class Communicator:
 
     def _reduce(self, audiences: Mapping[str, Audience], headers: Sequence[dict[str, Header]], pieces: Pieces) -> dict[str, Total]:
         """The Total of each name at rank 0, by reductions among its ranks."""
-        layouts = {name: pieces[name].layout() for name in audiences if name in pieces}
+        sums = {name: _require_sums(pieces[name]) for name in audiences if name in pieces}
+        layouts = {name: piece.layout() for name, piece in sums.items()}
         if any(name not in headers[0] for name in audiences):      # rank 0 hosts no such client: it learns from the others what the sum looks like
             told = self._ranks.gather({name: layout for name, layout in layouts.items() if name not in headers[0]})
             layouts = {name: layout for each in [*(told or []), layouts] for name, layout in each.items()}
-        totals = {name: pieces[name].take_total() if name in pieces else Total.zero(layout) for name, layout in layouts.items()}
+        totals = {name: sums[name].take_total() if name in sums else Total.zero(layout) for name, layout in layouts.items()}
         for audience in sorted(set(audiences.values())):
             ranks, names = self._ranks.among(audience), [name for name in sorted(audiences) if audiences[name] == audience]
             if ranks is not None:
@@ -294,9 +304,9 @@ class Communicator:
             return {}
         layouts = [[layout for _, _, layout in each] for each in told]
         lines = [0, *(sum(map(packing.count_lines, each)) for each in layouts[1:])]            # rank 0 need not send to itself
-        arrived = packing.unpack(self._ranks.gather_lines(packing.pack([]), lines), sum(layouts[1:], []))
-        pieces: dict[str, list] = {name: [] for name in kinds}
-        for (name, label, _), each in zip(sum(told, []), [*trees, *arrived], strict=True):
+        arrived = packing.unpack(self._ranks.gather_lines(packing.pack([]), lines), list(chain.from_iterable(layouts[1:])))
+        pieces: dict[str, list[Any]] = {name: [] for name in kinds}
+        for (name, label, _), each in zip(chain.from_iterable(told), [*trees, *arrived], strict=True):
             pieces[name].append(_rebuild(label, each))
         return {name: _order_uploads(found) if kinds[name] == "Uploads" else Sums(tuple(found)).total() for name, found in pieces.items()}
 
@@ -313,6 +323,19 @@ def connect(deterministic: bool = False, checked: bool = True, alone: bool = Fal
     if checked:
         communicator.check_launch()
     return communicator
+
+
+def require_server(found: T | None) -> T:
+    """What rank 0 alone has: the one place where it is told from the None of other ranks. Raises: RuntimeError at any of these."""
+    if found is None:
+        raise RuntimeError("only rank 0 has this; ask for it where Communicator.is_server holds")
+    return found
+
+
+def _require_sums(piece: Sums | Uploads) -> Sums:
+    if isinstance(piece, Uploads):
+        raise LayoutError("Uploads are here what other ranks have as Sums; one name has one kind")
+    return piece
 
 
 def _find_audiences(headers: Sequence[Mapping[str, Header]]) -> dict[str, Audience]:

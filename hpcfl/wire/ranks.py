@@ -14,20 +14,6 @@ AUDIENCES = 64                                                     # parts of th
 Audience = tuple[int, ...]                                         # ranks, ascending, rank 0 among them
 
 
-class Alone:
-    """The one rank of a process without MPI; has what Ranks has, less the buffers that nobody could receive."""
-
-    rank, size, local_rank, local_size = 0, 1, 0, 1
-    library = "no MPI library that mpi4py can load"
-    standard = ""
-
-    def abort(self, code: int) -> None:
-        """End the process at once."""
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
 class Ranks:
     """The ranks of an mpi4py communicator: headers by lower-case calls (pickled), tensors by upper-case ones (buffers)."""
 
@@ -35,7 +21,8 @@ class Ranks:
         """`mpi` is the module mpi4py.MPI, `ranks` one of its intracommunicators."""
         self._mpi, self._ranks = mpi, ranks
         self._line = mpi.BYTE.Create_contiguous(LINE).Commit()
-        self.rank, self.size = ranks.Get_rank(), ranks.Get_size()
+        self.rank: int = ranks.Get_rank()
+        self.size: int = ranks.Get_size()
         self.library = mpi.Get_library_version().strip("\0\n ").split(",")[0]
         self.standard = "MPI {}.{}".format(*mpi.Get_version())
         node = ranks.Split_type(mpi.COMM_TYPE_SHARED)              # not the launcher's variables: ranks of a mpirun inside srun inherit srun's
@@ -43,7 +30,8 @@ class Ranks:
         node.Free()
         self._audiences: dict[Audience, Any] = {}                  # None where this rank is not of them; the last used comes last
         self.bcast, self.gather, self.allgather = ranks.bcast, ranks.gather, ranks.allgather
-        self.send, self.barrier, self.abort = ranks.send, ranks.Barrier, ranks.Abort
+        self.send, self.barrier = ranks.send, ranks.Barrier
+        self.abort: Callable[[int], None] = ranks.Abort
 
     def receive(self, source: int) -> Any:
         """The object that `source` sent."""
@@ -51,7 +39,7 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether any rank says so."""
-        return self._ranks.allreduce(flag, op=self._mpi.LOR)
+        return bool(self._ranks.allreduce(flag, op=self._mpi.LOR))
 
     def among(self, audience: Audience) -> Any:
         """The communicator of some of the ranks, None at the others; called by all ranks, so that all let go of the same one when there are too many."""
@@ -72,11 +60,11 @@ class Ranks:
         """Rank 0's buffer to the ranks of a communicator."""
         ranks.Bcast(self._lines(buffer), root=0)
 
-    def gather_lines(self, buffer: Tensor, lines: Sequence[int] = ()) -> Tensor | None:
-        """The buffers of all ranks one after the other at rank 0, which alone must know that rank r brings `lines[r]` lines."""
+    def gather_lines(self, buffer: Tensor, lines: Sequence[int] = ()) -> Tensor:
+        """The buffers of all ranks one after the other at rank 0, which alone must know that rank r brings `lines[r]` lines; nothing elsewhere."""
         if self.rank > 0:
             self._ranks.Gatherv(self._lines(buffer), None, root=0)
-            return None
+            return buffer[:0]
         whole = torch.empty(sum(lines) * LINE, dtype=torch.uint8)
         starts = [sum(lines[:rank]) for rank in range(self.size)]
         self._ranks.Gatherv(self._lines(buffer), [whole.numpy(), (lines, starts), self._line], root=0)
@@ -104,11 +92,20 @@ class Ranks:
         return {"Bcast": lambda: self._ranks.Bcast(own, root=0), "Reduce": lambda: self._ranks.Reduce(own, total, op=self._mpi.SUM, root=0),
                 "Gatherv": lambda: self._ranks.Gatherv(own, of_all, root=0)}
 
-    def _lines(self, buffer: Tensor) -> list:
+    def _lines(self, buffer: Tensor) -> list[Any]:
         return [buffer.numpy(), len(buffer) // LINE, self._line]
 
 
-def find_ranks() -> Alone | Ranks:
+class Alone(Ranks):
+    """The one rank of a process without MPI: it is never asked for what takes two."""
+
+    def __init__(self) -> None:
+        self.rank, self.size, self.local_rank, self.local_size = 0, 1, 0, 1
+        self.library, self.standard = "no MPI library that mpi4py can load", ""
+        self.abort = _end_process
+
+
+def find_ranks() -> Ranks:
     """All ranks that MPI knows; this process alone where mpi4py is not installed, or finds no library to load."""
     try:
         from mpi4py import MPI  # here, not above: importing it starts MPI
@@ -131,3 +128,9 @@ def carry(device: str) -> None:
     MPI.COMM_SELF.Reduce(sent, total, op=MPI.SUM, root=0)
     if not (received.equal(sent) and total.equal(sent)):
         raise EnvironmentFault(f"what MPI moved between buffers on {device} did not arrive as it was sent")
+
+
+def _end_process(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

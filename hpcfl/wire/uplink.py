@@ -1,6 +1,7 @@
 """Uplink: what clients send up: weighted sums and whole uploads that can be added in any order before the server looks at them."""
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,7 +90,7 @@ class Sums:
             raise LayoutError(f"'{min(carried)}' is {values[min(carried)].dtype}, wanted a floating type; integer buffers are carried, "
                               "never averaged: take tree.floating(...), or .double() for counts")
         shared = isinstance(weights, Tensor)
-        named = dict.fromkeys(values, weights.detach().to(torch.float64)) if shared else _align_weights(values, weights)
+        named = dict.fromkeys(values, weights.detach().to(torch.float64)) if isinstance(weights, Tensor) else _align_weights(values, weights)
         for path, value in values.items():
             _check_fit(path, tuple(value.shape), tuple(named[path].shape), len(clients))
         each = 8 if shared else sum(8 * _numel(weight.shape[1:]) for weight in named.values())
@@ -227,7 +228,7 @@ def find_difference(one: SumLayout, other: SumLayout) -> tuple[str, str, str]:
     """The first path in which two layouts differ, with what it is in either: as far as that tells them apart shapes, those of counts, types; or 'absent'."""
     here, there = ({path: described for path, *described in layout} for layout in (one, other))
     path = next(path for path in sorted(here.keys() | there.keys()) if here.get(path) != there.get(path))
-    return path, *(_words(one, other) for one, other in ((here.get(path), there.get(path)), (there.get(path), here.get(path))))
+    return path, _words(here.get(path), there.get(path)), _words(there.get(path), here.get(path))
 
 
 def make_header(piece: Sums | Uploads) -> Header:
@@ -237,7 +238,7 @@ def make_header(piece: Sums | Uploads) -> Header:
     return "Sums", digest(piece.layout()), len(piece.simulated_bytes())
 
 
-def check_alike(headers: Sequence[Mapping[str, Header]], layouts: Callable[[str], Sequence[SumLayout | None]]) -> None:
+def check_alike(headers: Sequence[Mapping[str, Header]], layouts: Callable[[str], Sequence[SumLayout]]) -> None:
     """Whether what the ranks bring under each name can be combined; `layouts(name)` is asked, for every rank's, only where digests differ.
 
     Raises: LayoutError naming both ranks, the first differing path and both shapes or types; or the client that uploads from two ranks.
@@ -254,7 +255,7 @@ def check_alike(headers: Sequence[Mapping[str, Header]], layouts: Callable[[str]
                 raise LayoutError(f"rank {rank}: '{path}' of '{name}' is {got}, rank {first} has {want}; "
                                   "clients of one sum must share paths, shapes and types")
         if kind == "Uploads":
-            _check_owners(name, {rank: clients for rank, (_, clients, _) in brought.items()})
+            _check_owners(name, {rank: clients for rank, (_, clients, _) in brought.items() if isinstance(clients, tuple)})
 
 
 def _check_owners(name: str, clients: Mapping[int, Sequence[int]]) -> None:
@@ -265,7 +266,7 @@ def _check_owners(name: str, clients: Mapping[int, Sequence[int]]) -> None:
                 raise LayoutError(f"rank {rank}: client {client} uploads '{name}' here and on rank {owners[client]}; a client lives on one rank")
 
 
-def _words(described: Sequence | None, other: Sequence | None) -> str:
+def _words(described: Sequence[Any] | None, other: Sequence[Any] | None) -> str:
     if described is None:
         return "absent"
     value, count, dtype = described
@@ -281,9 +282,11 @@ def _add_bytes(one: Mapping[int, int], other: Mapping[int, int]) -> dict[int, in
 def _add(name: str, one: Sums | Uploads | None, other: Sums | Uploads) -> Sums | Uploads:
     if one is None:
         return other
-    if type(one) is not type(other):
-        raise LayoutError(f"'{name}' is {type(one).__name__} on one side, {type(other).__name__} on the other; one name has one kind")
-    return one + other
+    if isinstance(one, Sums) and isinstance(other, Sums):
+        return one + other
+    if isinstance(one, Uploads) and isinstance(other, Uploads):
+        return one + other
+    raise LayoutError(f"'{name}' is {type(one).__name__} on one side, {type(other).__name__} on the other; one name has one kind")
 
 
 def _align_weights(values: Tree, weights: Tree) -> Tree:

@@ -256,7 +256,8 @@ def test_a_round_says_first_what_the_federations_own_models_are_worth(tmp_path, 
     assert "global" not in legend + line and "  own " not in line and " clients " in line
 
 
-@pytest.mark.parametrize(("clients", "alone"), [(2, "fedavg averages nothing here"), (3, "these have one client only, which averages with nobody: cnn1"), (4, "")])
+@pytest.mark.parametrize(("clients", "alone"), [(2, "fedavg averages nothing here"), (3, "these have one client only, which averages with nobody: cnn1"),
+                                                   (4, "")])
 def test_clients_that_average_with_nobody_are_named_before_and_in_the_run(clients, alone, tmp_path, capsys):
     job = tiny("fedavg", federation={"clients": clients, "participation": 1.0, "rounds": 1})
     assert ending("run", write_job(tmp_path, job), "--dry-run") == 0

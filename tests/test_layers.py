@@ -61,7 +61,7 @@ def file_of(module: str) -> Path:
 
 def component(module: str) -> str:
     """The name in FLOORS that a module of hpcfl belongs to; empty for the package itself."""
-    return (module.split(".") + [""])[1]
+    return [*module.split("."), ""][1]
 
 
 def declared() -> set[str]:

@@ -214,7 +214,8 @@ class FedConv(Algorithm):
             if not left:
                 break
         else:
-            raise TrainingError(f"server, phase {site.phase}, round {site.round}: the dilated model of client {left[0]} ({architecture}) got {reached[left[0]]:.1f} % of the "
+            raise TrainingError(f"server, phase {site.phase}, round {site.round}: the dilated model of client {left[0]} ({architecture}) "
+                                f"got {reached[left[0]]:.1f} % of the "
                                 f"public validation part right after {config.dilation_tries} tries with new filters, wanted algorithm.dilation_floor = "
                                 f"{config.dilation_floor:g} %; raise models.shrinkage, algorithm.first_epochs or data.public_fraction, or lower the floor")
         site.book_metrics(tuple(reached), {"dilation_accuracy": torch.tensor(list(reached.values()))})
@@ -252,7 +253,8 @@ class FedConv(Algorithm):
         logits = [result["logits"].to(self.problem.device).log_softmax(1) for result in found.values()]
         first = -torch.stack([divergence(context["teacher"], each) for each in logits])[:, None].expand(module.logits.shape).clone()
         if self.config.first_weights == "coverage":
-            shapes = [{path: parameter.shape for path, parameter in self.problem.structure(self.architecture(client, site)).named_parameters()} for client in found]
+            shapes = [{path: parameter.shape for path, parameter in self.problem.structure(self.architecture(client, site)).named_parameters()}
+                      for client in found]
             first += torch.stack([module.coverage(each, LITTLE) for each in shapes]).to(first.device).log()
         return first
 
@@ -276,7 +278,8 @@ class FedConv(Algorithm):
         """Epochs and learning rate of Q_s and R_k in a round."""
         config = self.config
         halvings = round_ // config.lr_halving if config.lr_halving else 0
-        return (config.first_epochs if round_ < config.first_rounds else config.filter_epochs), max(min(config.lr_floor, config.filter_lr), config.filter_lr / 2 ** halvings)
+        epochs = config.first_epochs if round_ < config.first_rounds else config.filter_epochs
+        return epochs, max(min(config.lr_floor, config.filter_lr), config.filter_lr / 2 ** halvings)
 
     def train_public(self, site: ServerSite, group: Group, module: nn.Module, count: int, lr: float, purpose: str,
                      loss: Callable = cross_entropy, context: Tree | None = None, member: str = "model", out_of: int = 0, setting: str = "filter_lr") -> Group:
@@ -350,6 +353,7 @@ def plan(config: Config, problem: Problem) -> Plan:
     """
     data = problem.job.data
     if data.public_fraction == 0 or data.validation_fraction == 0:
-        raise JobError(f"fedconv needs a public set at the server and a validation part of it to select by; got data.public_fraction = {data.public_fraction:g} and "
+        raise JobError(f"fedconv needs a public set at the server and a validation part of it to select by; got "
+                       f"data.public_fraction = {data.public_fraction:g} and "
                        f"data.validation_fraction = {data.validation_fraction:g}, wanted both above 0, for example 0.05 and 0.1")
     return (Phase("rounds", problem.job.federation.rounds, (FedConv(config, problem),)),)

@@ -5,7 +5,7 @@ One round of a client: train the classifier f_k = h_k o g_k with alignment to th
 psi_k by reconstruction + KL + distribution matching; send the statistics (and psi_k). The server merges them. After the last round every client
 fine-tunes f_k on images psi(v), v ~ N(c^y, Sigma). What the paper leaves open is a setting here.
 """
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import chain, count, islice
@@ -197,7 +197,8 @@ class FedVTC(VTCStep):
         context = {"mean": gaussians.mean, "weight": gaussians.weight, "has": gaussians.has, "strength": torch.tensor(strength, device=gaussians.mean.device)}
         return site.train_model(group, aligned_loss, context)
 
-    def train_generator(self, group: Group, latents: Latents, local: LocalMoments, gaussians: AnnouncedGaussians, site: ClientSite) -> tuple[Group, dict[str, Tensor]]:
+    def train_generator(self, group: Group, latents: Latents, local: LocalMoments, gaussians: AnnouncedGaussians, site: ClientSite
+                        ) -> tuple[Group, dict[str, Tensor]]:
         """E_v epochs of Adam on psi_k, and on sigma_k where it is learnable; f_k is frozen (3.3)."""
         config = self.config
         turns = [Turn(("generator",), self.generator_loss, self.rule("adam", "vtc_lr", betas=BETAS, clip=config.vtc_clip,
@@ -209,7 +210,8 @@ class FedVTC(VTCStep):
         def batches(client: int) -> Iterator[Tree]:
             return self.generator_batches(client, latents[client], deviations[client], gaussians, site)
         context = {"mean": gaussians.mean, "variance": gaussians.variance, "precision": gaussians.precision, "coupling": gaussians.coupling,
-                   "least": gaussians.mean.new_tensor(config.variance_floor ** 0.5), "weight": gaussians.weight if config.dm_whiten else torch.ones_like(gaussians.weight)}
+                   "least": gaussians.mean.new_tensor(config.variance_floor ** 0.5),
+                   "weight": gaussians.weight if config.dm_whiten else torch.ones_like(gaussians.weight)}
         images = max(len(site.holdings[client].train) for client in group.clients)
         steps = (config.vtc_steps or config.vtc_epochs * -(-images // config.vtc_batch)) * self.problem.job.federation.rounds
         group, measured = site.fit(group, turns, batches, context=context, keep_optimizer=config.vtc_sync == "none", steps=steps)
@@ -247,7 +249,7 @@ class FedVTC(VTCStep):
         """L_e = L_rc + beta_kl D_KL + beta_dm L_DM (3.3), divided by the number of pixels so that Adam and clipping see one scale for all images."""
         config, z, y, deviation = self.config, batch["z"], batch["y"], batch["deviation"]
         if config.sigma_source == "learnable":
-            deviation = torch.maximum(deviation * (0.5 * modules.deviation.log_ratio).exp(), context["least"])          # not clamp: it stops the slope on the floor
+            deviation = torch.maximum(deviation * (0.5 * modules.deviation.log_ratio).exp(), context["least"])     # not clamp: it stops the slope on the floor
         images = modules.generator(z + config.noise * deviation * batch["eps"])             # v = z + sigma_k * eps, (B, C, H, W)
         pixels = images[0].numel()
         error = (images - batch["x"]).square().flatten(1)                                   # (B, pixels)
@@ -339,9 +341,11 @@ class FineTune(VTCStep):
         group, vtc = self.split_group(whole)
 
         def batches(client: int) -> Iterator[Tree]:
-            real = (lambda epoch: iterate_epochs(site.holdings[client].train, config.finetune_batch, 1, site.stream(f"real/{epoch}", client))) if config.ft_real else None
-            return draw_synthetic_epochs(self.generate(whole, gaussians, site, client), classes, config.per_class, config.finetune_batch, config.finetune_epochs,
-                                    site.stream("finetune", client), resample=config.resample, real=real)
+            def real(epoch: int) -> Iterable[Tree]:
+                return iterate_epochs(site.holdings[client].train, config.finetune_batch, 1, site.stream(f"real/{epoch}", client))
+            draw, stream = self.generate(whole, gaussians, site, client), site.stream("finetune", client)
+            return draw_synthetic_epochs(draw, classes, config.per_class, config.finetune_batch, config.finetune_epochs, stream,
+                                         resample=config.resample, real=real if config.ft_real else None)
         rule = self.problem.optimizer()
         if config.finetune_lr:
             rule = replace(rule, lr=config.finetune_lr, rate_setting=f"algorithm.finetune_lr = {config.finetune_lr:g}")

@@ -326,7 +326,8 @@ class TrainTargets(TeachStep, FedAvg):
 def plan(config: Config, problem: Problem) -> Plan:
     """T_KA generator rounds, then T_TN target rounds; where the generator goes on training, the two overlap in rounds of both steps (2.1)."""
     space = Images(config, problem)
-    return plan_stages(config, problem, lambda first: TrainGenerator(config, problem, space, first), lambda continued: TrainTargets(config, problem, space, continued))
+    return plan_stages(config, problem, lambda first: TrainGenerator(config, problem, space, first),
+                       lambda continued: TrainTargets(config, problem, space, continued))
 
 
 def plan_stages(config: Config, problem: Problem, generator: Callable[[int], Algorithm], targets: Callable[[bool], Algorithm]) -> Plan:

@@ -34,7 +34,8 @@ class LgFedAvg(FedAvg):
         for name in (first, *others):
             got, wanted = self.shapes(name), self.shapes(first)
             if got != wanted or not got:
-                raise JobError(f"{self.problem.job.algorithm_name} averages '{SHARED[config.shared]}*' over all clients, but of '{name}' that is {got or 'empty'} and of "
+                raise JobError(f"{self.problem.job.algorithm_name} averages '{SHARED[config.shared]}*' over all clients, but of '{name}' "
+                               f"that is {got or 'empty'} and of "
                                f"'{first}' {wanted or 'empty'}; wanted models with one common extractor, for example cnn1 to cnn10, or "
                                "algorithm.shared = 'head' with models.feature_size above 0")
 

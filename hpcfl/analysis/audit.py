@@ -65,7 +65,8 @@ def render(found: Mapping[str, Any]) -> str:
     few = any(row["loss"]["resolution"] > ALARMS for row in classifiers)
     notes = ["TPR at 1 % false alarms: with fewer than 100 others, the rate without any"] if few else []
     return "\n".join([
-        f"{printable_text(found['run'])}: {found['algorithm']} on {printable_text(found['data'])} after {found['rounds']} rounds. Members: training images of {whose}; "
+        f"{printable_text(found['run'])}: {found['algorithm']} on {printable_text(found['data'])} after {found['rounds']} rounds. "
+        f"Members: training images of {whose}; "
         "others: as many", "official test images of the same classes; unseen: images of the training set that nobody trained on, in the place of members.",
         "An AUC of 0.5 is guessing; 95 % intervals in brackets.", "", "Classifiers", align_rows([CLASSIFIERS, *rows], words=2), *reasons, *notes, "",
         *_generator_lines(found["generator"]), "", f"written: {', '.join(map(printable_text, found['files']))}"])

@@ -140,7 +140,9 @@ def _attacks(sampler: Sampler, judge: Sampler | None, members: Shard, others: Sh
         found["nearest_calibrated"] = {"left_out": "too few images of a class are left that nobody trained on; take fewer --samples, "
                                                    "or a run with data.fraction below 1"}
     everything = Shard(torch.cat([side.images for side in sides]), torch.cat([side.labels for side in sides]), members.scale)
-    found["loss"] = attack((-judge.losses(everything)).split([len(side) for side in sides])) if judge else {"left_out": "this generator has no loss of single images"}
+    found["loss"] = {"left_out": "this generator has no loss of single images"}
+    if judge:
+        found["loss"] = attack((-judge.losses(everything)).split([len(side) for side in sides]))
     return found
 
 

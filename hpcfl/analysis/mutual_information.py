@@ -150,7 +150,10 @@ def find_contenders(server: Tree, problem: Problem) -> dict[str, tuple[str, Tree
 
 
 def open_round(world: World, state: State) -> State:
-    """The state as clients meet it in the round after: what the server does alone before them is done (fedconv trains W, tunes its filters and compresses W)."""
+    """The state as clients meet it in the round after.
+
+    What the server does alone before them is done: fedconv trains W, tunes its filters and compresses W.
+    """
     places = schedule(world)
     place = places[state.rows] if state.rows < len(places) else replace(places[-1], round=places[-1].round + 1, row=state.rows)
     exchange = Exchange(world, Ledger(world.problem.device), lambda *_: None)

@@ -56,7 +56,8 @@ def list_root_algorithms(ranks: int) -> tuple[tuple[float, float], ...]:
     return ((ranks - 1, ranks - 1),)
 
 
-ALGORITHMS: dict[str, Callable[[int], tuple[tuple[float, float], ...]]] = {"Bcast": list_tree_algorithms, "Reduce": list_tree_algorithms, "Gatherv": list_root_algorithms}
+ALGORITHMS: dict[str, Callable[[int], tuple[tuple[float, float], ...]]] = {
+    "Bcast": list_tree_algorithms, "Reduce": list_tree_algorithms, "Gatherv": list_root_algorithms}
 
 
 @dataclass(frozen=True)
@@ -299,7 +300,8 @@ def render(found: dict[str, Any]) -> str:
     rows = [("ranks", "round", *parts, "speed-up", "efficiency", "most is", f"clients/rank for {GOOD:.0%}")]
     rows += [(str(row["ranks"]), duration_text(row["round_s"]), *(duration_text(row[f"{part}_s"]) if row[f"{part}_s"] else "0" for part in parts),
               f"{row['speed_up']:.3g}", f"{row['efficiency']:.0%}", row["limit"], str(row["clients_per_rank"] or "none")) for row in found["predicted"]]
-    lines = {name: f"{name} {duration_text(line['latency_s'])} + bytes * {1e9 * line['byte_s']:.3g} ns" for name, line in found["wire"].items() if name != "source"}
+    lines = {name: f"{name} {duration_text(line['latency_s'])} + bytes * {1e9 * line['byte_s']:.3g} ns"
+             for name, line in found["wire"].items() if name != "source"}
     return "\n".join([
         f"{found['run']}, phase {found['phase']}: {duration_text(was['round_s'])} measured, over {count_text(found['rounds'], 'round')} of "
         f"{count_text(was['clients'], 'client')} on {count_text(was['ranks'], 'rank')}; predicted for {count_text(found['clients'], 'client')}",

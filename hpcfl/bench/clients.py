@@ -97,7 +97,8 @@ def measure_apart(arguments: Namespace, ranks: int, residency: str, count: int) 
         ended = subprocess.run(command, env=alone, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="replace",
                                check=False)
     except OSError as error:
-        raise EnvironmentFault(f"{command[0]}: cannot be started ({error.strerror}); take --ranks 1, or start one case by the launcher that is there") from error
+        raise EnvironmentFault(f"{command[0]}: cannot be started ({error.strerror}); take --ranks 1, "
+                               "or start one case by the launcher that is there") from error
     if ended.returncode:
         raise EnvironmentFault(f"{' '.join(command)}: ended with exit code {ended.returncode}: {ended.stderr.strip().rpartition(chr(10))[2]}")
     return json.loads(ended.stdout)

@@ -92,10 +92,10 @@ def measure_phases(world: GeFLNoise) -> tuple[dict[str, list[float]], dict[str, 
     comm, ledger = world.comm, Ledger(world.problem.device)
     laps, accounts = defaultdict(list), defaultdict(list)
     bare: dict[str, tuple[str, list[float]]] = {name: (phase, []) for name, (phase, *_) in BARE.items()} if comm.size == 1 else {}
-    state = begin(world)
+    begun = begin(world)
     comm.barrier()
     start = time.perf_counter()
-    for state, place in rounds(Exchange(world, ledger, lambda state, place: None), state):
+    for state, place in rounds(Exchange(world, ledger, lambda state, place: None), begun):
         comm.barrier()
         lap, account = time.perf_counter() - start, ledger.close()
         if place.round:                                            # the first makes the maps

@@ -62,7 +62,8 @@ class ClientSite:
 
     def features(self, group: Group, client: int) -> Tensor:
         """z = g_k(x) of a client's training images, (n, p), in eval mode and without gradients. Raises: NonFiniteError naming the client."""
-        return extract_features(group, self.modules, client, self.holdings[client].train, f"phase {self.phase}, round {self.round}", self.problem.optimizer().advice)
+        return extract_features(group, self.modules, client, self.holdings[client].train, f"phase {self.phase}, round {self.round}",
+                                self.problem.optimizer().advice)
 
     def fit(self, group: Group, turns: Sequence[Turn], batches: Callable[[int], Iterable[Tree]], *, context: Tree | None = None,
             frozen_norm: bool = False, keep_optimizer: bool = False, steps: int = 0, channels_last: bool | None = None) -> tuple[Group, dict[str, Tensor]]:
@@ -89,9 +90,9 @@ class ClientSite:
 class ServerSite:
     """What server code may see: the problem, the public part of the data, and a way to spread independent work over all ranks.
 
-    `spread(verb, items, costs)` gives {key: Tree} for {key: Tree}: every rank calls the step's method of that name, `step.<verb>(its share, its own site)`, on a
-    share of the items, of about equal cost; results come back to the server in host memory. `note` records one number of the round under a name, `measured` one per client:
-    measured((0, 2), {"dilation_accuracy": (2,)}).
+    `spread(verb, items, costs)` gives {key: Tree} for {key: Tree}: every rank calls the step's method of that name, `step.<verb>(its share, its own site)`,
+    on a share of the items, of about equal cost; results come back to the server in host memory. `note` records one number of the round under a name,
+    `book_metrics` one per client: book_metrics((0, 2), {"dilation_accuracy": (2,)}).
     """
 
     problem: Problem

@@ -17,7 +17,7 @@ from hpcfl.training.optimizers import Optimizer
 from hpcfl.tree import Tree
 from hpcfl.wire.uplink import Uplink
 
-Totals = Mapping[str, Any]                                         # of all clients' Uplinks: a Total or Uploads, which of them the step knows that sends the name
+Totals = Mapping[str, Any]                                         # of all clients' Uplinks: a Total or Uploads, which of them the step knows that sent it
 
 
 @dataclass(frozen=True)

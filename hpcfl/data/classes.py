@@ -20,7 +20,8 @@ def number_labels(where: str, train: np.ndarray, test: np.ndarray) -> tuple[np.n
         raise DataError(f"{where}: training label {found[0]} is negative; classes are numbered from 0: leave out images without a class, or number it anew")
     absent = {label: int((test == label).sum()) for label in sorted(set(test.tolist()) - set(found))}
     if absent:
-        raise DataError(f"{where}: {count_text(sum(absent.values()), 'test image')} of class {list_text(tuple(absent))}, which has no training images (those are of class "
+        raise DataError(f"{where}: {count_text(sum(absent.values()), 'test image')} of class {list_text(tuple(absent))}, which has no "
+                        f"training images (those are of class "
                         f"{list_text(found)}); leave them out of the test part, or add such images to the training part")
     number = {label: index for index, label in enumerate(found)}
     numbered, asked = (np.array([number[label] for label in labels.tolist()], dtype=np.int64) for labels in (train, test))

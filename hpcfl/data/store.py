@@ -110,7 +110,8 @@ def describe_file(target: Path) -> str:
              f"uint8 from {low} to {high}, from {header.source}", f"  {'class':<{width}}  train  test"]
     lines += [f"  {name:<{width}}  {train:>5}  {test:>4}" for name, train, test in rows[:ROWS]]
     if rest := rows[ROWS:]:
-        lines.append(f"  and {len(rest)} more, with {range_text([row[1] for row in rest])} training and {range_text([row[2] for row in rest])} test images each")
+        lines.append(f"  and {len(rest)} more, with {range_text([row[1] for row in rest])} training and "
+                     f"{range_text([row[2] for row in rest])} test images each")
     lines += [f"note: {note}" for note in (*header.notes, *list_remarks(header.names, header.counts))]
     return "\n".join(map(printable_text, lines))
 
@@ -182,7 +183,7 @@ def _alone(name: str) -> Iterator[None]:
     """No other process converts the same data set meanwhile; the lock ends with the process, however that ends."""
     try:
         find_folder().mkdir(parents=True, exist_ok=True)
-        lock = open(find_folder() / f".{name}.lock", "w", encoding="utf-8")
+        lock = open(find_folder() / f".{name}.lock", "w", encoding="utf-8")  # noqa: SIM115  # closed below, outside of what is told as unwritable
     except OSError as error:
         raise _explain_unwritable(error) from error
     with lock:
@@ -204,7 +205,8 @@ def _install(target: Path, data: Labelled, source: str, licence: str) -> None:
 
 
 def _explain_unwritable(error: OSError) -> DataError:
-    return DataError(f"the cache {find_folder()} cannot be written ({error.strerror or error}); free space there, or name another folder: export HPCFL_DATA=FOLDER")
+    return DataError(f"the cache {find_folder()} cannot be written ({error.strerror or error}); free space there, "
+                     "or name another folder: export HPCFL_DATA=FOLDER")
 
 
 def _stamp(target: Path) -> str:

@@ -4,6 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -26,7 +27,7 @@ from hpcfl.wire.uplink import choose_wire_type
 
 BATCHES, ENOUGH_S = 5, 2.0                                         # batches that are timed of each architecture, and when fewer will do
 GENTLE = 1e-6                                                      # a learning rate that leaves noise what it is
-TIMES_AT_WORK = 3                                                  # states of a group that was fetched: its own, those of who takes part, and what became of them
+TIMES_AT_WORK = 3                                                  # states of a group that was fetched: its own, those of who takes part, what became of them
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,8 @@ def measure_load(world: World) -> Load:
                for architecture, clients in hosted.items()}
     had_s, waited_s = (after - before for before, after in zip((had_s, waited_s), read_core_seconds(), strict=True))
     parts = (world.split.train, world.split.validation, world.split.test)
-    images = len(world.corpus.test_labels) + len(world.split.public) + len(world.split.public_validation) + sum(len(part[client]) for part in parts for client in world.mine)
+    images = len(world.corpus.test_labels) + len(world.split.public) + len(world.split.public_validation)
+    images += sum(len(part[client]) for part in parts for client in world.mine)
     if job.residency.location == "disk" or (job.residency.location == "host" and problem.device.type == "cuda"):
         states = max((TIMES_AT_WORK * count * count_model_bytes(world, architecture) for architecture, count in held.items()), default=0)
     else:
@@ -126,7 +128,7 @@ def time_batch(world: World, architecture: str, images: int, clients: int = 1) -
     module = problem.structure(architecture)
     group = Group(architecture, tuple(range(clients)), tree.stack([tree.join(model=module.state_dict())] * clients))
     problem.fit(group, {"model": module}, [Turn(("model",), cross_entropy, Optimizer.from_settings(world.job.training, lr=GENTLE))], batches, where="doctor")
-    return median(later - earlier for earlier, later in zip(times[1:-1], times[2:], strict=True)) / clients         # the first warms up
+    return median(later - earlier for earlier, later in pairwise(times[1:])) / clients         # the first warms up
 
 
 def estimate_round(world: World, loads: tuple[Load, ...], wire: Sequence[Mapping[str, Any]]) -> Estimate:
@@ -140,7 +142,8 @@ def estimate_round(world: World, loads: tuple[Load, ...], wire: Sequence[Mapping
     whole = max(sum(count * models[architecture] for architecture, count in load.clients.items()) for load in loads)
     participation = world.job.federation.participation
     down, up, by = sum(models.values()) * publishes, (int(whole * participation) if gathers else summed) * uploads, "Gatherv" if gathers else "Reduce"
-    return Estimate(world.clients, loads, down, up, by, interpolate_seconds(wire, "Bcast", down), interpolate_seconds(wire, by, up), SMALL_CALLS * interpolate_seconds(wire, "Bcast", 8),
+    return Estimate(world.clients, loads, down, up, by, interpolate_seconds(wire, "Bcast", down), interpolate_seconds(wire, by, up),
+                    SMALL_CALLS * interpolate_seconds(wire, "Bcast", 8),
                     participation * max(load.train_s for load in loads), sum(count * models[architecture] for architecture, count in hosted.items()))
 
 
@@ -149,7 +152,7 @@ def interpolate_seconds(wire: Sequence[Mapping[str, Any]], collective: str, size
     timed = [(row["rank_bytes"], row["median_s"]) for row in wire if row["collective"] == collective]
     if not timed or not size:
         return 0.0
-    for (small, before), (large, after) in zip(timed, timed[1:], strict=False):
+    for (small, before), (large, after) in pairwise(timed):
         if size <= large:
             return before + (after - before) * max(0, size - small) / (large - small)
     largest, last = timed[-1]

@@ -85,7 +85,8 @@ def check_hdf5(examined: Examined) -> Finding:
         return f"HDF5 {facts.versions['HDF5']}, {'parallel' if facts.parallel_hdf5 else 'serial'}, through h5py {facts.versions['h5py']}"
     found = group_by_trait(examined.facts, described)
     if any(facts.parallel_hdf5 for facts in examined.facts):
-        return Finding("HDF5", WARNING, f"{shared_text(found)}; hpcfl writes one file per rank and wants the serial build: a parallel one starts MPI wherever it is "
+        return Finding("HDF5", WARNING, f"{shared_text(found)}; hpcfl writes one file per rank and wants the serial build: "
+                                       "a parallel one starts MPI wherever it is "
                        "imported, and must be built with the MPI library of mpi4py", "pip install --force-reinstall --only-binary=:all: h5py")
     return Finding("HDF5", OK, shared_text(found))
 
@@ -157,7 +158,8 @@ def check_cores(examined: Examined) -> Finding:
     threads = host_limits.choose_threads(examined.job.run if examined.job else Run(), part, worst.thread_limit or math.inf)
     quota = f", of which control groups grant the time of {worst.quota_cores:g}" if worst.quota_cores is not None else ""
     limit = f" (OMP_NUM_THREADS = {worst.thread_limit})" if worst.thread_limit == threads < int(part) else ""
-    text = f"{worst.host}: {count_text(len(here), 'rank')} on {count_text(bound, 'core')}{quota}; for each rank {part:.3g}, and {count_text(threads, 'thread')}{limit}"
+    text = f"{worst.host}: {count_text(len(here), 'rank')} on {count_text(bound, 'core')}{quota}; " \
+           f"for each rank {part:.3g}, and {count_text(threads, 'thread')}{limit}"
     unused = f"while {count_text(idle, 'more core')} of the host {'is' if idle == 1 else 'are'} idle"
     widen = f"mpirun --bind-to none, or srun --cpus-per-task={max(1, worst.launcher_cores // len(here))}"
     if part * CROWDED <= 1 and idle > 0:
@@ -206,5 +208,6 @@ def check_memory(examined: Examined) -> Finding:
     return Finding("memory", OK, "; ".join(text + (f", of which the job may need {byte_text(needed)}" if needed else "") for _, needed, _, text in rows))
 
 
-LAUNCH_CHECKS: tuple[Check, ...] = (check_ranks, check_mpi_library, check_launch, check_mpirun, check_hosts, check_software, check_hdf5, check_devices, check_shared_gpus, check_unused_gpus, check_device_buffers,
+LAUNCH_CHECKS: tuple[Check, ...] = (check_ranks, check_mpi_library, check_launch, check_mpirun, check_hosts, check_software, check_hdf5, check_devices,
+                                   check_shared_gpus, check_unused_gpus, check_device_buffers,
                                     check_compiler, check_cores, check_load, check_memory)

@@ -33,7 +33,8 @@ def check_run_folder(examined: Examined) -> Finding:
     if folder.unwritable:
         return Finding("run folder", PROBLEM, reasons_text(folder.unwritable), "choose with --out a folder where every rank can write")
     kind = f" ({folder.file_system})" if folder.file_system else ""
-    text = f"{folder.folder}{kind}: {byte_text(folder.free_bytes)} free; {byte_text(folder.written_bytes)} of HDF5 by each rank written, flushed and read back in " \
+    text = f"{folder.folder}{kind}: {byte_text(folder.free_bytes)} free; " \
+           f"{byte_text(folder.written_bytes)} of HDF5 by each rank written, flushed and read back in " \
            f"{duration_text(folder.write_s)}"
     needed = estimate.state_bytes * (examined.job.checkpoint.keep + KEPT_BESIDE) if estimate and examined.job else 0
     if needed > folder.free_bytes:
@@ -74,7 +75,8 @@ def check_renames(examined: Examined) -> Finding | None:
     if folder.fault:
         return None
     if folder.torn:
-        return Finding("renames", WARNING, f"while rank 0 replaced a file {count_text(folder.replaced, 'time')}: {reasons_text(folder.torn)}; a checkpoint that is cut "
+        return Finding("renames", WARNING, f"while rank 0 replaced a file {count_text(folder.replaced, 'time')}: "
+                                           f"{reasons_text(folder.torn)}; a checkpoint that is cut "
                        "short may be damaged", "choose another file system with --out")
     found = f" and found whole by others in {count_text(folder.reads, 'read')}" if folder.reads else ""
     return Finding("renames", OK, f"a file was replaced {count_text(folder.replaced, 'time')}{found}")
@@ -91,7 +93,8 @@ def check_job(examined: Examined) -> Finding | None:
            f"{count_text(examined.ranks, 'rank')}"
     idle = [rank for rank, load in enumerate(estimate.loads) if not load.clients and not (rank == 0 and described.federation.server_rank == "dedicated")]
     if idle:
-        return Finding("job", WARNING, f"{text}; {numbers_text(idle)} would host none and wait", f"start at most {count_text(examined.ranks - len(idle), 'rank')}")
+        return Finding("job", WARNING, f"{text}; {numbers_text(idle)} would host none and wait",
+                       f"start at most {count_text(examined.ranks - len(idle), 'rank')}")
     return Finding("job", OK, text)
 
 
@@ -104,14 +107,16 @@ def check_round(examined: Examined) -> Finding | None:
     work = ", ".join(f"{count_text(count, 'batch', 'es')} of {name} at {duration_text(load.batch_s[name])}" for name, count in load.batches.items())
     wire = f"Bcast of a model of each architecture, {byte_text(estimate.down_bytes)} in {duration_text(estimate.down_s)}, {estimate.up_by} of " \
            f"{byte_text(estimate.up_bytes)} of each rank in {duration_text(estimate.up_s)}, small calls {duration_text(estimate.small_s)}"
-    text = f"an estimate: {estimate.wire_share:.1%} of a round is spent between the ranks ({wire}); {duration_text(estimate.train_s)} is local training on rank " \
+    text = f"an estimate: {estimate.wire_share:.1%} of a round is spent between the ranks ({wire}); " \
+           f"{duration_text(estimate.train_s)} is local training on rank " \
            f"{busiest}, which has most of it ({work}). Not in it: what a method sends instead of models or trains beside classifiers, the server's work, " \
            "evaluation, checkpoints; hpcfl report shows what a run measured"
     # Ranks that were started on one core wait for each other in a run too; that is told of the cores, and the estimate is right.
     others = {facts.rank: load.crowding * min(1.0, facts.cores) for facts, load in zip(examined.facts, estimate.loads, strict=True)}
     rank, times = max(others.items(), key=lambda each: each[1])
     if times > CROWDED:
-        return Finding("round", WARNING, f"{text}. Others kept the cores busy meanwhile: for want of a core the batches of rank {rank} took {times:.2g} times as "
+        return Finding("round", WARNING, f"{text}. Others kept the cores busy meanwhile: "
+                                         f"for want of a core the batches of rank {rank} took {times:.2g} times as "
                        "long as they need, so do not believe these figures", "repeat it while nothing else runs here (uptime shows "
                        "the load), or on cores that are yours alone (sbatch --exclusive)")
     if estimate.wire_share > MUCH:

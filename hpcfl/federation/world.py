@@ -79,7 +79,8 @@ class World:
     def forward_flops(self) -> tuple[int, ...]:
         """Floating-point operations of one image's forward pass through the model that each client begins with."""
         problem, models = self.problem, self.job.models
-        return tuple(zoo.count_flops(name, problem.shape, problem.classes, models.feature_size, models.norm, models.feature_relu) for name in problem.architectures)
+        return tuple(zoo.count_flops(name, problem.shape, problem.classes, models.feature_size, models.norm, models.feature_relu)
+                     for name in problem.architectures)
 
     @cached_property
     def _remembered(self) -> Mapping[int, dict[str, torch.Tensor]]:
@@ -207,7 +208,8 @@ class World:
 
         def memory(name: str) -> int:
             models = self.job.models
-            return zoo.count_training_bytes(name, shape, self.corpus.classes, models.feature_size, models.norm, models.feature_relu, self.job.training.batch, slots)
+            return zoo.count_training_bytes(name, shape, self.corpus.classes, models.feature_size, models.norm, models.feature_relu,
+                                            self.job.training.batch, slots)
         return Problem(self.job, shape, self.corpus.classes, scale, Sizes(self.job.models, self.clients, self.job.run.seed, memory), device)
 
     def _accept_single_images(self) -> None:

@@ -22,7 +22,8 @@ OUTPUT = {"symmetric": torch.tanh, "features": torch.relu}         # features: >
 
 @dataclass(frozen=True)
 class Vtc:
-    """z = phi(x), the coarsest `latent` cosine coefficients (hpcfl.models.fixed_maps), is decoded; each class has a diagonal Gaussian of z (FedVTC, arXiv 2508.01669).
+    """z = phi(x), the coarsest `latent` cosine coefficients (hpcfl.models.fixed_maps), is decoded; each class has a diagonal Gaussian of z
+    (FedVTC, arXiv 2508.01669).
 
     The map is no network: it has nothing to learn and is the same at all clients, so their Gaussians and decoders mean the same and may be averaged.
     `blur` is the share of a class's deviation that training adds to z: 1 is FedVTC's, less decodes sharper and wider spread samples.

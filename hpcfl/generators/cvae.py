@@ -30,7 +30,7 @@ class Cvae:
     width: int = 64                                                # channels of the first block; each next one doubles them
     value_range: str = "unit"                                      # or "symmetric", "features"
     decay: ClassVar[str] = "none"
-    channels_last: ClassVar[bool | None] = False                     # kernels of a million weights on maps of a few pixels: laying them out anew takes a third of a step
+    channels_last: ClassVar[bool | None] = False                   # kernels of a million weights on maps of a few pixels: a third of a step to lay them out
     calls: ClassVar[int] = 1
 
     def __post_init__(self) -> None:

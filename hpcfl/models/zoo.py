@@ -2,7 +2,7 @@
 import difflib
 import math
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -104,7 +104,7 @@ def split_name(architecture: str) -> tuple[str, float]:
     return base, width
 
 
-@lru_cache(maxsize=None)
+@cache
 def count_flops(name: str, shape: Shape, classes: int, features: int = 64, norm: str = "batch", feature_relu: bool = True, width: float = 1.0) -> int:
     """Floating-point operations of one forward pass of one image, as flops.Counter counts them. Arguments and errors as of `build`.
 
@@ -117,7 +117,7 @@ def count_flops(name: str, shape: Shape, classes: int, features: int = 64, norm:
     return counter.flops
 
 
-@lru_cache(maxsize=None)
+@cache
 def count_training_bytes(name: str, shape: Shape, classes: int, features: int, norm: str, feature_relu: bool, batch: int, slots: int) -> int:
     """Bytes that training one model takes: parameters, gradients, `slots` optimiser states of each parameter, buffers, and what is kept for backward.
 

@@ -251,7 +251,8 @@ def _headline(run: Run, several: bool) -> str:
               "Time": (seconds_text(found["wall_s"]), idle)}
     if conditions := found["conditions"]:
         share = 100 * conditions["answered"] / max(1, conditions["asked"])
-        tiles["Answers"] = (_percent_text(share), f"{conditions['dropped']} dropped out, {conditions['late']} late; {seconds_text(conditions['simulated_s'])} simulated")
+        tiles["Answers"] = (_percent_text(share), f"{conditions['dropped']} dropped out, {conditions['late']} late; "
+                                              f"{seconds_text(conditions['simulated_s'])} simulated")
     cells = "".join(f"<div><dt>{name}</dt><dd>{value[0]}<small>{value[1]}</small></dd></div>" for name, value in tiles.items())
     origin = f" ({found['data_source']}, SHA-256 {found['data_sha256'][:12]})" if found["data_source"] else ""
     facts = f"{recording.algorithm} on {found['data']}{origin}, {count_text(recording.clients, 'client')}, {count_text(recording.ranks, 'rank')}, " \
@@ -295,7 +296,8 @@ def _clients(recording: Recording, found: Found) -> str:
         columns["Absent classes"] = lambda client: str((counts[client] == 0).sum())
     if (answered := recording.arrays.get("conditions/answered")) is not None:
         columns["Answers"] = lambda client: f"{(answered[:, client] == 1).sum()} of {(answered[:, client] >= 0).sum()}"
-    headings = {"before": f"Before {after_text(accuracy['refine'])} (%)", "generalization": f"After {after_text(accuracy['refine'])} (%)", "personal": "Own images (%)"}
+    headings = {"before": f"Before {after_text(accuracy['refine'])} (%)", "generalization": f"After {after_text(accuracy['refine'])} (%)",
+                "personal": "Own images (%)"}
     for key, heading in headings.items():
         if (over := MEASURES[key].select(accuracy)) and over["mean"] is not None:
             columns[heading] = partial(lambda values, client: number_text(values[client]), over["per_client"])

@@ -28,7 +28,8 @@ Indices = Sequence[int] | np.ndarray                               # of evaluati
 class Recording:
     """A run's metrics.h5 in memory: `arrays` maps "group/name" to its array, accuracies come out in percent.
 
-    Letters of shapes: R finished rounds, E evaluations, K clients, C classes, G models of the federation's own, I intervals of work. NaN stands for what was not measured.
+    Letters of shapes: R finished rounds, E evaluations, K clients, C classes, G models of the federation's own, I intervals of work.
+    NaN stands for what was not measured.
     """
 
     folder: Path
@@ -192,7 +193,8 @@ def read(run: str | Path) -> Recording:
         sizes = {"K": int(attributes["clients"]), "C": int(attributes["classes"])}
         text = str(attributes["job"])
         status = ": ".join(filter(None, [status, _lost_text(attributes)]))
-        return Recording(folder, status, str(attributes["algorithm"]), text, read_recorded(tomllib.loads(text)), sizes["K"], sizes["C"], int(attributes["ranks"]),
+        return Recording(folder, status, str(attributes["algorithm"]), text, read_recorded(tomllib.loads(text)), sizes["K"], sizes["C"],
+                         int(attributes["ranks"]),
                          _align(arrays, sizes, path), _read_plan(attributes), attributes.get("data_source"), attributes.get("data_sha256"))
     except (KeyError, TypeError, ValueError) as error:             # TOMLDecodeError is a ValueError
         raise CheckpointError(f"{path}: attribute missing or damaged ({error}); wanted algorithm, job, clients, classes and ranks") from None

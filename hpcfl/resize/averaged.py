@@ -34,9 +34,13 @@ class Averaged(Derived):
         self.register_buffer("owner", None if self.elementwise else owner, persistent=False)           # (P,), the group of each element
 
     def derive_state(self, models: Sequence[Tree], samples: Sequence[float]) -> Tree:
-        """All of this module's state but the logits, for state_dicts of the full size and their n_k; running statistics are averaged by n_k, counters begin at 0."""
+        """All of this module's state but the logits, for state_dicts of the full size and their n_k.
+
+        Running statistics are averaged by n_k, counters begin at 0.
+        """
         weights = [count / sum(samples) for count in samples]
-        rows = torch.stack([weight * torch.cat([to_channels_last(model[path]).flatten() for path in self.shapes]) for weight, model in zip(weights, models, strict=True)])
+        rows = torch.stack([weight * torch.cat([to_channels_last(model[path]).flatten() for path in self.shapes])
+                            for weight, model in zip(weights, models, strict=True)])
         statistics = [path for path, leaf in tree.select_floating(models[0]).items() if path not in self.shapes]
         mean = {path: sum((weight * model[path] for weight, model in zip(weights, models, strict=True)), torch.zeros(())) for path in statistics}
         return self.derive_buffers(mean) | {"shares": rows}

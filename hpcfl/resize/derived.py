@@ -44,7 +44,10 @@ class Derived(nn.Module):
         return functional_call(structure, self.weights(), (x,))
 
     def derive_buffers(self, source: Tree) -> Tree:
-        """The classifier's buffers for a state_dict of another size: floating ones keep the leading part; what grows begins as in a new layer, counters at 0."""
+        """The classifier's buffers for a state_dict of another size.
+
+        Floating ones keep the leading part; what grows begins as in a new layer, counters at 0.
+        """
         own = {}
         for path, buffer in self.structure[0].named_buffers():
             given = source.get(path)
@@ -65,7 +68,10 @@ def to_channels_last(weight: Tensor) -> Tensor:
 
 
 def from_channels_last(flat: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """What `to_channels_last` made of a parameter of this shape, with any axes, undone; the conv weight lies in memory channels last, as the fast kernels want it."""
+    """What `to_channels_last` made of a parameter of this shape, with any axes, undone.
+
+    The conv weight lies in memory channels last, as the fast kernels want it.
+    """
     if len(shape) != 4:
         return flat.reshape(shape)
     return flat.contiguous().view(shape[0], *shape[2:], shape[1]).permute(0, 3, 1, 2)

@@ -40,7 +40,8 @@ class WeightFilter(nn.Module):
         self.grows = prod(wanted) > prod(given)
         small, large = (given, wanted) if self.grows else (wanted, given)
         if small[0] != large[0] or small[1] > large[1] or small[2] > large[2]:
-            raise LayoutError(f"a weight of {tuple(source)} cannot be resized to {tuple(target)}; wanted all channels to shrink or all to grow, and one kernel size")
+            raise LayoutError(f"a weight of {tuple(source)} cannot be resized to {tuple(target)}; "
+                              "wanted all channels to shrink or all to grow, and one kernel size")
         kernel = tuple(many - few + 1 for few, many in zip(small[1:], large[1:], strict=True))
         self.axes = tuple(axis for axis in (1, 2) if kernel[axis - 1] > 1)
         self.lengths = tuple(large[axis] for axis in self.axes)    # of the transforms: what the convolution reaches, no more
@@ -58,7 +59,10 @@ class WeightFilter(nn.Module):
                 self.norm.copy_(torch.linalg.vector_norm(self.direction, dim=(1, 2), keepdim=True))
 
     def become_slice(self) -> None:
-        """Ours: compression begins as the leading channels and dilation as these among zeros, but for a little noise, so that tuning starts from what W knows."""
+        """Ours: compression begins as the leading channels and dilation as these among zeros, but for a little noise.
+
+        So tuning starts from what W knows.
+        """
         self.gain.fill_(1.0 - self.is_convolution)                 # with the residual u = W
         self.bias.zero_()
         self.norm.fill_(1.0)

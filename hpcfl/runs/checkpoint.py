@@ -24,11 +24,12 @@ from hpcfl.wire.communicator import require_server
 CHECKPOINT_FORMAT = 2
 VERSION = "hpcfl"                                                  # what --may-differ calls the version that wrote a checkpoint
 FREE_TO_DIFFER = ("checkpoint.every", "checkpoint.keep", "checkpoint.seconds", "residency.chunk", "residency.folder", "residency.location", "evaluation.batch",
-                  "run.name", "timeouts.collective", "timeouts.heartbeat")              # settings that no result depends on; on residency.chunk by rounding, with vmap
+                  "run.name", "timeouts.collective", "timeouts.heartbeat")    # settings that no result depends on; on residency.chunk by rounding, with vmap
 
 
 def save(folder: Path, world: World, state: State, record: Record, score: float | None) -> None:
-    """Bring metrics.h5 up to now, write checkpoints/round-<rows>/, then point LATEST at it; then older ones go, but for the last `checkpoint.keep` and the best.
+    """Bring metrics.h5 up to now, write checkpoints/round-<rows>/, then point LATEST at it; then older ones go,
+    but for the last `checkpoint.keep` and the best.
 
     score: mean accuracy on the clients' validation parts, by which the best is known (never the test set); None where it was not measured.
 
@@ -190,7 +191,8 @@ def _check(checkpoint: Path, manifest: dict, world: World, may_differ: Sequence[
                               f"{world.corpus.sha256[:12]}...; resume with the data it was made with")
     changed = [key for key in find_differences(manifest["job"], json.loads(json.dumps(world.job.tables()))) if key not in (*FREE_TO_DIFFER, *may_differ)]
     if changed:
-        raise CheckpointError(f"{checkpoint}: belongs to a job that differs in {', '.join(changed)}; nothing was changed. Choose another --out, or allow it with "
+        raise CheckpointError(f"{checkpoint}: belongs to a job that differs in {', '.join(changed)}; nothing was changed. "
+                              "Choose another --out, or allow it with "
                               + " ".join(f"--may-differ {key}" for key in changed))
 
 
@@ -217,7 +219,8 @@ def _verify(path: Path, wanted: str) -> None:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}; {_find_earlier(path.parent)}") from None
     if got != wanted:
-        raise CheckpointError(f"{path}: is damaged or truncated: its SHA-256 is {got[:12]}..., the manifest says {wanted[:12]}...; {_find_earlier(path.parent)}")
+        raise CheckpointError(f"{path}: is damaged or truncated: its SHA-256 is {got[:12]}..., "
+                              f"the manifest says {wanted[:12]}...; {_find_earlier(path.parent)}")
 
 
 def _read(path: Path, names: Collection[str]) -> dict[str, tree.Tree]:

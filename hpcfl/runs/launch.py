@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
@@ -228,7 +228,7 @@ def _choose_folders(job: Job, out: Path | None, resume: str) -> tuple[str, str |
         unfinished = [path for path in begun if checkpoint.find_latest(path) and not _is_finished(path) and _is_of(path, job)]
         if unfinished:
             return str(unfinished[-1]), str(unfinished[-1])
-    folder = out or Path("runs", job.run.name, f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{job.digest()}")
+    folder = out or Path("runs", job.run.name, f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{job.digest()}")
     if resume == "auto" and checkpoint.find_latest(folder):
         return str(folder), str(folder)
     died_early = resume == "auto" and not _is_finished(folder)        # in its first checkpoint: nobody can go on from that record

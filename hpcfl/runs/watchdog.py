@@ -55,7 +55,10 @@ class Watched:
 
 
 class Watchdog:
-    """A thread of one rank; made by all ranks together. The thread makes no MPI call but the abort: ranks that wait cannot answer, so they leave each other files in the run folder."""
+    """A thread of one rank; made by all ranks together.
+
+    The thread makes no MPI call but the abort: ranks that wait cannot answer, so they leave each other files in the run folder.
+    """
 
     def __init__(self, comm: Communicator, folder: Path, limit_s: float, last_words: Callable[[str], None]):
         self.comm, self.folder, self.limit_s, self.last_words = comm, folder, limit_s, last_words
@@ -172,7 +175,8 @@ class Watchdog:
         names = [f"{host} ({numbers_text(ranks)})" for host, ranks in found.items()]
         if len(names) == 1:
             return f"they made the same calls, and a message between them does not arrive, on the host {names[0]}"
-        return f"they made the same calls, and a message between the hosts {', '.join(names[:-1])} and {names[-1]} does not arrive: see to the network between them"
+        return f"they made the same calls, and a message between the hosts {', '.join(names[:-1])} and {names[-1]} does not arrive: " \
+               "see to the network between them"
 
     def launcher_text(self) -> str:
         """What to do about a launcher that cannot reach its daemon on another host, and waits for that."""

@@ -215,7 +215,8 @@ def resolve(tables: Mapping[str, Any], configs: Mapping[str, type], where: str =
     algorithm = dict(tables.get("algorithm", {}))
     name = algorithm.pop("name", None)
     if name is None:
-        raise JobError(f"{where}: {'names no method' if tables else 'is empty'}; wanted at least a section [algorithm] with name = one of {_list_text(configs)} "
+        raise JobError(f"{where}: {'names no method' if tables else 'is empty'}; wanted at least a section [algorithm] with "
+                       f"name = one of {_list_text(configs)} "
                        "(algorithm.name)")
     if not isinstance(name, str) or name not in configs:
         raise JobError(f"{where}: algorithm.name = {name!r} is not known{_suggest(str(name), configs)}; there are {_list_text(configs)}")

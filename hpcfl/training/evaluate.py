@@ -14,7 +14,7 @@ from hpcfl.training.compiling import compile_forward
 from hpcfl.training.group import Group
 from hpcfl.tree import Tree
 
-BATCH = 250                                                        # images per forward pass: stays in a CPU's cache; 1000 took 1.3 to 2.7 times as long per image
+BATCH = 250                                                        # images per forward pass: stays in a CPU's cache; 1000 took 1.3 to 2.7 times as long each
 
 
 class _Method(nn.Module):

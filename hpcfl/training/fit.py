@@ -98,7 +98,8 @@ def _set_up(group: Group, modules: Mapping[str, nn.Module], turns: Sequence[Turn
     returned = tuple(dict.fromkeys([*(path for paths in trained for path in paths), *buffers, *kept]))
     convolutions = {f"{name}.weight" for name, module in wrapped.named_modules() if isinstance(module, nn.Conv2d)} if channels_last else set()
     images = frozenset(path for path, name in own.items() if name in convolutions)
-    return Setup(wrapped, tuple(turns), own, trained, slots, buffers, returned, shared, channels_last=images, images_last=channels_last, where=where, **settings)
+    return Setup(wrapped, tuple(turns), own, trained, slots, buffers, returned, shared, channels_last=images, images_last=channels_last,
+                 where=where, **settings)
 
 
 def _find_held(group: Group, name: str, module: nn.Module, where: str) -> list[str]:

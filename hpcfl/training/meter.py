@@ -53,7 +53,7 @@ class Meter:
         broken = [row for row, numbers in enumerate(table) if not all(map(math.isfinite, numbers))]
         if broken:
             raise NonFiniteError(self.diagnosis(broken, setup, begun(), changed))
-        return [{name: total / counts[row] for (name, counts), total in zip(self.counts.items(), totals) if counts[row]}
+        return [{name: total / counts[row] for (name, counts), total in zip(self.counts.items(), totals, strict=False) if counts[row]}
                 for row, totals in enumerate(table)]
 
     def diagnosis(self, broken: Sequence[int], setup: Setup, begun: Tree, changed: Tree) -> str:
@@ -61,7 +61,8 @@ class Meter:
         who = f"{setup.where}: training of {setup.member} {', '.join(str(self.clients[row]) for row in broken)}"
         firsts = self.first.tolist() if self.first is not None else [math.nan] * len(self.clients)
         for row in broken:
-            spoiled = next((path for path, leaf in tree.select_floating(begun).items() if path in setup.own and not bool(torch.isfinite(leaf[row]).all())), None)
+            spoiled = next((path for path, leaf in tree.select_floating(begun).items()
+                            if path in setup.own and not bool(torch.isfinite(leaf[row]).all())), None)
             if spoiled or not abs(firsts[row]) < LOST:
                 one, way_out = f"{setup.member} {self.clients[row]}", f"; {setup.origin}" if setup.origin else ""
                 found = f"'{spoiled}' of {one} held it" if spoiled else f"the loss of {one} was {firsts[row]:.3g}"

@@ -15,7 +15,8 @@ def draw_synthetic_epochs(draw: Draw, classes: Tensor, per_class: int, batch: in
                      real: Callable[[int], Iterable[Tree]] | None = None) -> Iterator[Tree]:
     """`count` passes over `per_class` images of each of `classes` (n,), shuffled, as batches {"x": (B, C, H, W), "y": (B,)}.
 
-    Images are drawn batch by batch and never stored as a whole; batches are sized as by `epochs`. With `resample` every pass draws anew, without it the first pass repeats.
+    Images are drawn batch by batch and never stored as a whole; batches are sized as by `epochs`. With `resample` every pass draws anew,
+    without it the first pass repeats.
     `real(epoch)` gives batches of real images that follow each pass.
     """
     for epoch in range(count):

@@ -119,7 +119,8 @@ class Communicator:
         Raises: what a rank raised, with its traceback as a note; RuntimeError outside of an `at_server` that says how to help.
         """
         if self._help_with is None:
-            raise RuntimeError(f"rank {self.rank}: spread('{verb}') was called where the other ranks do not attend; call it at rank 0, inside at_server(..., help_with=...)")
+            raise RuntimeError(f"rank {self.rank}: spread('{verb}') was called where the other ranks do not attend; call it at rank 0, "
+                               "inside at_server(..., help_with=...)")
         alone = self.size == 1 or len(items) < 2
         results = self._share(verb, dict(items)) if alone else self._spread_over_ranks(verb, items, costs)
         if len(items) > 1:

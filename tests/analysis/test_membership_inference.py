@@ -261,7 +261,8 @@ def test_the_calibrated_attack_finds_it_too_and_leaves_the_others_alone():
     spared, *judges = references()
 
     def attack(predict) -> Attack:
-        return threshold_attack(*(calibrate(compute_losses(predict, part), torch.stack([compute_losses(judge, part) for judge in judges])) for part in (members, others)))
+        return threshold_attack(*(calibrate(compute_losses(predict, part), torch.stack([compute_losses(judge, part) for judge in judges]))
+                                 for part in (members, others)))
     assert attack(target()).auc_interval[0] > 0.65
     low, high = attack(spared).auc_interval
     assert low < 0.5 < high

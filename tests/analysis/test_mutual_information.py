@@ -27,7 +27,8 @@ SHAPE, CLASSES = (1, 8, 8), 4
 
 def bits(one, other, **settings):
     """Mutual information of two variables, labels (N,) or points (N, ...)."""
-    return mutual_information.information(*(each if each.dim() == 2 and len(each) == each.shape[1] else near(each) for each in (one, other)), **settings)["bits"]
+    return mutual_information.information(*(each if each.dim() == 2 and len(each) == each.shape[1] else near(each)
+                                          for each in (one, other)), **settings)["bits"]
 
 
 def near(variable):

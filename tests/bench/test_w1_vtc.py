@@ -150,7 +150,8 @@ def test_each_case_of_many_clients_has_a_process_of_its_own(tmp_path):
 
 
 def test_ranks_measure_one_case_and_refuse_several(tmp_path):
-    with started(tmp_path, "bench", "clients", "--clients", "3", "--residency", "disk", "--chunk", "1", "--rounds", "1", "--threads", "1", "--json", ranks=2) as process:
+    with started(tmp_path, "bench", "clients", "--clients", "3", "--residency", "disk", "--chunk", "1",
+                 "--rounds", "1", "--threads", "1", "--json", ranks=2) as process:
         assert process.ends() == 0, process.text()
         figures = json.loads(process.text())
     assert list(figures) == COLUMNS and (figures["ranks"], figures["chunk"]) == (2, 1)

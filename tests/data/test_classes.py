@@ -164,7 +164,8 @@ def test_a_report_says_which_data_the_name_stood_for(tmp_path):
     found, header = summary.summarise(folder), archive.read_header(path)
     assert (found["data"], found["data_source"], found["data_sha256"]) == ("own", str(tmp_path / "own.npz"), header.sha256)
     recording = read(folder)
-    assert f"standalone on own ({tmp_path / 'own.npz'}, SHA-256 {header.sha256[:12]}), 5 clients" in page._headline(page.Run(1, "standalone", recording, found), False)
+    assert f"standalone on own ({tmp_path / 'own.npz'}, SHA-256 {header.sha256[:12]}), 5 clients" in \
+        page._headline(page.Run(1, "standalone", recording, found), False)
     with h5py.File(folder / "metrics.h5", "r+") as file:           # as an earlier hpcfl wrote it
         del file.attrs["data_source"]
     assert "standalone on own, 5 clients" in page._headline(page.Run(1, "standalone", recording, summary.summarise(folder)), False)

@@ -118,7 +118,8 @@ def test_a_model_travels_to_the_ranks_of_its_clients_alone_and_back_from_them_al
     built.comm.distribute = noting(built.comm, sent)
     found = run(built)
     models = {name: tree.part(found.states[-1].server, name) for name in names} if comm.is_server else {}
-    sizes = comm.share({name: (tree.nbytes(model), tree.nbytes(tree.select_floating(model)), 8 * len(tree.select_floating(model))) for name, model in models.items()})
+    sizes = comm.share({name: (tree.nbytes(model), tree.nbytes(tree.select_floating(model)), 8 * len(tree.select_floating(model)))
+                        for name, model in models.items()})
     if comm.rank:
         (group,) = found.states[-1].groups
         down, up, counts = sizes[group.architecture]

@@ -99,7 +99,8 @@ def test_ranks_with_states_on_disk_agree_with_one_that_has_them_on_the_device(ca
 
 
 def test_a_group_has_at_most_a_chunk_of_clients_of_one_architecture_in_every_round():
-    world = in_memory.world(in_memory.job("fedrolex", federation={"clients": 7}, models={"size_schedule": "rotate"}, residency={"chunk": 2, "location": "disk"}))
+    world = in_memory.world(in_memory.job("fedrolex", federation={"clients": 7}, models={"size_schedule": "rotate"},
+                                           residency={"chunk": 2, "location": "disk"}))
     state = begin(world)
     for row in range(3):
         state = regroup(world, state, row)

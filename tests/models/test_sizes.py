@@ -83,7 +83,8 @@ def test_a_budget_that_nothing_fits_names_the_smallest_and_what_it_needs():
 
 
 def test_budgets_are_measured_on_the_jobs_own_batches():
-    small, large = (world(job("fedavg", models={"names": ["cnn5"], "memory_mb": [0.5]}, training={"batch": batch})).problem.architectures[0] for batch in (4, 64))
+    small, large = (world(job("fedavg", models={"names": ["cnn5"], "memory_mb": [0.5]}, training={"batch": batch})).problem.architectures[0]
+                    for batch in (4, 64))
     assert zoo.split_name(small)[1] > zoo.split_name(large)[1]
 
 

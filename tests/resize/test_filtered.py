@@ -29,7 +29,8 @@ def seeded():
 def reference(each: WeightFilter, weight: torch.Tensor, target: tuple[int, ...]) -> torch.Tensor:
     """Specification, section 3: one position after the other, in float64, by torch's own convolutions."""
     convolve = F.conv_transpose2d if each.grows else F.conv2d
-    positions = [weight[:, :, i, j] for i in range(weight.shape[2]) for j in range(weight.shape[3])] if each.is_convolution else [weight.reshape(-1, weight.shape[-1])]
+    positions = [weight[:, :, i, j] for i in range(weight.shape[2]) for j in range(weight.shape[3])] \
+        if each.is_convolution else [weight.reshape(-1, weight.shape[-1])]
     results = []
     for number, image in enumerate(positions):
         image = image.double()
@@ -159,14 +160,16 @@ def trained(clients: tuple[int, ...], engine: str, name: str = "cnn5_bn@0.5") ->
     for client in clients:
         torch.manual_seed(client)
         with torch.no_grad():
-            own = {path: torch.randn(leaf.shape) * 0.2 if leaf.is_floating_point() and "running" not in path else leaf for path, leaf in given.state_dict().items()}
+            own = {path: torch.randn(leaf.shape) * 0.2 if leaf.is_floating_point() and "running" not in path else leaf
+                   for path, leaf in given.state_dict().items()}
             module.reset_parameters()
         states[client] = join(model={path: leaf.clone() for path, leaf in state_of(module, own).items()})
 
     def batches(client):
         generator = torch.Generator().manual_seed(client)
         return [{"x": torch.randn(6, *shape, generator=generator), "y": torch.randint(10, (6,), generator=generator)} for _ in range(2)]
-    return fit(Group.from_states("dilated", states), {"model": module}, [Turn(("model",), cross_entropy, Optimizer("sgd", 0.05))], batches, engine=engine, channels_last=False)[0]
+    return fit(Group.from_states("dilated", states), {"model": module}, [Turn(("model",), cross_entropy, Optimizer("sgd", 0.05))], batches,
+               engine=engine, channels_last=False)[0]
 
 
 def test_dilation_of_several_clients_together_equals_one_by_one():
@@ -191,4 +194,5 @@ def test_tuning_changes_the_filters_and_the_running_statistics_and_not_the_sourc
 def test_the_filters_are_all_that_learns():
     module = Filtered(nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4, 10)), nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(2, 10)))
     assert {path.split(".")[0] for path, parameter in module.named_parameters() if parameter.requires_grad} == {"filters"}
-    assert stack([module.derive_state({path: leaf.detach() for path, leaf in zip(module.paths, (torch.ones(4, 1, 3, 3), torch.ones(4), torch.ones(10, 4), torch.ones(10)))})])
+    leaves = (torch.ones(4, 1, 3, 3), torch.ones(4), torch.ones(10, 4), torch.ones(10))
+    assert stack([module.derive_state(dict(zip(module.paths, leaves, strict=True)))])

@@ -9,7 +9,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -100,7 +100,7 @@ def hpcfl(monkeypatch, capsys):
 
 def started_at(process: int) -> str:
     """When a process began, as LOCK has it."""
-    return datetime.fromtimestamp(psutil.Process(process).create_time(), timezone.utc).isoformat(timespec="seconds")
+    return datetime.fromtimestamp(psutil.Process(process).create_time(), UTC).isoformat(timespec="seconds")
 
 
 def files(folder: Path) -> dict[Path, tuple[bytes, int]]:
@@ -358,7 +358,8 @@ def test_a_second_job_on_a_run_folder_is_refused_and_told_of_the_first(ranks, wh
         with started(tmp_path / "second", "run", whole[1], "--out", folder, ranks=ranks) as second:
             assert second.ends() == 2, second.text()
         text = " ".join(second.text().split())
-        assert text.count(f"{folder}: another run is at work in this folder (process {holder} on {platform.node()}, since {started_at(holder)}); wait for it, or choose another --out") == 1
+        assert text.count(f"{folder}: another run is at work in this folder (process {holder} on {platform.node()}, since {started_at(holder)}); "
+                          "wait for it, or choose another --out") == 1
         assert files(folder) == before and first.process.poll() is None
         (tmp_path / "go").touch()
         assert first.ends() == 0, first.text()

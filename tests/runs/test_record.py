@@ -14,10 +14,13 @@ CLIENTS = 3
 
 def account(rank: int, clients: list[int], opened_s: float = 0.0, **metrics: float) -> dict:
     """What a rank with these clients books in a round."""
-    return {"wall_s": 1.0 + rank, "seconds": {kind: float(10 * rank + number) for number, kind in enumerate(SECONDS)}, "up": {client: 100 + client for client in clients},
-            "down": {client: 10 + client for client in clients}, "metrics": {name: {client: value + client for client in clients} for name, value in metrics.items()},
+    return {"wall_s": 1.0 + rank, "seconds": {kind: float(10 * rank + number) for number, kind in enumerate(SECONDS)},
+            "up": {client: 100 + client for client in clients},
+            "down": {client: 10 + client for client in clients},
+            "metrics": {name: {client: value + client for client in clients} for name, value in metrics.items()},
             "opened_s": opened_s, "intervals": {"kind": np.array([rank, 3]), "start_s": np.array([-0.25, 1.0 + rank]), "duration_s": np.array([0.25, 0.5])},
-            "sent_bytes": 1000 + rank, "carried": {kind: 10 * number + rank for number, kind in enumerate(EXCHANGES)}, "item_s": 0.5 + rank, "notes": {f"share of rank {rank}": 0.25 + rank}}
+            "sent_bytes": 1000 + rank, "carried": {kind: 10 * number + rank for number, kind in enumerate(EXCHANGES)}, "item_s": 0.5 + rank,
+            "notes": {f"share of rank {rank}": 0.25 + rank}}
 
 
 def empty(ranks: int = 2) -> Record:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -124,7 +125,8 @@ def test_what_is_not_asked_for_is_left_to_the_site():
 
 
 def test_what_a_site_asks_for_reaches_sbatch(capsys):
-    code, text, _ = printed(REPOSITORY / "jobs" / "fedvtc-digits.toml", "--nodes", 2, "--gpus-per-node", "a100:2", "--account", "ab12", "--qos=high", "--mem", "64G",
+    code, text, _ = printed(REPOSITORY / "jobs" / "fedvtc-digits.toml", "--nodes", 2, "--gpus-per-node", "a100:2",
+                            "--account", "ab12", "--qos=high", "--mem", "64G",
                             "--array", "0-9%2", "--", "--constraint=a100|h100", "--exclusive", "--mail-type", "END,FAIL", "-x", "n[1-3]", capsys=capsys)
     lines = {line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")}
     assert code == 0 and lines > {"--ntasks-per-node=2", "--gpus-per-node=a100:2", "--account=ab12", "--qos=high", "--mem=64G", "--array=0-9%2",
@@ -155,10 +157,13 @@ def test_there_is_a_rank_for_each_gpu_or_node_unless_more_are_wanted(asked, rank
     ({"nodes": 0}, "--nodes 0: wanted a whole number of at least 1"), ({"lead_s": 0}, "--lead 0: wanted"), ({"cpus": -1}, "--cpus -1: wanted"),
     ({"nodes": 2, "ranks": 3}, "--ranks 3 on 2 nodes: wanted a multiple of 2"), ({"nodes": 2, "gpus": 3}, "--gpus 3 on 2 nodes"),
     ({"gpus": 4, "ranks": 2}, "2 would stay idle"), ({"gpus": 2, "ranks": 3}, "--ranks 3 with 2 GPUs: wanted a multiple of 2"),
-    ({"account": "a b"}, "--account 'a b': wanted a name"), ({"qos": "\n"}, "--qos"), ({"mem": "much"}, "--mem 'much': wanted memory of each node, for example 64G"),
+    ({"account": "a b"}, "--account 'a b': wanted a name"), ({"qos": "\n"}, "--qos"),
+    ({"mem": "much"}, "--mem 'much': wanted memory of each node, for example 64G"),
     ({"others": ("exclusive",)}, "'exclusive' behind --: wanted options of sbatch"), ({"others": ("--x=a\nb",)}, "behind --: wanted options"),
     ({"others": ("--exclusive", "--array=0-3")}, "--array=0-3 behind --: the script stands on it; wanted --array before the --"),
-    ({"others": ("-N", "3")}, "wanted --nodes before the --"), ({"partition": "a b"}, "--partition 'a b'"), ({"partition": "a\n#SBATCH --nodes=9"}, "--partition"), ({"srun": "pmix; id"}, "--srun 'pmix; id'"),
+    ({"others": ("-N", "3")}, "wanted --nodes before the --"), ({"partition": "a b"}, "--partition 'a b'"),
+    ({"partition": "a\n#SBATCH --nodes=9"}, "--partition"),
+    ({"srun": "pmix; id"}, "--srun 'pmix; id'"),
     ({"time": "soon"}, "--time 'soon': wanted minutes"), ({"time": "0"}, "--time '0'"), ({"time": "1:00:00\n"}, "--time"),
     ({"time": "00:02:00", "lead_s": 120}, "the signal would come before the job starts; wanted less than 120 s")])
 def test_a_request_that_cannot_be_met_is_refused_with_what_to_ask_for(asked, said):
@@ -167,13 +172,15 @@ def test_a_request_that_cannot_be_met_is_refused_with_what_to_ask_for(asked, sai
     assert said in str(refused.value)
 
 
-@pytest.mark.parametrize(("time_", "seconds"), [("90", 5400), ("90:30", 5430), ("01:02:03", 3723), ("2-03", 183_600), ("2-03:30", 185_400), ("1-00:00:01", 86_401)])
+@pytest.mark.parametrize(("time_", "seconds"), [("90", 5400), ("90:30", 5430), ("01:02:03", 3723),
+                                                ("2-03", 183_600), ("2-03:30", 185_400), ("1-00:00:01", 86_401)])
 def test_time_limits_are_read_as_sbatch_reads_them(time_, seconds):
     assert slurm.parse_seconds(time_) == seconds
 
 
 @pytest.mark.parametrize(("text", "seeds", "at_once"), [
-    ("0-2,7, 5", (0, 1, 2, 7, 5), 0), ("0-8:2", (0, 2, 4, 6, 8), 0), ("0-9:3", (0, 3, 6, 9), 0), ("0-3%2", (0, 1, 2, 3), 2), ("1,10-20:5,3%10", (1, 10, 15, 20, 3), 10)])
+    ("0-2,7, 5", (0, 1, 2, 7, 5), 0), ("0-8:2", (0, 2, 4, 6, 8), 0),
+    ("0-9:3", (0, 3, 6, 9), 0), ("0-3%2", (0, 1, 2, 3), 2), ("1,10-20:5,3%10", (1, 10, 15, 20, 3), 10)])
 def test_seeds_are_what_arrays_of_sbatch_are(text, seeds, at_once):
     assert slurm.parse_seeds(text) == (seeds, at_once)
 
@@ -262,7 +269,8 @@ def test_only_a_run_that_was_stopped_with_a_checkpoint_is_requeued(code, requeue
     assert run.ends(code)[0] == code and run.read("requeued") == requeued
 
 
-@pytest.mark.parametrize(("before", "after", "code"), [("", "round-000001", 75), ("round-000001", "round-000002", 75), ("", "", 1), ("round-000001", "round-000001", 1)])
+@pytest.mark.parametrize(("before", "after", "code"), [("", "round-000001", 75), ("round-000001", "round-000002", 75),
+                                                         ("", "", 1), ("round-000001", "round-000001", 1)])
 def test_a_launcher_that_ends_without_an_error_before_the_run_is_done_goes_on_if_it_came_anywhere(before, after, code, tmp_path):
     (tmp_path / "leave").touch()
     latest = tmp_path / "runs" / "it" / "slurm-17" / "LATEST"
@@ -274,7 +282,8 @@ def test_a_launcher_that_ends_without_an_error_before_the_run_is_done_goes_on_if
     if after:
         latest.write_text(f"{after}\n")
     ended, text = run.ends(0)
-    assert ended == code and "before the run was done; did it lose a node? STATUS: running" in text and run.read("requeued") == ("requeue 17 " if code == 75 else "")
+    assert ended == code and "before the run was done; did it lose a node? STATUS: running" in text \
+        and run.read("requeued") == ("requeue 17 " if code == 75 else "")
 
 
 @pytest.mark.parametrize(("status", "came_on", "code"), [("done", True, 0), ("stopped: on a signal", True, 75), ("failed: a message is lost", True, 75),
@@ -290,7 +299,8 @@ def test_a_launcher_that_outlives_its_run_is_killed_and_the_job_ends_as_the_run_
     (folder / "STATUS.part").write_text(f"{status}\n")
     os.replace(folder / "STATUS.part", folder / "STATUS")
     ended, text = run.ends()
-    assert ended == code and "the run has ended and its launcher has not, so it was killed" in text and run.read("requeued") == ("requeue 17 " if code == 75 else "")
+    assert ended == code and "the run has ended and its launcher has not, so it was killed" in text \
+        and run.read("requeued") == ("requeue 17 " if code == 75 else "")
     assert ("STATUS: failed: a message is lost" in text) == status.startswith("failed"), text
 
 
@@ -316,7 +326,7 @@ def test_each_task_of_an_array_has_its_seed_its_settings_and_its_folder(task, tm
     assert run.ends(75)[0] == 75
     seed, names = (4, 9)[task % 2], ("training.lr=0.1", "training.lr=0.2,models.names=_cnn1_,_a_b")
     arguments = run.arguments()
-    assert [value for word, value in zip(arguments, arguments[1:], strict=False) if word == "--set"] == [
+    assert [value for word, value in pairwise(arguments) if word == "--set"] == [
         "run.seed=0", f"run.seed={seed}", *sweep.variants[task // 2], f"run.name={names[task // 2]}"]
     assert arguments[-1] == f"runs/it/slurm-16/{names[task // 2]}/seed-{seed}" and run.read("requeued") == f"requeue 16_{task} "
 
@@ -451,7 +461,8 @@ def test_sbatch_accepts_what_the_command_prints(cluster, tmp_path, capsys):
     job = write_job(tmp_path / "a folder", tiny("fedvtc", run={"name": "it's \"one\""}))
     for arguments in ([], ["--nodes", "2", "--ranks", "4", "--cpus", "1", "--time", "0-1:30", "--lead", "600", "--partition", "frail"],
                       ["--nodes", "2", "--gpus", "2", "--ranks", "4", "--srun", "pmix"],
-                      ["--gpus-per-node", "1", "--mem", "1M", "--array", "0-8:2%2", "--", "--exclusive", "--mail-type", "NONE", "--comment=it's a | b"], ["--array", "0-2", "--vary", "training.lr=0.1", "--vary", "training.lr=0.2"]):
+                      ["--gpus-per-node", "1", "--mem", "1M", "--array", "0-8:2%2", "--", "--exclusive", "--mail-type", "NONE", "--comment=it's a | b"],
+                       ["--array", "0-2", "--vary", "training.lr=0.1", "--vary", "training.lr=0.2"]):
         code, text, error = printed(job, "--set", "run.name=it's 2", "--out", tmp_path / "out put", *arguments, capsys=capsys)
         assert code == 0, error
         cluster.call("sbatch", "--test-only", text=text)
@@ -460,7 +471,8 @@ def test_sbatch_accepts_what_the_command_prints(cluster, tmp_path, capsys):
 @pytest.mark.slurm
 @pytest.mark.parametrize("launcher", ["mpirun", "srun"])
 def test_a_signal_that_comes_while_the_ranks_start_is_not_lost(launcher, cluster, tmp_path):
-    if launcher == "srun" and (refused := subprocess.run(["srun", "--mpi=pmix", "true"], env=cluster.environment, capture_output=True, text=True, check=False)).returncode:
+    if launcher == "srun" and (refused := subprocess.run(["srun", "--mpi=pmix", "true"], env=cluster.environment,
+        capture_output=True, text=True, check=False)).returncode:
         pytest.skip(f"this SLURM has no PMIx (Debian: apt-get install libpmix-dev): {refused.stderr.splitlines()[0]}")
     job = Submitted(cluster, tmp_path, Request(nodes=2, srun="pmix" if launcher == "srun" else ""), rounds=6)
     job.waits_for(lambda: "start 1" in job.text())

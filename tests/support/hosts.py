@@ -43,7 +43,8 @@ class Hosts:
         agent = folder / "agent"
         agent.write_text(AGENT.format(enter=" ".join(self.entering("far"))))
         agent.chmod(0o755)
-        self.launcher = (*self.entering("near"), shutil.which("mpirun"), "--host", ",".join(f"{address}:4" for address in ADDRESSES.values()), "--map-by", "node")
+        self.launcher = (*self.entering("near"), shutil.which("mpirun"), "--host",
+                         ",".join(f"{address}:4" for address in ADDRESSES.values()), "--map-by", "node")
         self.environment = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
                             **dict.fromkeys(("PRTE_MCA_plm_ssh_agent", "OMPI_MCA_plm_rsh_agent"), str(agent)),
                             **dict.fromkeys(("PRTE_MCA_hwloc_default_binding_policy", "OMPI_MCA_hwloc_base_binding_policy"), "none")}

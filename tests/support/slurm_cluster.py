@@ -55,7 +55,9 @@ GresTypes=gpu
 def missing() -> str:
     """Why there can be no cluster here; empty where there can."""
     absent = [name for name in PROGRAMS if not _which(name)]
-    return f"{', '.join(absent)} not installed (Debian: apt-get install slurm-wlm munge)" if absent else "" if os.geteuid() == 0 else "SLURM's daemons need root"
+    if absent:
+        return f"{', '.join(absent)} not installed (Debian: apt-get install slurm-wlm munge)"
+    return "" if os.geteuid() == 0 else "SLURM's daemons need root"
 
 
 class Cluster:
@@ -65,7 +67,8 @@ class Cluster:
         self.folder, self.daemons, self.waiting = folder, dict[str, subprocess.Popen](), dict[str, float]()
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("OMPI_COMM_WORLD", "PMIX_", "PMI_", "SLURM_", "SBATCH_"))}
         path = os.pathsep.join([str(Path(sys.executable).parent), inherited["PATH"]])
-        self.environment = inherited | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": path, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+        self.environment = inherited | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": path,
+                                        "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 
     def begin(self) -> None:
         """Start all daemons and wait for the nodes."""
@@ -75,12 +78,14 @@ class Cluster:
         folder.chmod(0o711)                                        # munge insists that all may reach its socket
         (folder / "munge" / "key").write_bytes(os.urandom(128))
         (folder / "munge" / "key").chmod(0o400)
-        lines = [f"NodeName={name} NodeHostname={socket.gethostname()} NodeAddr=127.0.0.1 Port={port} CPUs=2 Gres=gpu:2" for name, port in zip(NODES, ports[1:], strict=True)]
+        lines = [f"NodeName={name} NodeHostname={socket.gethostname()} NodeAddr=127.0.0.1 Port={port} CPUs=2 Gres=gpu:2"
+                 for name, port in zip(NODES, ports[1:], strict=True)]
         lines += ["PartitionName=main Nodes=n[1-2] Default=YES MaxTime=INFINITE OverSubscribe=FORCE:4", "PartitionName=frail Nodes=n[3-4] MaxTime=INFINITE"]
         settings = SETTINGS.format(host=socket.gethostname().partition(".")[0], folder=folder, ports=ports, down_after=DOWN_AFTER_S)
         (folder / "slurm.conf").write_text(settings + "\n".join(lines) + "\n")
         (folder / "gres.conf").write_text("Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n")      # any two devices do
-        own = (f"--{name}={folder / 'munge' / file}" for name, file in (("socket", "socket"), ("key-file", "key"), ("pid-file", "pid"), ("seed-file", "seed"), ("log-file", "log")))
+        own = (f"--{name}={folder / 'munge' / file}"
+               for name, file in (("socket", "socket"), ("key-file", "key"), ("pid-file", "pid"), ("seed-file", "seed"), ("log-file", "log")))
         self._start("munged", "--foreground", "--force", *own)
         self._until(lambda: (folder / "munge" / "socket").exists(), "munged does not begin")
         self._start("slurmctld", "-D")
@@ -93,7 +98,8 @@ class Cluster:
         if self.daemons.get("slurmctld"):
             subprocess.run(["scancel", "--user=root"], env=self.environment, check=False, capture_output=True, timeout=LIMIT_S)
             until = time.monotonic() + 15
-            while time.monotonic() < until and subprocess.run(["squeue", "-h"], env=self.environment, check=False, capture_output=True, text=True, timeout=LIMIT_S).stdout:
+            while time.monotonic() < until and subprocess.run(["squeue", "-h"], env=self.environment, check=False, capture_output=True,
+                                                                 text=True, timeout=LIMIT_S).stdout:
                 time.sleep(0.5)
         for name in reversed(list(self.daemons)):
             self._stop(name, signal.SIGTERM)

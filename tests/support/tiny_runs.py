@@ -53,7 +53,8 @@ QUICK: dict[str, Tables] = {                                       # what makes 
     "heterofl": WIDTHS,
     "fedrolex": WIDTHS,
     "fedconv": {**WIDTHS, "data": {"fraction": 0.3, "public_fraction": 0.4},
-                "algorithm": {"server_epochs": 3, "filter_epochs": 1, "first_epochs": 2, "server_finetune": 1, "aggregation_epochs": 1, "server_lr": 0.01, "filter_lr": 0.01}}}
+                "algorithm": {"server_epochs": 3, "filter_epochs": 1, "first_epochs": 2, "server_finetune": 1, "aggregation_epochs": 1,
+                              "server_lr": 0.01, "filter_lr": 0.01}}}
 VARIANTS: dict[str, tuple[str, Tables]] = {                        # other ways through an algorithm: other phases, messages or client states
     "fedrolex, clients change their size": ("fedrolex", {"models": {"size_schedule": "rotate"}}),
     "fedconv, clients change their size": ("fedconv", {"models": {"size_schedule": "rotate"}, "algorithm": {"weights": "code", "server_finetune": 0}}),

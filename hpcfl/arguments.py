@@ -29,7 +29,8 @@ class Parser(argparse.ArgumentParser):
     What comes behind "--" goes into `behind`, where a parser's defaults have that.
     """
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None) -> tuple[argparse.Namespace, list[str]]:
+    def parse_known_args(  # type: ignore[override]  # argparse has it overloaded by the type of the namespace
+            self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None) -> tuple[argparse.Namespace, list[str]]:
         """As argparse's, which hands a subcommand's arguments to its parser in this way."""
         words, behind = list(sys.argv[1:] if args is None else args), []
         if self.get_default("behind") is not None and "--" in words:

@@ -188,7 +188,8 @@ def _data_row(row: dict) -> tuple[str, ...]:
     if there:
         terms = [] if row.get("licence", OWN_TERMS) == OWN_TERMS else [row["licence"]]
         note = "; ".join([printable_text(list_text(row["names"])), f"{range_text(row['counts']['train'])} training images each", *terms])
-    return row["name"], row["status"], *numbers, "x".join(map(str, row["shape"])) if there else "", f"{row['file_bytes'] / 1e6:.1f}" if "file_bytes" in row else "", note
+    return row["name"], row["status"], *numbers, "x".join(map(str, row["shape"])) if there else "", \
+        f"{row['file_bytes'] / 1e6:.1f}" if "file_bytes" in row else "", note
 
 
 def _data_get(arguments: argparse.Namespace) -> int:
@@ -294,7 +295,8 @@ def _parser() -> argparse.ArgumentParser:
         slurm.add_argument(f"--{name}", default="", metavar=metavar, help="as for sbatch (default: the site's)")
     slurm.add_argument("--mem", default="", metavar="SIZE", help="memory of each node, as for sbatch (default: the site's)")
     slurm.add_argument("--srun", default="", metavar="PMI", help="launch by srun --mpi=PMI (pmix, pmi2, ...) instead of mpirun")
-    slurm.add_argument("--array", default="", metavar="SEEDS", help="a run for each seed, as for sbatch: 0-2 or 0,5,7; 0-8:2: every second; 0-9%%2: two at once")
+    slurm.add_argument("--array", default="", metavar="SEEDS",
+                       help="a run for each seed, as for sbatch: 0-2 or 0,5,7; 0-8:2: every second; 0-9%%2: two at once")
     slurm.add_argument("--vary", action="append", nargs="+", default=[], metavar="SECTION.KEY=VALUE",
                        help="a run for each seed with these settings; given several times, so many runs for each seed")
     slurm.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a setting in every run; may be given several times")
@@ -316,7 +318,8 @@ def _parser() -> argparse.ArgumentParser:
 
     predict = commands.add_parser("predict", help="what a round of a run would take on other numbers of ranks")
     predict.add_argument("run", type=Path, metavar="RUN", help="a run folder; best of a run on one rank")
-    predict.add_argument("--doctor", type=Path, metavar="FILE", help="what `mpirun -n 2 hpcfl doctor --json` printed where the ranks would be: the speed of the wire")
+    predict.add_argument("--doctor", type=Path, metavar="FILE",
+                         help="what `mpirun -n 2 hpcfl doctor --json` printed where the ranks would be: the speed of the wire")
     predict.add_argument("--latency", type=float, metavar="S", help="seconds of an empty message between two ranks, instead of the doctor's")
     predict.add_argument("--bandwidth", type=float, metavar="B", help="bytes per second between two ranks, instead of the doctor's")
     predict.add_argument("--ranks", type=parse_numbers, default="1,2,4,64,512", metavar="N,N,...", help="default: 1,2,4,64,512")
@@ -371,7 +374,8 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--steps", type=int, default=0,
                        help="vtc: steps of each client that are timed (0: 5 on a CPU, 200 on CUDA); fedconv: steps of an epoch (0: 30, 94); "
                             "gefl: full batches that a client has (0: its images are 600)")
-    bench.add_argument("--clients", type=parse_numbers, metavar="N[,N...]", help="gefl: clients (default: 10); clients: one case for each (default: 10,100,1000)")
+    bench.add_argument("--clients", type=parse_numbers, metavar="N[,N...]",
+                       help="gefl: clients (default: 10); clients: one case for each (default: 10,100,1000)")
     bench.add_argument("--residency", type=parse_residencies, metavar="R[,R...]", help="clients: where states lie (default: device,host,disk)")
     bench.add_argument("--chunk", type=int, help="clients: residency.chunk (default: 0 for device, else 20)")
     bench.add_argument("--ranks", type=parse_numbers, metavar="N[,N...]", help="clients: started by mpirun for each case (default: 1)")

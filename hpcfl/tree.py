@@ -1,10 +1,12 @@
 """Tree, the one currency: a flat dict from path to tensor. Models, messages, client state and checkpoints are Trees."""
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
 Tree = dict[str, Tensor]
 Layout = tuple[tuple[str, tuple[int, ...], torch.dtype], ...]      # (path, shape, dtype) in packing order
 Marks = dict[str, tuple[Tensor, int]]                              # path -> (leaf, how often it was written in place)
@@ -20,7 +22,7 @@ def join(**parts: Tree) -> Tree:
     return {f"{name}/{path}": leaf for name, part in parts.items() for path, leaf in part.items()}
 
 
-def part(tree: Tree, name: str) -> Tree:
+def part(tree: Mapping[str, T], name: str) -> dict[str, T]:
     """The sub-Tree below `name/`, its paths without that prefix; empty where nothing is there."""
     prefix = f"{name}/"
     return {path[len(prefix):]: leaf for path, leaf in tree.items() if path.startswith(prefix)}
@@ -77,7 +79,7 @@ def layout(tree: Tree) -> Layout:
     return tuple((path, tuple(tree[path].shape), tree[path].dtype) for path in order)
 
 
-def digest(described: Layout) -> str:
+def digest(described: Sequence[object]) -> str:
     """A short name of a layout: equal layouts, and in practice only these, share it."""
     return hashlib.blake2b(repr(described).encode(), digest_size=16).hexdigest()
 

@@ -53,7 +53,7 @@ class Voices:
         self.who = f"rank {rank} of {size}"
         if rank > 0:
             config.pluginmanager.unregister(name="terminalreporter")
-            silence = open(os.devnull, "w", encoding="utf-8")
+            silence = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # closed by the clean-up
             config.add_cleanup(silence.close)
             config.pluginmanager.register(pytest.TerminalReporter(config, silence), "terminalreporter")
 

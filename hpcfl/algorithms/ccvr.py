@@ -117,7 +117,7 @@ def plan(config: Config, problem: Problem) -> Plan:
     """
     if config.scope == "all":
         problem.common_feature_size()
-        average = LgFedAvg(lg_fedavg.Config(shared="head", rest="architecture"), problem)
+        average: FedAvg = LgFedAvg(lg_fedavg.Config(shared="head", rest="architecture"), problem)
     else:
         average = FedAvg(config, problem)
     return (Phase("rounds", problem.job.federation.rounds, (average,)),

@@ -6,7 +6,7 @@ One round: (1) train W on the public set; (2) tune the compression filters Q_s; 
 model on the public set; (5) tune each client's dilation filters R_k; (6) tune the aggregation weights a_k. Every choice of an epoch looks at the public
 validation part. What the paper leaves open is a setting here.
 """
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -101,12 +101,13 @@ class FedConv(Algorithm):
                                "projection; set another models.feature_size, or 0 for each model's own")
 
     def found(self, site: ServerSite) -> Tree:
-        if not len(site.public_validation):
-            raise DataError(f"the public set has {len(site.public)} images to learn on and none to select by; raise data.validation_fraction or "
+        public, held_out = site.require_public()
+        if not len(held_out):
+            raise DataError(f"the public set has {len(public)} images to learn on and none to select by; raise data.validation_fraction or "
                             "data.public_fraction")
-        counts = torch.bincount(site.public.labels, minlength=self.problem.classes).tolist()
+        counts = torch.bincount(public.labels, minlength=self.problem.classes).tolist()
         if 0 in counts:
-            raise DataError(f"the public set has {len(site.public)} images and none of class {counts.index(0)}; FedConv's server learns filters on it and "
+            raise DataError(f"the public set has {len(public)} images and none of class {counts.index(0)}; FedConv's server learns filters on it and "
                             "needs every class: raise data.public_fraction or data.fraction")
         with self.problem.stream("init").seeding():
             server = tree.join(**{"global": self.problem.model(self.base).state_dict()})
@@ -198,13 +199,14 @@ class FedConv(Algorithm):
         if self.config.server_finetune:
             group = self.train_public(site, group, module, self.config.server_finetune, self.config.server_lr, "fine-tuning of returned models",
                                       member="client", setting="server_lr")
-        models, filters = {client: tree.part(own, "model") for client, own in group.states().items()}, {}
+        models = {client: tree.part(own, "model") for client, own in group.states().items()}
+        filters: dict[int, Tree] = {}
         if architecture != self.base:
             models, filters = self.dilate(architecture, models, {client: tree.part(item, "filters") for client, item in items.items()}, site)
-        structure = self.problem.structure(self.base)
+        structure, (public, _) = self.problem.structure(self.base), site.require_public()
 
         def logits(client: int) -> Tree:
-            return {"logits": apply_in_batches(bind(structure, models[client]), site.public)} if self.config.weights == "learned" else {}
+            return {"logits": apply_in_batches(bind(structure, models[client]), public)} if self.config.weights == "learned" else {}
         return {client: tree.join(model=models[client], filters=filters.get(client, {})) | logits(client) for client in items}
 
     def dilate(self, architecture: str, models: Mapping[int, Tree], filters: Mapping[int, Tree], site: ServerSite) -> tuple[dict[int, Tree], dict[int, Tree]]:
@@ -243,7 +245,7 @@ class FedConv(Algorithm):
         loss, context = cross_entropy, {}
         if config.weights == "learned":
             loss = aggregation_loss
-            context = {"teacher": apply_in_batches(bind(structure, tree.to(previous, device)), site.public).log_softmax(1),        # (n, C)
+            context = {"teacher": apply_in_batches(bind(structure, tree.to(previous, device)), public).log_softmax(1),        # (n, C)
                        "strength": torch.tensor(config.lambda_kl, device=device)}
         state["logits"] = self.init_logits(module, context, restored, site)
         group = group_one(self.base, 0, state)
@@ -300,9 +302,11 @@ class FedConv(Algorithm):
 
         `setting`: the one that `lr` comes from.
         """
-        def batches(key: int):
-            return iterate_epochs(site.public, self.config.public_batch, count, site.stream(purpose, key))
-        steps = max(count, out_of) * -(-len(site.public) // self.config.public_batch)
+        public, _ = site.require_public()
+
+        def batches(key: int) -> Iterable[Tree]:
+            return iterate_epochs(public, self.config.public_batch, count, site.stream(purpose, key))
+        steps = max(count, out_of) * -(-len(public) // self.config.public_batch)
         return site.fit(group, {"model": module}, [Turn(("model",), loss, self.rule("adam", setting, lr))], batches, context=context, keep_optimizer=True,
                         steps=steps * self.problem.job.federation.rounds, work=purpose, member=member)[0]
 
@@ -322,10 +326,10 @@ class FedConv(Algorithm):
 
     def validate(self, site: ServerSite, module: nn.Module, own: Tree) -> Tensor:
         """Accuracy of a model on the public validation part in percent, ()."""
-        state = tree.part(own, "model")
+        state, (_, held_out) = tree.part(own, "model"), site.require_public()
         predict = bind(module.structure[0], bind(module, state, "weights")()) if isinstance(module, Derived) else bind(module, state)   # weights are made once
-        right = count_correct(predict, site.public_validation, self.problem.classes)
-        return 100 * right.sum() / len(site.public_validation)
+        right = count_correct(predict, held_out, self.problem.classes)
+        return 100 * right.sum() / len(held_out)
 
 
 def aggregation_loss(modules, batch: Tree, context: Tree) -> Tensor:

@@ -95,7 +95,7 @@ class FedDF(FedAvg):
 
     def predict(self, items: Mapping[int, Tree], site: ServerSite) -> dict[int, Tree]:
         """Logits of some models on the public images and on those held out of them, (n, C)."""
-        shards = {"public": site.public, "held_out": site.public_validation}
+        shards = dict(zip(("public", "held_out"), site.require_public(), strict=True))
         found = {}
         for key, item in items.items():
             structure = self.problem.structure(self.problem.sizes.every[int(item["architecture"])])
@@ -127,7 +127,7 @@ class FedDF(FedAvg):
     def train_stage(self, group: Group, done: int, count: int, teacher: Tensor, site: ServerSite) -> Group:
         """`count` steps of Adam on public images, its moments going on from the stage before."""
         def batches(index: int) -> Iterator[Tree]:
-            passes = iterate_epochs(site.public, self.config.batch, count, site.stream(f"distillation {done}", index))
+            passes = iterate_epochs(site.require_public()[0], self.config.batch, count, site.stream(f"distillation {done}", index))
             for batch in islice(passes, count):
                 yield {"x": batch["x"], "teacher": teacher[batch["index"]]}
         lr = self.config.lr * (1 + math.cos(math.pi * done / self.config.steps)) / 2

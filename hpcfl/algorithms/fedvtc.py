@@ -133,9 +133,9 @@ class VTCStep(DescribeLatents):
         if self.config.sigma_source == "learnable":
             group = group.with_common_part("deviation", Deviation(self.latent.size).state_dict())
         if self.config.frozen_head_init:
-            own = site.modules["model"].head
+            classes, size = group.part("model")["head.weight"].shape[1:]
             with self.problem.stream("head").seeding():            # nothing but the head: what comes before it differs between architectures
-                head = nn.Linear(own.in_features, own.out_features).state_dict()
+                head = nn.Linear(size, classes).state_dict()
             group = group.with_part("model", group.part("model") | tree.repeat({f"head.{path}": leaf for path, leaf in head.items()}, len(group.clients)))
         return group
 

@@ -29,11 +29,15 @@ class Config:
 class Discriminant(nn.Module):
     """argmax_y log N(phi(x); c^y, Sigma^y) with equal priors: images (B, C, H, W) to log densities up to a constant, (B, classes)."""
 
-    def __init__(self, map_: nn.Module, scale, classes: int):
+    mean: Tensor
+    inverse: Tensor
+    offset: Tensor
+
+    def __init__(self, map_: nn.Module, size: int, scale: Scale, classes: int):
         super().__init__()
         self.map, self.scale = map_, scale
-        self.register_buffer("mean", torch.zeros(classes, map_.size))
-        self.register_buffer("inverse", torch.zeros(classes, map_.size, map_.size))        # L^-1 of Sigma^y = L L^T
+        self.register_buffer("mean", torch.zeros(classes, size))
+        self.register_buffer("inverse", torch.zeros(classes, size, size))                  # L^-1 of Sigma^y = L L^T
         self.register_buffer("offset", torch.zeros(classes))                               # log det L, or infinity for a class nobody has
 
     def forward(self, x: Tensor) -> Tensor:
@@ -46,7 +50,8 @@ class DiscriminantStep(DescribeLatents):
     """The client's model is the discriminant, whatever architecture the job gives it."""
 
     def modules(self, architecture: str) -> dict[str, nn.Module]:
-        return {"model": Discriminant(self.latent.map, self.problem.scale, self.problem.classes), **self.latent.modules()}
+        networks = self.latent.modules()
+        return {"model": Discriminant(networks["map"], self.latent.size, self.problem.scale, self.problem.classes), **networks}
 
     def join(self, group: Group, site: ClientSite) -> Group:
         return group if group.part("model") else group.with_common_part("model", self.modules(group.architecture)["model"].state_dict())

@@ -262,7 +262,8 @@ class TeachStep(GeneratorStep):
         return super().receive(message, architecture) | tree.join(**{GENERATOR: tree.part(message, GENERATOR)})
 
     def adopt(self, group: Group, message: Tree) -> Group:
-        return super().adopt(group, {path: leaf for path, leaf in message.items() if not path.startswith(f"{GENERATOR}/")})
+        received = {path: leaf for path, leaf in message.items() if not path.startswith(f"{GENERATOR}/")}
+        return super().adopt(group, received)  # type: ignore[misc]  # of the averaging step that it is mixed into
 
     def learn(self, group: Group, message: Tree, site: ClientSite) -> tuple[Group, dict[str, Tensor]]:
         if not self.continued:

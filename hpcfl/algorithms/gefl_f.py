@@ -6,6 +6,7 @@ specification.
 """
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,6 +18,7 @@ from hpcfl.algorithms.lg_fedavg import COMMON, LgFedAvg
 from hpcfl.contract import Algorithm, ClientSite, Group, Phase, Plan, Problem, Sums, Turn, Uplink, integer
 from hpcfl.data.augment import Augmentation
 from hpcfl.data.shards import Shard, iterate_epochs
+from hpcfl.models.classifier import Shape
 from hpcfl.streams import Stream
 from hpcfl.training.evaluate import apply_in_batches, bind
 from hpcfl.tree import Tree
@@ -47,7 +49,7 @@ class Maps:
     def __init__(self, config: Config, problem: Problem):
         self.problem = problem
         self.model = problem.structure(problem.sizes.every[0])
-        self.generative = build_generator(config, self.model.maps_shape, problem.classes, True)
+        self.generative = build_generator(config, cast(Shape, self.model.maps_shape), problem.classes, True)
 
     def batches(self, message: Tree, site: ClientSite, client: int, count: int, batch: int) -> Iterator[Tree]:
         """Of images augmented as for the classifier, but never mixed: a generator draws single classes."""
@@ -97,7 +99,7 @@ class TrainMapGenerator(TrainGenerator):
 class TrainHeaders(TeachStep, LgFedAvg):
     """Header training (2.2, stage iii)."""
 
-    config: Config
+    config: Config  # type: ignore[assignment]  # has what LG-FedAvg asks of its own
     space: Maps
 
     def turn(self) -> Turn:
@@ -124,7 +126,7 @@ def plan(config: Config, problem: Problem) -> Plan:
 
     Raises: JobError for models without one common extractor, and for maps that the generator does not take.
     """
-    warmup = Phase("warmup", config.warmup_rounds, (LgFedAvg(config, problem),))
+    warmup = Phase("warmup", config.warmup_rounds, (LgFedAvg(config, problem),))  # type: ignore[arg-type]  # as above
     space = Maps(config, problem)
 
     def generator(first: int) -> Algorithm:

@@ -23,14 +23,22 @@ LocalMoments = dict[int, Moments]                                  # client -> m
 class LatentSettings(Protocol):
     """The settings that describing latents needs; FedVTC's Config and the Gaussian classifier's have them."""
 
-    latent: str
-    common_map: str
-    common_size: int
-    covariance: str
-    between_client: bool
-    min_count: int
-    shrink_target: str
-    server_floor: float
+    @property
+    def latent(self) -> str: ...
+    @property
+    def common_map(self) -> str: ...
+    @property
+    def common_size(self) -> int: ...
+    @property
+    def covariance(self) -> str: ...
+    @property
+    def between_client(self) -> bool: ...
+    @property
+    def min_count(self) -> int: ...
+    @property
+    def shrink_target(self) -> str: ...
+    @property
+    def server_floor(self) -> float: ...
 
 
 class DescribeLatents(Algorithm):

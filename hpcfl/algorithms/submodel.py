@@ -30,6 +30,8 @@ class Config:
 class MaskAbsentClasses(nn.Module):
     """Logits, zero for classes that a client has no images of (Diao et al., section 3.3; zero, not -infinity, as in their code)."""
 
+    classes: Tensor
+
     def __init__(self, classes: int):
         super().__init__()
         self.register_buffer("classes", torch.ones(classes, dtype=torch.bool))
@@ -94,9 +96,9 @@ class SubModel(Algorithm):
         self.kept(architecture, 0)                                 # what cannot be sliced is refused before anything runs
         width = zoo.split_name(architecture)[1]
         for name, layer in model.named_modules():
-            if self.config.scaler and isinstance(layer, slices.MIXING) and len(layer.weight) < len(full[f"{name}.weight"]):
-                if getattr(layer, "groups", 1) == 1:               # a depthwise layer adds up as much as ever
-                    layer.register_forward_hook(Scaler(width))
+            narrowed = isinstance(layer, slices.MIXING) and len(layer.weight) < len(full[f"{name}.weight"])
+            if self.config.scaler and narrowed and getattr(layer, "groups", 1) == 1:               # a depthwise layer adds up as much as ever
+                layer.register_forward_hook(Scaler(width))
         return {"model": model, "held": MaskAbsentClasses(self.problem.classes)}
 
     def found(self, site: ServerSite) -> Tree:

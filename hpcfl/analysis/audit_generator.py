@@ -47,7 +47,7 @@ class Sampler:
             return None
         step, place = able[-1]
         group = next(group for group in state.groups if client in group.clients).fetch().select([client])
-        return Sampler(step, group, step.receive(step.publish(state.server), group.architecture), world.client_site(group, place.phase, place.round))
+        return Sampler(step, group, step.receive(step.publish(state.at_server()), group.architecture), world.client_site(group, place.phase, place.round))
 
     def draw(self, per_class: int) -> tuple[Tensor, Tensor] | None:
         """Samples (C, per_class, c, h, w) and which classes have any, (C,)."""

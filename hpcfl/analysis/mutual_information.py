@@ -172,7 +172,7 @@ def analyse(run: str | Path, images: int = 2000, output: str = "logits") -> dict
     problem, test = world.problem, world.test
     chosen = torch.from_numpy(problem.stream("information").numpy().permutation(len(test))[:images]).to(test.labels.device)
     shard = Shard(test.images[chosen], test.labels[chosen], test.scale)
-    models = find_contenders(tree.to(open_round(world, state).server, problem.device), problem)
+    models = find_contenders(tree.to(open_round(world, state).at_server(), problem.device), problem)
     return {"run": str(Path(run)), "rounds": state.rows, "images": len(shard), "output": output, "label_bits": entropy(shard.labels),
             "ceiling_bits": ceiling(len(shard)), "models": compare(models, problem.structure, shard, output)}
 

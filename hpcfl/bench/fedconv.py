@@ -69,7 +69,7 @@ class Timed(FedConv):
     def train_public(self, site, group, module, count, lr, purpose, *others, **named) -> Group:
         start = time.perf_counter()
         trained = super().train_public(site, group, module, count, lr, purpose, *others, **named)      # reads its losses back: the device has finished
-        steps = count * len(site.public) // BATCH * len(group.clients)
+        steps = count * len(site.require_public()[0]) // BATCH * len(group.clients)
         self.laps[purpose.split()[0], group.architecture].append((time.perf_counter() - start) / steps)
         return trained
 
@@ -118,7 +118,7 @@ def run_server_phase(exchange: Exchange, state: State, place: Place) -> State:
 
 def return_untrained(step: Algorithm, state: State) -> Totals:
     """Uploads of clients that trained nothing."""
-    message = step.publish(state.server)
+    message = step.publish(state.at_server())
     return {"models": Uploads({client: tree.join(model=step.receive(message, architecture)) | {"samples": torch.tensor(100.0, dtype=torch.float64)}
                                for client, architecture in enumerate(step.problem.architectures)})}
 

@@ -116,7 +116,7 @@ def time_bare_generator(world: GeFLNoise, state: State, place: Place, **settings
     optimizer = torch.optim.Adam(modules.parameters(), lr=rule.lr, betas=rule.betas, weight_decay=rule.weight_decay, **settings)
     start = time.perf_counter()
     for client, _, site in list_sites(world, state, place):
-        for batch in step.batches(state.server, site, client, BATCH):
+        for batch in step.batches(state.at_server(), site, client, BATCH):
             update(optimizer, modules(loss, batch, {})[0])
     return measure_elapsed(start, device)
 
@@ -133,7 +133,7 @@ def time_bare_header(world: GeFLNoise, state: State, place: Place) -> float:
     start = time.perf_counter()
     for client, _, site in list_sites(world, state, place):
         header = [leaf for path, leaf in models[client].named_parameters() if not path.startswith(EXTRACTOR)]
-        own = iterate_epochs(step.space.encode_own(state.server, site, client), BATCH, training.epochs, site.stream("batches", client))
+        own = iterate_epochs(step.space.encode_own(state.at_server(), site, client), BATCH, training.epochs, site.stream("batches", client))
         for batches in (step.draw_batches(draw, site, client), own):
             optimizer = torch.optim.SGD(header, lr=training.lr)
             for batch in batches:

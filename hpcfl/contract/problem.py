@@ -10,6 +10,7 @@ from hpcfl.data.augment import OF_IMAGES, Augmentation
 from hpcfl.data.shards import Scale
 from hpcfl.errors import JobError
 from hpcfl.models import zoo
+from hpcfl.models.classifier import Model
 from hpcfl.models.sizes import Sizes
 from hpcfl.settings.job import Job
 from hpcfl.streams import Stream
@@ -30,7 +31,7 @@ class Problem:
     scale: Scale
     sizes: Sizes                                                   # who has which architecture
     device: torch.device
-    structures: dict[str, nn.Module] = field(default_factory=dict, repr=False, compare=False)          # architecture -> what `structure` built
+    structures: dict[str, Model] = field(default_factory=dict, repr=False, compare=False)          # architecture -> what `structure` built
 
     @cached_property
     def architectures(self) -> tuple[str, ...]:
@@ -41,12 +42,12 @@ class Problem:
         """The architecture that a client trains in a round; `row` is the round's number over all phases."""
         return self.sizes.architecture(client, row)
 
-    def model(self, architecture: str) -> nn.Module:
+    def model(self, architecture: str) -> Model:
         """A newly initialised model of the zoo."""
         models = self.job.models
         return zoo.build(architecture, self.shape, self.classes, models.feature_size, models.norm, models.feature_relu)
 
-    def structure(self, architecture: str) -> nn.Module:
+    def structure(self, architecture: str) -> Model:
         """A model of the zoo on the device whose weights do not matter, to compute with somebody's state.
 
         It is built once and is the same object for everybody: take a copy to change anything of it.

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from hpcfl.contract.problem import Problem
 from hpcfl.data.augment import Augmentation
 from hpcfl.data.shards import PLAIN, Shard, iterate_epochs
+from hpcfl.errors import JobError
 from hpcfl.streams import Stream
 from hpcfl.training.evaluate import extract_features
 from hpcfl.training.group import Group
 from hpcfl.training.losses import cross_entropy
-from hpcfl.training.turns import Turn
+from hpcfl.training.turns import Loss, Turn
 from hpcfl.tree import Tree
 
 
@@ -86,7 +87,7 @@ class ClientSite:
         return self.problem.fit(group, self.modules, turns, batches, context=context, frozen_norm=frozen_norm, keep_optimizer=keep_optimizer,
                                 steps=steps, channels_last=channels_last, where=f"phase {self.phase}, round {self.round}", streams=streams.__getitem__)
 
-    def train_model(self, group: Group, loss: Callable, context: Tree | None = None) -> tuple[Group, dict[str, Tensor]]:
+    def train_model(self, group: Group, loss: Loss, context: Tree | None = None) -> tuple[Group, dict[str, Tensor]]:
         """The local training of the [training] section: `epochs` passes of the model over the client's own images, augmented."""
         training, augmentation = self.problem.job.training, self.problem.augmentation(soft_labels=loss is cross_entropy)
         turn = Turn(("model",), loss, self.problem.optimizer())
@@ -117,6 +118,12 @@ class ServerSite:
     spread: Callable[..., dict[int, Tree]]
     note: Callable[[str, float], None]
     book_metrics: Callable[[Sequence[int], Mapping[str, Tensor]], None]
+
+    def require_public(self) -> tuple[Shard, Shard]:
+        """The public images to learn on, and those held out of them. Raises: JobError where the server has none."""
+        if self.public is None or self.public_validation is None:
+            raise JobError(f"{self.problem.job.algorithm_name} learns on images of the server, but data.public_fraction = 0 gives it none; wanted more than 0")
+        return self.public, self.public_validation
 
     def stream(self, purpose: str, client: int = -1) -> Stream:
         """The server's random stream of one purpose in this round; `client`: whose model it works on."""

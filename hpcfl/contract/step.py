@@ -16,10 +16,9 @@ from hpcfl.errors import LayoutError
 from hpcfl.training.group import Group
 from hpcfl.training.optimizers import Optimizer
 from hpcfl.tree import Tree
-from hpcfl.wire.communicator import Total
-from hpcfl.wire.uplink import Uplink, Uploads
+from hpcfl.wire.uplink import Uplink
 
-Totals = Mapping[str, Total | Uploads]                             # what the server makes of all clients' Uplinks
+Totals = Mapping[str, Any]                                         # of all clients' Uplinks: a Total or Uploads, which of them the step knows that sent it
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Algorithm(metaclass=StepType):
 
     refines: ClassVar[str] = "refine"                              # what `refine` does, a key of measures.REFINING: reports name the models by it
 
-    def __init__(self, config, problem: Problem):
+    def __init__(self, config: Any, problem: Problem):
         self.config, self.problem = config, problem
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -40,7 +40,7 @@ def list_remarks(names: Sequence[str], counts: Counts) -> list[str]:
     if len(names) == 1:
         found.append(f"all images are of one class, '{names[0]}': the accuracy of every model is 100")
     if untrained:
-        found.append(f"{_classes_text(untrained)} no training images, so that no model can learn of them; where they are only gaps between labels, "
+        found.append(f"{_classes_text(tuple(untrained))} no training images, so that no model can learn of them; where they are only gaps between labels, "
                      "delete the data set's file in the cache and import it again, which numbers the classes without gaps")
     if only_trained := [name for name in untested if name not in untrained]:
         found.append(f"{_classes_text(only_trained)} no test images, so that accuracies say nothing of them")

@@ -18,7 +18,7 @@ def load_digits() -> Labelled:
     Raises: DataError where scikit-learn is not installed.
     """
     package = find_spec("sklearn")
-    file = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz" if package else Path("sklearn")
+    file = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz" if package and package.origin else Path("sklearn")
     if not file.is_file():
         raise DataError(f"{file}: is not there, so neither is the data set 'digits'; install scikit-learn, or set data.name to another one")
     table = np.loadtxt(file, delimiter=",", dtype=np.int64)        # (1797, 65): 64 pixels and the digit; importing scikit-learn would cost a second

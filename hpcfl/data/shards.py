@@ -48,8 +48,8 @@ class Scale:
         """
         if len(images) == 0:
             raise DataError("normalization = 'standard' needs at least one image to take mean and standard deviation from; got none")
-        counts = sum(np.stack([np.bincount(channel.ravel(), minlength=256) for channel in images[start:start + BLOCK].swapaxes(0, 1)])
-                     for start in range(0, len(images), BLOCK))                    # (C, 256): how often each brightness occurs
+        counts = sum((np.stack([np.bincount(channel.ravel(), minlength=256) for channel in images[start:start + BLOCK].swapaxes(0, 1)])
+                      for start in range(0, len(images), BLOCK)), np.zeros((), np.int64))            # (C, 256): how often each brightness occurs
         levels, shares = np.arange(256) / 255, counts / counts.sum(axis=1, keepdims=True)
         mean = shares @ levels                                     # (C,)
         std = np.sqrt((shares * (levels - mean[:, None]) ** 2).sum(axis=1))
@@ -120,7 +120,8 @@ class Shard:
 
     def to(self, device: torch.device | str) -> "Shard":
         """The shard on a device; shares memory where it is there already."""
-        return replace(self, **tree.to({"images": self.images, "labels": self.labels}, device))
+        moved = tree.to({"images": self.images, "labels": self.labels}, device)
+        return replace(self, images=moved["images"], labels=moved["labels"])
 
 
 def load(corpus: Corpus, owned: Sequence[np.ndarray], scale: Scale, device: torch.device | str) -> tuple[Shard, ...]:

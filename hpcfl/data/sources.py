@@ -244,8 +244,8 @@ def build_labelled(where: str, train_images: np.ndarray, train_labels: np.ndarra
     train_labels, test_labels, labels, renumbered = classes.number_labels(where, train_labels, test_labels)
     brightest = max(train_images.max(), test_images.max())
     dark = [f"no value is above {brightest} of 255: the images are nearly black; save them as 0 to 255, or as floats in [0, 1]"] if brightest < 2 else []
-    return Labelled(np.ascontiguousarray(train_images), train_labels, np.ascontiguousarray(test_images), test_labels, len(labels),
-                    names if len(names) == len(labels) else labels, (*notes, *renumbered, *dark))
+    return Labelled(np.ascontiguousarray(train_images), train_labels, np.ascontiguousarray(test_images), test_labels, len(found),
+                    names if len(names) == len(found) else found, (*notes, *renumbered, *dark))
 
 
 _BOTH = ({"train": True}, {"train": False})

@@ -177,7 +177,7 @@ def _locking(name: str) -> Iterator[None]:
     """Inside the block no other process converts the same data set; the lock ends with the process, however that ends."""
     try:
         find_folder().mkdir(parents=True, exist_ok=True)
-        lock = open(find_folder() / f".{name}.lock", "w", encoding="utf-8")
+        lock = open(find_folder() / f".{name}.lock", "w", encoding="utf-8")  # noqa: SIM115  # closed below, outside of what is told as unwritable
     except OSError as error:
         raise _explain_unwritable(error) from error
     with lock:

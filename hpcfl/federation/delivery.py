@@ -39,7 +39,7 @@ class Message:
     """What a step has published of one version of the server's state, and the downloads that somebody has asked for so far."""
 
     version: int                                                   # of the server's state
-    whole: Tree | None                                             # at the server
+    whole: Tree                                                    # at the server, empty elsewhere
     downloads: dict[str, Download] = field(default_factory=dict)   # by architecture
     trees: dict[str, Tree] = field(default_factory=dict)           # the leaves of each download, at the server
     ranks: dict[str, set[int]] = field(default_factory=dict)       # where each download has arrived, by architecture
@@ -66,7 +66,7 @@ class Delivery:
         if all(ranks <= message.ranks.get(architecture, set()) for architecture, ranks in wanted.items()):
             return message
         if self.comm.is_server:
-            before = tree.marks(state.server)
+            before = tree.marks(state.at_server())
             for architecture in wanted.keys() - message.trees.keys():
                 where = verb_text(step, "receive", f"for {architecture}")
                 with blame(step, "receive", f"for {architecture}"), step.problem.stream("receive", round_=state.version).seeding():
@@ -121,15 +121,16 @@ class Delivery:
         """The message of this version of the server's state; a new one has no downloads yet."""
         message = self.messages.get(step)
         if message is None or message.version != state.version:
-            whole = self._publish_anew(step, state, message.whole if message else {}) if self.comm.is_server else None
+            whole = self._publish_anew(step, state, message.whole if message else {}) if self.comm.is_server else {}
             message = self.messages[step] = Message(state.version, whole)
         return message
 
     def _publish_anew(self, step: Algorithm, state: State, earlier: Tree) -> Tree:
-        before, where = tree.marks(state.server), verb_text(step, "publish")
+        server, where = state.at_server(), verb_text(step, "publish")
+        before = tree.marks(server)
         with blame(step, "publish"), step.problem.stream("publish", round_=state.version).seeding():
-            whole = require_tree(where, step.publish(state.server))
-        check_unwritten(where, before, state.server, "the server's state")
+            whole = require_tree(where, step.publish(server))
+        check_unwritten(where, before, server, "the server's state")
         check_kept(where, earlier, whole)
         checked = set(map(id, state.server.values()))              # when the server computed them
         derived = {path: leaf for path, leaf in whole.items() if id(leaf) not in checked}
@@ -137,7 +138,7 @@ class Delivery:
         return whole
 
     def _describe(self, read: Tree, state: State) -> Download:
-        owners = {id(leaf): path for path, leaf in state.server.items()}
+        owners = {id(leaf): path for path, leaf in state.at_server().items()}
         keys = {path: owners[id(leaf)] if id(leaf) in owners else f"{DERIVED}{tree.fingerprint({'': leaf})}" for path, leaf in read.items()}
         derived = sorted((path, key) for path, key in keys.items() if key.startswith(DERIVED))
         own = f"{DERIVED}{tree.number([path for path, _ in derived]):x}"

@@ -75,9 +75,8 @@ class Exchange:
 
         def work_on_items(shared: str, items: dict[int, Tree]) -> dict[int, Tree]:
             start = time.perf_counter()
-            with self.ledger("spread"):
-                with blame(step, shared):
-                    results = require_results(verb_text(step, shared), getattr(step, shared)(items, site), items)
+            with self.ledger("spread"), blame(step, shared):
+                results = require_results(verb_text(step, shared), getattr(step, shared)(items, site), items)
             self.ledger.book_help(len(items), time.perf_counter() - start)
             return results
 

@@ -94,4 +94,4 @@ class Disk(Elsewhere):
         return self.scratch.read(there).to(self.device)
 
 
-RESIDENCIES = {"device": Device, "host": Host, "disk": Disk}
+RESIDENCIES: dict[str, Callable[[torch.device, str], Device | Elsewhere]] = {"device": Device, "host": Host, "disk": Disk}

@@ -6,6 +6,7 @@ from hpcfl.federation.residency import Parked
 from hpcfl.federation.world import World
 from hpcfl.training.group import Group
 from hpcfl.tree import Tree
+from hpcfl.wire.communicator import require_server
 
 Versions = dict[str, int]                                          # part -> version
 
@@ -25,6 +26,10 @@ class State:
     rows: int = 0                                                  # rounds finished, over all phases
     version: int = 0
     versions: Versions = field(default_factory=dict)               # of the parts that have changed since the beginning
+
+    def at_server(self) -> Tree:
+        """The server's state, asked for where it is. Raises: RuntimeError on any other rank."""
+        return require_server(self.server)
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,8 @@ class World:
 
     def found(self) -> Tree:
         """The server's state before the first round."""
-        site, server = self.server_site(self.plan[0], 0, Ledger(self.problem.device)), {}
+        site = self.server_site(self.plan[0], 0, Ledger(self.problem.device))
+        server: Tree = {}
         for step in self.steps:
             with blame(step, "found"), self.problem.stream("found").seeding():
                 server |= require_tree(verb_text(step, "found"), step.found(site))

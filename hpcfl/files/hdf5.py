@@ -3,16 +3,17 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, TypeAlias
 
 import h5py
 import numpy as np
 
 from hpcfl.errors import HpcflError
+from hpcfl.files.draft import Draft
 from hpcfl.wording import cause_text
 
 LIBVER = ("v110", "v110")                                          # HDF5 1.10 checksums its own metadata; older formats do not
-Member = h5py.Group | h5py.Dataset | h5py.Datatype
+Member: TypeAlias = h5py.Group | h5py.Dataset | h5py.Datatype
 DEPTH = 64                                                         # groups deeper than this are a file that links to itself
 
 
@@ -81,7 +82,7 @@ class Reader:
 
     def _step(self, place: Member, name: str, path: str) -> Member:
         with _calls(self.path, self._fault, self._advice):
-            there = isinstance(place, h5py.Group) and name in place.keys()
+            there = isinstance(place, h5py.Group) and name in place
             elsewhere = explain_foreign(place, name) if there else None
             found = place[name] if there and not elsewhere else None
         if not there:
@@ -106,8 +107,8 @@ def reading(path: Path, fault: type[HpcflError], advice: str = "") -> Iterator[R
 
 
 @contextmanager
-def filling(draft: BinaryIO, libver: tuple[str, str] | None = None) -> Iterator[h5py.File]:
-    """A new HDF5 file whose bytes go to a file object that takes every write (files.draft): HDF5 crashes where it cannot flush what it closes."""
+def filling(draft: Draft, libver: tuple[str, str] | None = None) -> Iterator[h5py.File]:
+    """A new HDF5 file whose bytes go to a draft, which takes every write: HDF5 crashes where it cannot flush what it closes."""
     with h5py.File(draft, "w", libver=libver) as file:
         yield file
 

@@ -37,7 +37,7 @@ class Scratch:
         self._end, self._free = 0, defaultdict[int, list[int]](list)                     # size in bytes -> where so much is free
         try:
             self._folder = expand_home(folder) if folder else tempfile.gettempdir()
-            self._file = tempfile.TemporaryFile(dir=self._folder, buffering=0)
+            self._file = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115  # lives as long as this object
         except OSError as error:
             raise self._fault(error) from error
 

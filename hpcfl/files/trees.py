@@ -68,5 +68,6 @@ def _get(file: hdf5.Reader, dataset: h5py.Dataset) -> torch.Tensor:
         return leaf
     dtype = getattr(torch, str(kind), None)
     if not isinstance(dtype, torch.dtype) or dtype.itemsize != leaf.dtype.itemsize:
-        raise CheckpointError(f"{file.path}: '{dataset.name}' holds the bits of type '{kind}', which torch {torch.__version__} does not know; wanted one that does")
+        raise CheckpointError(f"{file.path}: '{dataset.name}' holds the bits of type '{kind}', which torch {torch.__version__} does not know; "
+                              "wanted one that does")
     return leaf.view(dtype)

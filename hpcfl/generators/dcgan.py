@@ -125,7 +125,8 @@ def start_small(layer: nn.Module) -> None:
     """Initialisation of convs and transposed convs: weights N(0, 0.02^2), biases zero; norms keep torch's."""
     if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
         nn.init.normal_(layer.weight, 0.0, DEVIATION)
-        nn.init.zeros_(layer.bias)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
 
 
 def realness(modules, batch: Tree, context: Tree) -> tuple[Tensor, Tree]:

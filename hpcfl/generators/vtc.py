@@ -39,10 +39,9 @@ class VTC(nn.Module):
         self.start = nn.Linear(latent, prod(self.base))
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         for index, (width, wanted) in enumerate(pairwise((*widths, shape[0])), 1):
-            last = index == len(widths)
-            layers |= {f"norm{index}": group_norm(width), f"relu{index}": nn.LeakyReLU(SLOPE),
-                       f"up{index}": nn.ConvTranspose2d(width, wanted, 4, 2, 1, bias=last)}
-            nn.init.normal_(layers[f"up{index}"].weight, 0.0, DEVIATION)
+            up = nn.ConvTranspose2d(width, wanted, 4, 2, 1, bias=index == len(widths))
+            nn.init.normal_(up.weight, 0.0, DEVIATION)
+            layers |= {f"norm{index}": group_norm(width), f"relu{index}": nn.LeakyReLU(SLOPE), f"up{index}": up}
         self.layers = nn.Sequential(layers)
 
     def forward(self, v: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Encoders: what turns images into latents, the space of the class Gaussians: each client's own features, or one fixed map that all share."""
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ class OwnLatent:
 class CommonLatent:
     """z = phi(x), a fixed map without training that is the same for all clients (ours): a generator that inverts it knows every client's latents."""
 
-    map: nn.Module
+    map: fixed_maps.CommonMap
     scale: Scale
 
     @property
@@ -69,4 +70,4 @@ def build_common(config, problem) -> CommonLatent:
     return CommonLatent(fixed_maps.build(config.common_map, problem.shape, config.common_size, problem.job.run.seed).to(problem.device), problem.scale)
 
 
-LATENTS = {"own": build_own, "common": build_common}
+LATENTS: dict[str, Callable[[Any, Any], OwnLatent | CommonLatent]] = {"own": build_own, "common": build_common}

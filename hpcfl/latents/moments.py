@@ -113,10 +113,11 @@ def aggregate(messages: Sequence[Tree], mode: str, between_client: bool = True) 
     _check_alike(messages)
     kind = MODES[mode]
     clients = [from_message(message, mode) for message in messages]
-    count = sum(client.count for client in clients)                # (C,)
-    mean = sum(client.count[:, None] * client.mean for client in clients) / count.clamp(min=1)[:, None]
-    within = sum(client.scatter for client in clients)
-    between = sum(_scatter_around(client.count, client.mean - mean, kind) for client in clients)
+    zero = torch.zeros((), dtype=torch.float64)
+    count = sum((client.count for client in clients), zero)        # (C,)
+    mean = sum((client.count[:, None] * client.mean for client in clients), zero) / count.clamp(min=1)[:, None]
+    within = sum((client.scatter for client in clients), zero)
+    between = sum((_scatter_around(client.count, client.mean - mean, kind) for client in clients), zero)
     return _finish(count, mean, within, between if between_client else torch.zeros_like(between), kind)
 
 

@@ -50,6 +50,11 @@ class Cosines(CommonMap):
     that is where the eye and photographs have little left (as in JPEG). Linear: the transposed matrix decodes it.
     """
 
+    colours: Tensor
+    rows: Tensor
+    columns: Tensor
+    chosen: Tensor
+
     def __init__(self, shape: Shape, size: int) -> None:
         super().__init__(shape, size)
         channels, height, side = shape
@@ -69,6 +74,13 @@ class Cosines(CommonMap):
         return spectrum.flatten(1)[:, self.chosen]
 
 
+class FilterBank(nn.Module):
+    """(B, C, H, W) -> responses (B, O, H, W). `pitch` is the frequency of each row of `mixing`, (O,) and (O, O) orthonormal."""
+
+    mixing: Tensor
+    pitch: Tensor
+
+
 class Roots(CommonMap):
     """Root of locally pooled, contrast-normalised responses of a rectified filter bank, rotated by cosines so that coarse features come first.
 
@@ -77,7 +89,11 @@ class Roots(CommonMap):
     the bank changes no full-covariance Gaussian, makes diagonal ones better, and lets the size be cut anywhere.
     """
 
-    def __init__(self, bank: nn.Module, shape: Shape, size: int) -> None:
+    down: Tensor
+    across: Tensor
+    rotation: Tensor
+
+    def __init__(self, bank: FilterBank, shape: Shape, size: int) -> None:
         super().__init__(shape, size)
         self.bank = bank
         count = len(bank.pitch)
@@ -98,11 +114,14 @@ class Roots(CommonMap):
         return ((pooled + 1e-4).sqrt() - 0.25).flatten(1) @ self.rotation.T                      # 0.25: about their mean, for conditioning
 
 
-class Orientations(nn.Module):
+class Orientations(FilterBank):
     """Strength of the gradient in 8 directions: relu(gradient . direction)^3 / |gradient|^2, of the channel with the largest gradient.
 
     (B, C, H, W) -> (B, 8, H, W). `pitch` is the frequency of each row of `mixing` around the circle.
     """
+
+    slopes: Tensor
+    directions: Tensor
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -129,8 +148,10 @@ class Orientations(nn.Module):
         return along * along.square() / (gradient.square().sum(1, keepdim=True) + 1e-6)
 
 
-class RandomFilters(nn.Module):
+class RandomFilters(FilterBank):
     """ReLU of 16 random 5x5 filters of zero mean, drawn from the seed: (B, C, H, W) -> (B, 16, H, W)."""
+
+    filters: Tensor
 
     def __init__(self, channels: int, seed: int) -> None:
         super().__init__()
@@ -147,7 +168,7 @@ class RandomFilters(nn.Module):
 class Joined(CommonMap):
     """Cosines of the image for the decoder, beside roots of a filter bank for the classes."""
 
-    def __init__(self, bank: nn.Module, shape: Shape, size: int) -> None:
+    def __init__(self, bank: FilterBank, shape: Shape, size: int) -> None:
         super().__init__(shape, size)
         low = min(ceil(size / COSINE_SHARE), prod(shape))
         self.maps = nn.ModuleList([Cosines(shape, low)] + ([Roots(bank, shape, size - low)] if size > low else []))
@@ -178,7 +199,7 @@ def build(kind: str, shape: Shape, size: int, seed: int = 0) -> CommonMap:
         raise JobError(f"map '{kind}': got images of {tuple(shape)}, wanted (C, H, W) of at least 1")
     if not 1 <= size <= largest(shape):
         raise JobError(f"map '{kind}': got {size} features, wanted 1 to {largest(shape)} for images of {tuple(shape)}")
-    return constructor(tuple(shape), size, seed)
+    return constructor((shape[0], shape[1], shape[2]), size, seed)
 
 
 def build_cosines(count: int) -> Tensor:

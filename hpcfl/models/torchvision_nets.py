@@ -1,6 +1,7 @@
 """Networks built from torchvision's blocks, with stems for small images; torchvision is imported where one is built, for a fast start."""
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -78,7 +79,7 @@ class GoogLeNet:
 class ConvNormRelu(nn.Module):
     """relu(norm(conv(x))), the block of GoogLeNet, with the norm as a choice."""
 
-    def __init__(self, channels: int, wanted: int, norm: str, **form: int) -> None:
+    def __init__(self, channels: int, wanted: int, norm: str, **form: Any) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, wanted, bias=False, **form)
         self.norm = NORMS[norm](wanted)

@@ -21,8 +21,8 @@ class Patches(nn.Module):
 
     def __init__(self, shape: Shape, dim: int) -> None:
         super().__init__()
-        patch = [max(SMALLEST_PATCH, -(-side // PATCHES)) for side in shape[1:]]
-        padding = [(-side % size + 1) // 2 for side, size in zip(shape[1:], patch, strict=True)]
+        patch = (max(SMALLEST_PATCH, -(-shape[1] // PATCHES)), max(SMALLEST_PATCH, -(-shape[2] // PATCHES)))
+        padding = ((-shape[1] % patch[0] + 1) // 2, (-shape[2] % patch[1] + 1) // 2)
         self.conv = nn.Conv2d(shape[0], dim, patch, patch, padding)
         tokens = prod(-(-side // size) for side, size in zip(shape[1:], patch, strict=True))
         self.positions = nn.Parameter(torch.empty(tokens, dim))

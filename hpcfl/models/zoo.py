@@ -1,7 +1,7 @@
 """Zoo: the classifiers that a job can name, as data, and what each costs."""
 import math
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -114,7 +114,7 @@ def count_flops(name: str, shape: Shape, classes: int, features: int = 64, norm:
     return counter.flops
 
 
-@lru_cache(maxsize=None)
+@cache
 def count_training_bytes(name: str, shape: Shape, classes: int, features: int, norm: str, feature_relu: bool, batch: int, slots: int) -> int:
     """Bytes that training one model takes: parameters, gradients, `slots` optimiser states of each parameter, buffers, and what is kept for the backward pass.
 

@@ -63,7 +63,7 @@ def draw_overlay(theme: Theme, groups: Mapping[str, Sequence[tuple[np.ndarray, n
     figure, axes = canvas.start_figure(3.3 + 0.17 * -(-sum(label.count("\n") + 1 for label in labels.values()) // columns))
     unit, factor = choose_byte_unit(max((x.max(initial=0) for runs in groups.values() for x, _ in runs), default=0)) if against == "bytes" else ("", 1)
     for index, (label, runs) in enumerate(groups.items()):
-        style = {"color": theme.series[index % len(theme.series)], "linestyle": ("-", "--", ":")[index // len(theme.series) % 3]}
+        style: dict[str, Any] = {"color": theme.series[index % len(theme.series)], "linestyle": ("-", "--", ":")[index // len(theme.series) % 3]}
         for x, y in runs if len(runs) > 1 else ():
             axes.plot(x / factor, y, **style, linewidth=0.8, alpha=0.45)
         x, y = np.mean([x for x, _ in runs], 0) / factor, np.mean([y for _, y in runs], 0)
@@ -242,7 +242,7 @@ def draw_seconds(theme: Theme, by_rank: Mapping[str, np.ndarray]) -> Figure:
     figure, axes = canvas.start_figure(1.7 + canvas.choose_height(ranks, 0.32))
     start, colours = np.zeros(ranks), iter(theme.series * 2)
     for phase, values in by_rank.items():
-        style = {"color": theme.grid, "hatch": "////"} if phase == "idle" else {"color": next(colours)}
+        style: dict[str, Any] = {"color": theme.grid, "hatch": "////"} if phase == "idle" else {"color": next(colours)}
         axes.barh(np.arange(ranks), values, 0.72 if ranks <= LABELS_UP_TO else 1.0, left=start, label=phase, edgecolor=theme.surface,
                   linewidth=1.0 if ranks <= LABELS_UP_TO else 0.0, **style)
         start = start + values
@@ -269,7 +269,7 @@ def draw_partition(theme: Theme, counts: np.ndarray, labels: Sequence[str]) -> F
     largest = (0.94 * min(width * 1.3, height * 1.3, 40)) ** 2                                         # points squared, of the largest count
     axes.scatter(columns, rows, s=counts[rows, columns] / counts.max(initial=1) * largest, color=theme.series[0], alpha=0.38, linewidth=0)
     for client, class_ in zip(rows, columns, strict=True) if classes <= NUMBERS_UP_TO[0] and clients <= NUMBERS_UP_TO[1] else ():
-        axes.text(class_, client, f"{counts[client, class_]}", ha="center", va="center", fontsize=8)
+        axes.text(float(class_), float(client), f"{counts[client, class_]}", ha="center", va="center", fontsize=8)
     if clients <= LABELS_UP_TO:
         totals = axes.secondary_yaxis("right")
         totals.set_yticks(range(clients), [f"{total}" for total in counts.sum(1)])

@@ -135,7 +135,8 @@ def _blocks(dataset: h5py.Dataset) -> Iterator[np.ndarray]:
 
 
 def _lines(node: dict[str, Any], indent: str) -> Iterator[str]:
-    attributes = [(f"@{printable_text(name)}", f"= {_attribute_text(value)}", {}) for name, value in node["attributes"].items()]
+    attributes: list[tuple[str, str, dict[str, Any]]] = [(f"@{printable_text(name)}", f"= {_attribute_text(value)}", {})
+                                                     for name, value in node["attributes"].items()]
     members = [(printable_text(name) + "/" * (child["kind"] == "group"), _summary(child), child) for name, child in node.get("members", {}).items()]
     width = max((len(name) for name, text, _ in attributes + members if text), default=0)
     entries = attributes + members

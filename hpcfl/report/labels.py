@@ -30,7 +30,7 @@ def label_groups(recordings: Sequence[Recording]) -> dict[str, Repetitions]:
     not enough also the rounds, run.name, or the folder.
     """
     groups = group_by_seed(recordings)
-    shared = {key for key in _find_differing(recordings) if key.startswith("data.") and key not in METHOD}        # runs on other data are not to be compared unsaid
+    shared = {key for key in _find_differing(recordings) if key.startswith("data.") and key not in METHOD}  # runs on other data are not to be compared unsaid
     kin = {method: [recording for recording in recordings if recording.algorithm == method] for method in {one.algorithm for one in recordings}}
     keys = {method: sorted(shared | _find_differing(runs)) for method, runs in kin.items()}
     digests: dict[str, set[str | None]] = {}

@@ -33,7 +33,8 @@ def _before(accuracy: Found) -> Mapping[str, Any] | None:
 MEASURES = {measure.key: measure for measure in (
     Measure("global", "global model", "what the federation itself holds after the last evaluated round, mean over its models, on the whole test set",
             lambda accuracy: accuracy.get("global")),
-    Measure("generalization", "clients", "the model that each client holds at the end of that round, on the whole test set; mean over clients, lowest to highest",
+    Measure("generalization", "clients", "the model that each client holds at the end of that round, on the whole test set; "
+            "mean over clients, lowest to highest",
             lambda accuracy: accuracy["generalization"]),
     Measure("before", "before", "the same clients before they did that: the models that they had trained themselves, on the whole test set", _before),
     Measure("personal", "own images", "the model that each client holds at the end, on held-out images of its own distribution",

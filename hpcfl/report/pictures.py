@@ -47,7 +47,8 @@ def compare_runs(groups: Mapping[str, Sequence[Recording]]) -> list[Picture]:
         over_rounds = {label: [(rounds, percent) for rounds, _, percent in runs] for label, runs in curves.items()}
         over_bytes = {label: [(sent, percent) for _, sent, percent in runs] for label, runs in curves.items()}
         kind, told = ("global", "the federation's own models") if measure == "global" else ("clients", "mean of the clients' models at the end of a round")
-        pictures += [Picture(f"{kind}-rounds", f"Accuracy per round: {told}", alt.format("rounds"), partial(figures.draw_overlay, groups=over_rounds, against="round")),
+        pictures += [Picture(f"{kind}-rounds", f"Accuracy per round: {told}", alt.format("rounds"),
+                             partial(figures.draw_overlay, groups=over_rounds, against="round")),
                  Picture(f"{kind}-bytes", f"Accuracy for the bytes spent: {told}", alt.format("the simulated bytes sent so far"),
                          partial(figures.draw_overlay, groups=over_bytes, against="bytes"))]
     return pictures
@@ -93,7 +94,7 @@ def _before_after(recording: Recording) -> Picture | None:
     if end is None:
         return None
     now, refine = recording.accuracy("generalization", [end])[0], recording.refines(end)
-    if refine is not None:
+    if refine is not None and before is not None:
         title = f"Clients before and after {after_all_text(refine)}"
         points = {f"before {after_text(refine)}": (1, recording.accuracy("generalization", [before])[0]), f"after {after_text(refine)}": (0, now)}
     else:
@@ -154,7 +155,8 @@ def _traffic(recording: Recording) -> Picture | None:
     sent = {name: recording.per_round(path) for name, path in (("up", "simulated_up"), ("down", "simulated_down"), ("transported", "transported"))}
     up, down, transported = (byte_text(values.sum()) for values in sent.values())
     alt = f"Bytes per round. Totals: simulated up {up}, simulated down {down}, transported between ranks {transported}."
-    return Picture("bytes", "Bytes per round", alt, partial(figures.draw_traffic, **sent)) if any(values.any() for values in sent.values()) else None
+    draw = partial(figures.draw_traffic, up=sent["up"], down=sent["down"], transported=sent["transported"])
+    return Picture("bytes", "Bytes per round", alt, draw) if any(values.any() for values in sent.values()) else None
 
 
 def _seconds(recording: Recording) -> Picture | None:

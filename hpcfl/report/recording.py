@@ -21,13 +21,15 @@ NEGATIVE = "negative "                                             # begins the 
 BEFORE = "1"                                                       # its SIZE of the model that was not compressed; of others the architecture
 OLD_REFINES = {"fedvtc": "finetune"}                               # of records that say nothing of the plan
 ROWS = "RE"                                                        # axes that grow: cut to the shortest, a write may have been interrupted
+Indices = Sequence[int] | np.ndarray                               # of evaluations or clients
 
 
 @dataclass(frozen=True)
 class Recording:
     """A run's metrics.h5 in memory: `arrays` maps "group/name" to its array, accuracies come out in percent.
 
-    Letters of shapes: R finished rounds, E evaluations, K clients, C classes, G models of the federation's own, I intervals of work. NaN stands for what was not measured.
+    Letters of shapes: R finished rounds, E evaluations, K clients, C classes, G models of the federation's own, I intervals of work.
+    NaN stands for what was not measured.
     """
 
     folder: Path
@@ -92,12 +94,12 @@ class Recording:
         """How many clients average each part of models that any phase averages."""
         return {name: int(clients) for each in self.plan for name, clients in each["averages"].items()}
 
-    def accuracy(self, kind: str, evaluations: Sequence[int]) -> np.ndarray:
+    def accuracy(self, kind: str, evaluations: Indices) -> np.ndarray:
         """Accuracy of each client over all test samples in percent, (len(evaluations), K); `kind` is generalization, personal or validation."""
         correct, count = self._counted(kind, evaluations)
         return to_percent(correct.sum(-1), count.sum(-1))
 
-    def pooled_accuracy(self, kind: str, evaluations: Sequence[int], clients: Sequence[int]) -> np.ndarray:
+    def pooled_accuracy(self, kind: str, evaluations: Indices, clients: Indices) -> np.ndarray:
         """Accuracy in percent over the samples of some clients taken together, (len(evaluations),); `kind` as in `accuracy`."""
         correct, count = (part[:, clients].sum((1, 2)) for part in self._counted(kind, evaluations))
         return to_percent(correct, count)
@@ -110,7 +112,7 @@ class Recording:
         total = self.arrays["evaluation/generalization_count"].sum()
         return {str(name): float(to_percent(counts.sum(), total)) for name, counts in zip(names, correct[evaluation], strict=True) if (counts >= 0).all()}
 
-    def means(self, measure: str, evaluations: Sequence[int]) -> np.ndarray:
+    def means(self, measure: str, evaluations: Indices) -> np.ndarray:
         """The mean in percent over clients, or for "global" over the federation's own models, (len(evaluations),); NaN where there is none."""
         if measure != "global":
             return average(self.accuracy(measure, evaluations), 1)
@@ -164,7 +166,7 @@ class Recording:
         found = {str(name): np.flatnonzero(np.asarray(names) == name) for name in names}
         return dict(sorted(found.items(), key=lambda item: (-parameters[item[1][0]], item[0])))
 
-    def _counted(self, kind: str, evaluations: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    def _counted(self, kind: str, evaluations: Indices) -> tuple[np.ndarray, np.ndarray]:
         correct, count = self.arrays.get(f"evaluation/{kind}_correct"), self.arrays.get(f"evaluation/{kind}_count")
         if correct is None or count is None:
             shape = (len(evaluations), self.clients, self.classes)
@@ -191,7 +193,8 @@ def read(run: str | Path) -> Recording:
         sizes = {"K": int(attributes["clients"]), "C": int(attributes["classes"])}
         text = str(attributes["job"])
         status = ": ".join(filter(None, [status, _lost_text(attributes)]))
-        return Recording(folder, status, str(attributes["algorithm"]), text, read_recorded(tomllib.loads(text)), sizes["K"], sizes["C"], int(attributes["ranks"]),
+        return Recording(folder, status, str(attributes["algorithm"]), text, read_recorded(tomllib.loads(text)), sizes["K"], sizes["C"],
+                         int(attributes["ranks"]),
                          _align(arrays, sizes, path), _read_plan(attributes), attributes.get("data_source"), attributes.get("data_sha256"))
     except (KeyError, TypeError, ValueError) as error:             # TOMLDecodeError is a ValueError
         raise CheckpointError(f"{path}: attribute missing or damaged ({error}); wanted algorithm, job, clients, classes and ranks") from None
@@ -202,7 +205,7 @@ def to_percent(correct: np.ndarray, count: np.ndarray) -> np.ndarray:
     return 100.0 * np.divide(correct, count, out=np.full(np.shape(correct), np.nan), where=np.asarray(count) > 0)
 
 
-def average(values: np.ndarray, axis: int) -> np.ndarray:
+def average(values: np.ndarray, axis: int) -> Any:
     """The mean along an axis that leaves NaN out; NaN, without a warning, where all of it is NaN."""
     known = np.isfinite(values)
     return np.divide(np.where(known, values, 0).sum(axis), known.sum(axis), out=np.full(known.sum(axis).shape, np.nan), where=known.any(axis))

@@ -57,7 +57,7 @@ def summarise_values(values: np.ndarray) -> dict[str, Any]:
 def _accuracy(recording: Recording) -> dict[str, Any]:
     end, before = recording.last("end"), recording.last("before_refine")
     nothing, kinds = np.full(recording.clients, np.nan), ("generalization", "personal", "validation")
-    found = {kind: summarise_values(nothing if end is None else recording.accuracy(kind, [end])[0]) for kind in kinds}
+    found: dict[str, Any] = {kind: summarise_values(nothing if end is None else recording.accuracy(kind, [end])[0]) for kind in kinds}
     found["absent_classes"] = summarise_values(recording.absent_accuracy(end))
     found["recall"] = _plain(average(recording.recall(end), 0))
     if models := recording.global_accuracy(end):
@@ -65,7 +65,7 @@ def _accuracy(recording: Recording) -> dict[str, Any]:
         found["global"] = {**{key: over[key] for key in ("mean", "min", "max")}, "per_model": models}
     found["over_architectures"] = average_architectures(recording)
     found["refine"] = refine = None if end is None else recording.refines(end)
-    if refine:
+    if refine and before is not None:
         key = measures.find_before_key(refine)
         found[key] = summarise_values(recording.accuracy("generalization", [before])[0])
         found["absent_classes"][key] = summarise_values(recording.absent_accuracy(before))
@@ -93,8 +93,8 @@ def average_architectures(recording: Recording) -> dict[str, Any] | None:
         chosen = int(np.nanargmax(validation)) if np.isfinite(validation).any() else None
         found[name] = {"final": _number(test[-1]), "selected": None if chosen is None else _number(test[chosen]),
                        "best_on_test": _number(np.fmax.reduce(test)), "selected_rounds": None if chosen is None else int(rounds[chosen])}
-    columns = {key: [entry[key] for entry in found.values()] for key in WAYS}
-    return {**{key: None if None in column else float(np.mean(column)) for key, column in columns.items()}, "per_architecture": found}
+    columns = {key: [value for entry in found.values() if (value := entry[key]) is not None] for key in WAYS}
+    return {**{key: float(np.mean(column)) if len(column) == len(found) else None for key, column in columns.items()}, "per_architecture": found}
 
 
 def _flops(recording: Recording) -> dict[str, dict[str, dict[str, float | None]]]:
@@ -144,7 +144,7 @@ def _conditions(recording: Recording) -> dict[str, Any] | None:
 
 
 def _load_balance(by_rank: dict[str, np.ndarray]) -> float | None:
-    work = sum(by_rank[kind] for kind in WORK if kind in by_rank)
+    work = sum((by_rank[kind] for kind in WORK if kind in by_rank), np.zeros(()))
     mean = float(np.mean(work, 1).sum()) if np.ndim(work) == 2 and np.size(work) else 0.0
     return float(work.max(1).sum()) / mean if mean > 0 else None
 

@@ -39,7 +39,8 @@ def to_text(runs: Runs) -> str:
     if repeated:
         parts.append("mean ± sample standard deviation over seeds\n" + _align(SEED_COLUMNS, [(each["label"], each) for each in repeated]))
     notes = [f"{label}, seed {run['seed']}: {note}" for label, run in rows for note in (*run["warnings"], *_status_note(run))]
-    return "\n\n".join([*parts, "\n".join(_legend([run for _, run in rows]))] + (["\n".join(f"note: {printable_text(note)}" for note in notes)] if notes else []))
+    return "\n\n".join([*parts, "\n".join(_legend([run for _, run in rows]))]
+                        + (["\n".join(f"note: {printable_text(note)}" for note in notes)] if notes else []))
 
 
 def to_markdown(runs: Runs) -> str:
@@ -109,7 +110,8 @@ RUN_COLUMNS: dict[str, Column] = {
     "status": lambda _, run: printable_text(run["status"].partition(":")[0]),
     "seed": lambda _, run: str(run["seed"]),
     "rounds": lambda _, run: progress_text(run),
-    **_with_after({measure.heading: partial(_accuracy_cell, key) for key, measure in MEASURES.items()}, lambda _, run: measures.after_text(run["accuracy"]["refine"])),
+    **_with_after({measure.heading: partial(_accuracy_cell, key) for key, measure in MEASURES.items()},
+                  lambda _, run: measures.after_text(run["accuracy"]["refine"])),
     "up/client": partial(_per_client, "up"),
     "down/client": partial(_per_client, "down"),
     "seconds": lambda _, run: f"{run['wall_s']:.1f}"}

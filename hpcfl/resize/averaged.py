@@ -19,6 +19,8 @@ class Averaged(Derived):
     element, each output channel, or each parameter tensor. With equal logits W' is the mean weighted by n_k.
     """
 
+    owner: Tensor
+
     def __init__(self, structure: nn.Module, models: int, granularity: str = "element", normalised: bool = True) -> None:
         super().__init__(structure)
         self.shapes = {path: tuple(parameter.shape) for path, parameter in structure.named_parameters()}

@@ -1,6 +1,7 @@
 """Derived: a classifier whose weights are computed from other weights, so that training it is learning on models (FedConv, arXiv 2502.20639)."""
 import copy
 from abc import abstractmethod
+from types import MethodType
 
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -22,8 +23,8 @@ class Derived(nn.Module):
         super().__init__()
         self.structure = (copy.deepcopy(structure),)               # in a tuple: its parameters are computed, and are none of this module's
         for layer in self.structure[0].modules():
-            if hasattr(layer, "reset_running_stats"):
-                layer.reset_running_stats()
+            if isinstance(reset := getattr(layer, "reset_running_stats", None), MethodType):
+                reset()
         for path, buffer in self.structure[0].named_buffers():
             self.register_buffer(f"{BUFFER}:{to_name(path)}", buffer.detach().clone())
 
@@ -47,8 +48,9 @@ class Derived(nn.Module):
         own = {}
         for path, buffer in self.structure[0].named_buffers():
             given = source.get(path)
-            shrinks = given is not None and given.is_floating_point() and all(few <= many for few, many in zip(buffer.shape, given.shape, strict=True))
-            own[f"{BUFFER}:{to_name(path)}"] = (given[tuple(map(slice, buffer.shape))] if shrinks else buffer).clone()
+            if given is None or not given.is_floating_point() or any(few > many for few, many in zip(buffer.shape, given.shape, strict=True)):
+                given = buffer
+            own[f"{BUFFER}:{to_name(path)}"] = given[tuple(map(slice, buffer.shape))].clone()
         return own
 
 

@@ -5,6 +5,7 @@ parameter as one image. Its filter turns (P, n, n') into (P, m, m') by convoluti
 decide the kernels, |n - m| + 1 by |n' - m'| + 1, so that image channels, classes and tables of positions keep their sizes.
 """
 from math import prod
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -106,7 +107,7 @@ class Filtered(Derived):
     def reset_parameters(self, init: str = "slice") -> None:
         """New filters; `init` is a key of INITS."""
         for each in self.filters.values():
-            each.reset_parameters(init)
+            cast(WeightFilter, each).reset_parameters(init)
 
     def derive_state(self, source: Tree) -> Tree:
         """All of this module's state but the filters, for a source model's state_dict."""

@@ -2,6 +2,7 @@
 import copy
 from functools import partial
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +81,7 @@ def put(into: Tree, slices: Tree, kept: Axes) -> Tree:
     return full
 
 
-def _mix(found: dict, prefix: str, size: int, shift: int, blocks: int, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+def _mix(found: dict, prefix: str, size: int, shift: int, blocks: int, layer: nn.Conv2d | nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     arrived = _find_arrived(inputs[0])
     depthwise = getattr(layer, "groups", 1) > 1
     channels = arrived if depthwise else mark_window(len(layer.weight), size, shift, blocks)
@@ -97,7 +98,7 @@ def _pass(found: dict, prefix: str, layer: nn.Module, inputs: tuple[Tensor, ...]
     return inputs[0]
 
 
-def _count_blocks(parent: nn.Module, layer: nn.Module) -> int:
+def _count_blocks(parent: Any, layer: nn.Module) -> int:
     """Attention heads between which the channels of a query, key or value layer are split."""
     return parent.heads if layer in [getattr(parent, name, None) for name in ("q", "k", "v")] else 1
 

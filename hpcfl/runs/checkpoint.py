@@ -19,15 +19,17 @@ from hpcfl.files import atomic, trees
 from hpcfl.runs.record import Record, measure_client_seconds
 from hpcfl.settings.job import find_differences, read_recorded
 from hpcfl.training.group import Group
+from hpcfl.wire.communicator import require_server
 
 CHECKPOINT_FORMAT = 2
 VERSION = "hpcfl"                                                  # what --may-differ calls the version that wrote a checkpoint
 FREE_TO_DIFFER = ("checkpoint.every", "checkpoint.keep", "checkpoint.seconds", "residency.chunk", "residency.folder", "residency.location", "evaluation.batch",
-                  "run.name", "timeouts.collective", "timeouts.heartbeat")              # settings that no result depends on; on residency.chunk by rounding, with vmap
+                  "run.name", "timeouts.collective", "timeouts.heartbeat")    # settings that no result depends on; on residency.chunk by rounding, with vmap
 
 
 def save(folder: Path, world: World, state: State, record: Record, score: float | None) -> None:
-    """Bring metrics.h5 up to now, write checkpoints/round-<rows>/, then point LATEST at it; then older ones go, but for the last `checkpoint.keep` and the best.
+    """Bring metrics.h5 up to now, write checkpoints/round-<rows>/, then point LATEST at it; then older ones go,
+    but for the last `checkpoint.keep` and the best.
 
     score: mean accuracy on the clients' validation parts, by which the best is known (never the test set); None where it was not measured.
 
@@ -40,11 +42,12 @@ def save(folder: Path, world: World, state: State, record: Record, score: float 
         written[name] = {"sha256": trees.write_trees(target / name, _iterate_clients(state)), "clients": list(world.mine)}
         if comm.is_server:
             record.append(folder / "metrics.h5")                   # before the manifest: a record may run ahead of its checkpoint, never behind
-            written["server.h5"] = {"sha256": trees.write_trees(target / "server.h5", [("server", state.server)]), "clients": []}
+            written["server.h5"] = {"sha256": trees.write_trees(target / "server.h5", [("server", state.at_server())]), "clients": []}
     except CheckpointError as error:
         failure = str(error)
-    reports = comm.gather((written, failure))
+    gathered = comm.gather((written, failure))
     if comm.is_server:
+        reports = require_server(gathered)
         failure = next((text for _, text in reports if text), None)
         if failure is None:
             failure = _seal(folder, target, world, state, record, score, {name: entry for files, _ in reports for name, entry in files.items()})
@@ -72,7 +75,8 @@ def load(folder: Path, world: World, may_differ: Sequence[str] = ()) -> State | 
                               "Choose another --out")
     for name in sorted({files[client] for client in world.mine} | ({"server.h5"} if comm.is_server else set())):
         _verify(checkpoint / name, manifest["files"][name]["sha256"])
-    groups, received = [], {}
+    groups = []
+    received: dict[int, dict[str, int]] = {}
     for architecture, clients in world.teams(manifest["rows"] - 1):
         trees: dict[int, tree.Tree] = {}
         for name in sorted({files[client] for client in clients}):
@@ -187,7 +191,8 @@ def _check(checkpoint: Path, manifest: dict, world: World, may_differ: Sequence[
                               f"{world.corpus.sha256[:12]}...; resume with the data it was made with")
     changed = [key for key in find_differences(manifest["job"], json.loads(json.dumps(world.job.tables()))) if key not in (*FREE_TO_DIFFER, *may_differ)]
     if changed:
-        raise CheckpointError(f"{checkpoint}: belongs to a job that differs in {', '.join(changed)}; nothing was changed. Choose another --out, or allow it with "
+        raise CheckpointError(f"{checkpoint}: belongs to a job that differs in {', '.join(changed)}; nothing was changed. "
+                              "Choose another --out, or allow it with "
                               + " ".join(f"--may-differ {key}" for key in changed))
 
 
@@ -214,7 +219,8 @@ def _verify(path: Path, wanted: str) -> None:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}; {_find_earlier(path.parent)}") from None
     if got != wanted:
-        raise CheckpointError(f"{path}: is damaged or truncated: its SHA-256 is {got[:12]}..., the manifest says {wanted[:12]}...; {_find_earlier(path.parent)}")
+        raise CheckpointError(f"{path}: is damaged or truncated: its SHA-256 is {got[:12]}..., "
+                              f"the manifest says {wanted[:12]}...; {_find_earlier(path.parent)}")
 
 
 def _read(path: Path, names: Collection[str]) -> dict[str, tree.Tree]:

@@ -5,13 +5,16 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hpcfl.federation.state import Place
 from hpcfl.runs import outlets
 from hpcfl.wording import megabytes_text
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 log = logging.getLogger("hpcfl")
 COLUMNS = {"global": 12, "clients": 29, "own": 9}                  # accuracies of a round's line and how wide they are
@@ -23,7 +26,7 @@ class Console:
     def __init__(self, speaks: bool, live: bool):
         self.speaks, self.live = speaks, speaks and live
         self.columns: tuple[str, ...] = ("clients",)
-        self._progress = None
+        self._progress: Progress | None = None
 
     def announce(self, images: int, models: bool, own: bool) -> None:
         """Say once of which models and images the accuracies of all later lines are; `models`: the federation has some; `own`: clients have test images."""
@@ -92,9 +95,9 @@ class Console:
         if self._progress is None:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
             self._progress = Progress(TextColumn("rounds"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._task = self._progress.add_task("rounds", total=total)
+            self._progress.add_task("rounds", total=total)
             self._progress.start()
-        self._progress.update(self._task, completed=done)
+        self._progress.update(self._progress.task_ids[0], completed=done)
 
     def _print(self, text: str) -> None:
         if self._progress is not None:

@@ -55,7 +55,8 @@ class Examination:
         """(C,) of each client's model over the official test set and over the client's own parts."""
         with self.ledger("evaluate"):
             known = self.common | {identity: answers["generalization_correct"] for identity, answers in self.held.values()}
-            held, leaves = {}, {}
+            held: dict[int, tuple[Identity, RightCounts]] = {}
+            leaves = {}
             for parked in groups:
                 held |= self._recall(parked) or self._ask(parked.fetch(), known)
                 leaves[parked.clients] = tuple(map(weakref.ref, parked.part("model").values()))

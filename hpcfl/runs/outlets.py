@@ -48,7 +48,7 @@ def open_all() -> None:
 def find_failure(stream: TextIO | None) -> OSError | None:
     """Why a stream has begun to drop what it is given; said once, and None where it does not or is no outlet."""
     outlet = getattr(getattr(stream, "buffer", None), "raw", None)
-    if not isinstance(outlet, Outlet):
+    if stream is None or not isinstance(outlet, Outlet):
         return None
     stream.flush()
     failure, outlet.told = None if outlet.told else outlet.failure, outlet.failure is not None

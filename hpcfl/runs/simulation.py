@@ -86,8 +86,10 @@ class Simulation:
         Raises: CheckpointError as `checkpoint.load` and `Record.read` do, and where the checkpoint lies elsewhere in the plan.
         """
         state = checkpoint.load(resume_from, self.world, may_differ)
+        if state is None:
+            raise CheckpointError(f"{resume_from}: holds no checkpoint to go on from; --resume never begins anew, in an empty folder")
         if self.comm.is_server:
-            record = checkpoint.find_latest(resume_from).parent.parent / "metrics.h5"
+            record = require_server(checkpoint.find_latest(resume_from)).parent.parent / "metrics.h5"
             damaged = self.record.read(record, state.rows, [(place.phase.name, place.round) for place in self.places])
             self._check_place(resume_from, state.rows)
             self._set_aside(damaged, ours=record.parent.resolve() == self.folder.resolve())
@@ -131,7 +133,7 @@ class Simulation:
             counts = self.comm.gather(mine)
         if not self.comm.is_server:
             return
-        rows = {client: row for part in counts for client, row in part.items()}
+        rows = {client: row for part in require_server(counts) for client, row in part.items()}
         tables = {name: np.stack([rows[client][name] for client in range(self.world.clients)]) for name in rows[0]}
         self.record.evaluate(stage, tables, models)
         fixed = self.record.fixed
@@ -162,7 +164,7 @@ class Simulation:
         accounts = self.comm.gather({**self.ledger.close(), "sent_bytes": self.sent_bytes - sent,
                                      "carried": {kind: count - carried[kind] for kind, count in self.carried.items()}})
         if self.comm.is_server:
-            self.record.finish_round(place.phase.name, place.round, accounts, self.world.ask(place.phase, place.row))
+            self.record.finish_round(place.phase.name, place.round, require_server(accounts), self.world.ask(place.phase, place.row))
             row = self.record.rows[-1]
             self.console.round(place, len(self.places), row, self.lines)
             self.lead.watch(row["wall_s"], float(row["seconds"]["checkpoint"].max()))
@@ -171,7 +173,7 @@ class Simulation:
     def _book_last_checkpoint(self) -> None:
         accounts = self.comm.gather(self.ledger.close())
         if self.comm.is_server:
-            self.record.add_late(accounts)
+            self.record.add_late(require_server(accounts))
             self.record.write(self.folder / "metrics.h5")
 
     def _sample(self, state: State, place: Place) -> None:
@@ -192,7 +194,7 @@ class Simulation:
                 drawn[client] = {"synthetic": _to_bytes(sample[0] / brightest), "has": sample[1].cpu().numpy(), "real": _to_bytes(real / brightest)}
         gathered = self.comm.gather(drawn)
         if self.comm.is_server:
-            samples = {client: part[client] for part in gathered for client in part}
+            samples = {client: part[client] for part in require_server(gathered) for client in part}
             clients = sorted(samples)
             self.record.samples = {} if not samples else {
                 "client": np.array(clients), "synthetic": np.stack([samples[client]["synthetic"] for client in clients]),

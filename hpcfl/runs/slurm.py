@@ -205,7 +205,8 @@ def check_job(path: Path, settings: Sequence[str], variants: Sequence[Sequence[s
     return load(path, CHOICES, settings)
 
 
-def write_script(job: Path, name: str, request: Request, settings: Sequence[str] = (), out: Path | None = None, sweep: Sweep | None = None, venv: str = "") -> str:
+def write_script(job: Path, name: str, request: Request, settings: Sequence[str] = (), out: Path | None = None,
+                 sweep: Sweep | None = None, venv: str = "") -> str:
     """The script for sbatch of a job file whose job is called `name`, with `settings` ("section.key=value") changed.
 
     out: the run folder, of a sweep the folder of its run folders; by default runs/<name>/slurm-<number of the job>. venv: the virtual environment of hpcfl.
@@ -216,7 +217,8 @@ def write_script(job: Path, name: str, request: Request, settings: Sequence[str]
     site = [("modules=()", "for `module load`, for example modules=(openmpi)"),
             (f"venv={shlex.quote(venv)}", "with hpcfl; empty where modules or container have it"),
             ("container=()", "what starts a command inside it, for example container=(apptainer exec --nv hpcfl.sif)")]
-    lines = [*request.header(name, tasks, sweep.at_once if sweep else 0), "", "# The site: three lines to edit.", *(f"{line:<{COMMENT}}# {comment}" for line, comment in site), "",
+    lines = [*request.header(name, tasks, sweep.at_once if sweep else 0), "", "# The site: three lines to edit.",
+             *(f"{line:<{COMMENT}}# {comment}" for line, comment in site), "",
              "# The job.", f"job={shlex.quote(str(job))}", f"settings=({_sets(settings)})", f"launch={request.launch()}",
              *(sweep.script(folder) if sweep else [f"out={folder}"]), ""]
     return OPENING.format(what="A sweep of hpcfl runs" if sweep else "An hpcfl run") + "\n".join(lines) + "\n" + BODY
@@ -242,9 +244,9 @@ def parse_seconds(time: str) -> int:
     Raises: JobError for any other text, and for no time at all.
     """
     for form, units in TIMES.items():
-        if found := re.fullmatch(form, time, re.ASCII):
-            if total := sum(int(number) * unit for number, unit in zip(found.groups(), units, strict=True)):
-                return total
+        found = re.fullmatch(form, time, re.ASCII)
+        if found and (total := sum(int(number) * unit for number, unit in zip(found.groups(), units, strict=True))):
+            return total
     raise JobError(f"--time {time!r}: wanted minutes, hours:minutes:seconds or days-hours, for example --time 8:00:00")
 
 

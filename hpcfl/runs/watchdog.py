@@ -32,6 +32,8 @@ class Watched:
     `state` is (calls begun, name of the last, whether inside it, since when); `together` is (those begun that all ranks make, names of the last RECENT).
     """
 
+    together: tuple[int, tuple[str, ...]]
+
     def __init__(self, ranks: Any):
         self._ranks, self.state, self.together = ranks, (0, "the start", False, time.monotonic()), (0, ())
         for name in (*TOGETHER, *APART):
@@ -53,7 +55,10 @@ class Watched:
 
 
 class Watchdog:
-    """A thread of one rank; made by all ranks together. The thread makes no MPI call but the abort: ranks that wait cannot answer, so they leave each other files in the run folder."""
+    """A thread of one rank; made by all ranks together.
+
+    The thread makes no MPI call but the abort: ranks that wait cannot answer, so they leave each other files in the run folder.
+    """
 
     def __init__(self, comm: Communicator, folder: Path, limit_s: float, last_words: Callable[[str], None]):
         self.comm, self.folder, self.limit_s, self.last_words = comm, folder, limit_s, last_words
@@ -105,7 +110,7 @@ class Watchdog:
         The first of those who wait speaks; if it does not, the others do, and last the missing.
         """
         # Should any of this hang as well, a file system or the abort, the interpreter's timer ends this process.
-        faulthandler.dump_traceback_later(8 * self.grace_s, exit=True, file=sys.__stderr__)
+        faulthandler.dump_traceback_later(8 * self.grace_s, exit=True, file=sys.__stderr__)  # type: ignore[arg-type]  # outlets opens it
         own = self.testify()
         for graces in range(1, 4):
             if self.over.wait(self.grace_s):
@@ -125,7 +130,7 @@ class Watchdog:
         faulthandler.dump_traceback(self.stack)
         if not inside:
             print(f"hpcfl: rank {self.comm.rank}: the others wait for this rank, which is here:", file=sys.stderr, flush=True)
-            faulthandler.dump_traceback(sys.__stderr__)
+            faulthandler.dump_traceback(sys.__stderr__)  # type: ignore[arg-type]  # as above
         told = {"inside": inside, "call": name, "number": number, "together": self.watched.together, "seconds": time.monotonic() - since, "at": _find_place()}
         path = self.folder / FOLDER / f"rank-{self.comm.rank:04d}.json"
         try:
@@ -170,7 +175,8 @@ class Watchdog:
         names = [f"{host} ({numbers_text(ranks)})" for host, ranks in found.items()]
         if len(names) == 1:
             return f"they made the same calls, and a message between them does not arrive, on the host {names[0]}"
-        return f"they made the same calls, and a message between the hosts {', '.join(names[:-1])} and {names[-1]} does not arrive: see to the network between them"
+        return f"they made the same calls, and a message between the hosts {', '.join(names[:-1])} and {names[-1]} does not arrive: " \
+               "see to the network between them"
 
     def launcher_text(self) -> str:
         """What to do about a launcher that cannot reach its daemon on another host, and waits for that."""
@@ -204,7 +210,7 @@ def _waiting_text(ranks: Collection[int]) -> str:
 
 def _find_place() -> str:
     """Where in hpcfl the main thread is: the innermost of its frames that is ours, the calls to other ranks left out."""
-    frame, ours = sys._current_frames().get(threading.main_thread().ident), Path(hpcfl.__file__).parent
+    frame, ours = sys._current_frames().get(threading.main_thread().ident or 0), Path(hpcfl.__file__).parent
     while frame:
         path = Path(frame.f_code.co_filename)
         if path.is_relative_to(ours) and path.parent != ours / "wire" and path.name != "watchdog.py":

@@ -38,7 +38,7 @@ def to_job_value(value: Any) -> Any:
     return _word(value) if isinstance(value, Enum) else value
 
 
-def _annotation(section: type, entry: dataclasses.Field, name: str) -> Any:
+def _annotation(section: type, entry: dataclasses.Field[Any], name: str) -> Any:
     try:
         return get_type_hints(section)[entry.name]
     except (NameError, TypeError, AttributeError, SyntaxError) as error:
@@ -52,8 +52,9 @@ def _find_type(annotation: Any) -> SettingType | None:
         return _enum(annotation) if issubclass(annotation, Enum) else PLAIN.get(annotation)
     if origin is Literal:
         return SettingType("one of " + ", ".join(map(repr, inner)), lambda value: _one_of(inner, value))
-    of = [_find_type(each) for each in inner if each not in (Ellipsis, types.NoneType)]
-    if origin not in (tuple, list, Union, types.UnionType) or not of or None in of:
+    wanted = [each for each in inner if each not in (Ellipsis, types.NoneType)]
+    of = [kind for kind in map(_find_type, wanted) if kind is not None]
+    if origin not in (tuple, list, Union, types.UnionType) or not of or len(of) < len(wanted):
         return None
     if origin in (Union, types.UnionType):
         return _either(of, types.NoneType in inner)
@@ -82,12 +83,12 @@ def _sequence(origin: type, kinds: Sequence[SettingType], repeated: bool) -> Set
     def parse(value: Any) -> Any:
         if not isinstance(value, (list, tuple)):
             raise ValueError
-        each = kinds * len(value) if repeated else kinds
+        each = [*kinds] * len(value) if repeated else kinds
         return origin(kind.parse(item) for kind, item in zip(each, value, strict=True))
     return SettingType(f"a list, each of it {kinds[0].allowed}" if repeated else f"a list of {', '.join(kind.allowed for kind in kinds)}", parse)
 
 
-def _one_of(options: tuple, value: Any) -> Any:
+def _one_of(options: tuple[Any, ...], value: Any) -> Any:
     for option in options:
         if type(option) is type(value) and option == value:        # true is not 1
             return option

@@ -122,7 +122,8 @@ def resolve(tables: Mapping[str, Any], choices: Choices, where: str = "job") -> 
     algorithm, configs = dict(tables.get("algorithm", {})), choices["algorithm"]
     name = algorithm.pop("name", None)
     if name is None:
-        raise JobError(f"{where}: {'names no method' if tables else 'is empty'}; wanted at least a section [algorithm] with name = one of {_list_text(configs)} "
+        raise JobError(f"{where}: {'names no method' if tables else 'is empty'}; wanted at least a section [algorithm] with "
+                       f"name = one of {_list_text(configs)} "
                        "(algorithm.name)")
     if not isinstance(name, str) or name not in configs:
         raise JobError(f"{where}: algorithm.name = {name!r} is not known{did_you_mean(nearest(str(name), configs))}; there are {_list_text(configs)}")
@@ -131,7 +132,7 @@ def resolve(tables: Mapping[str, Any], choices: Choices, where: str = "job") -> 
 
 def find_differences(one: Mapping[str, Mapping[str, Any]], other: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The settings in which two resolved jobs differ, as "section.key"."""
-    def flat(tables):
+    def flat(tables: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         return {f"{section}.{key}": json.dumps(value) for section, table in tables.items() for key, value in table.items()}
     a, b = flat(one), flat(other)
     return sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))

@@ -27,7 +27,8 @@ def compile_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
     from torch._inductor import config as inductor
     inductor.fallback_random = True                                # compiled code draws the same numbers as eager code
     config.recompile_limit = max(config.recompile_limit, RECOMPILES)
-    fast, obstacles = torch.compile(forward), []
+    fast = torch.compile(forward)
+    obstacles: list[TorchDynamoException] = []
 
     def call(*arguments: object) -> Any:
         if not obstacles:

@@ -49,7 +49,7 @@ def run_sequential(setup: Setup, group: Group, batches: Batches) -> Trained:
                     meter.add(bound.update(*setup.forward_one(setup.modules, bound.turn.loss, bound.own, setup.shared, batch, setup.context)), (0,))
         for path, rows in outcome.items():
             rows[index].copy_(state[path])
-        metrics += meter.read({path: state[path][None] for path in setup.returned}, setup, lambda index=index: tree.rows(group.state, [index]))
+        metrics += meter.read({path: state[path][None] for path in setup.returned}, setup, functools.partial(tree.rows, group.state, [index]))
     return outcome, metrics
 
 
@@ -188,13 +188,14 @@ class Selection:
     def step(self, batch: Tree, meter: Meter) -> None:
         """Take all Turns on one stacked batch. Rows that are not all are copied out, and what modules wrote into their buffers is written back."""
         for number in range(len(self.setup.turns)):
-            read = {} if self.whole else {path: self.state[path][self.index] for path in self.setup.own}
+            read = {} if self.index is None else {path: self.state[path][self.index] for path in self.setup.own}
             bound = self.whole[number] if self.whole else self.bind(number, read)
             losses = self.losses(bound, batch, self.indices)
             with self.setup.naming(bound.turn, [self.losses.clients[index] for index in self.indices]):
                 meter.add(bound.update(*losses), self.indices, self.index)
-            for path in self.setup.buffers if read else ():
-                self.state[path].index_copy_(0, self.index, read[path])
+            if self.index is not None:
+                for path in self.setup.buffers:
+                    self.state[path].index_copy_(0, self.index, read[path])
 
 
 def forward_one(modules: Modules, loss: Loss, own: Tree, shared: Tree, batch: Tree, context: Tree) -> tuple[Tensor, Tree]:
@@ -227,8 +228,7 @@ def _copy_all(tensors: Sequence[Tensor]) -> list[Tensor]:
     """A copy of each, in one launch of a kernel for all of a type: there are many and small ones."""
     copies = [torch.empty_like(tensor) for tensor in tensors]
     for dtype in {tensor.dtype for tensor in tensors}:
-        pairs = [pair for pair in zip(copies, tensors, strict=True) if pair[0].dtype == dtype]
-        torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+        torch._foreach_copy_([copy for copy in copies if copy.dtype == dtype], [tensor for tensor in tensors if tensor.dtype == dtype])
     return copies
 
 

@@ -1,5 +1,6 @@
 """Evaluation: logits, features and right answers of a client's model, in eval mode and without gradients."""
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ class _Method(nn.Module):
         return getattr(self.module, self.method)(*inputs)
 
 
-def bind(module: nn.Module, state: Tree, method: str = "forward", compile: bool = False) -> Callable[..., Tensor]:
+def bind(module: nn.Module, state: Tree, method: str = "forward", compile: bool = False) -> Callable[..., Any]:
     """module.method as a function with the parameters and buffers of `state`, in eval mode and without gradients.
 
     On a CPU convolutions get their weights channels last: the small networks of the zoo take 25 to 50 % less time for it.

@@ -87,7 +87,8 @@ def _lay_out_like(parameter: Tensor, gradient: Tensor) -> Tensor:
 
 def _sgd(optimizer: Optimizer, parameters: list[Tensor], gradients: list[Tensor], slots: Slots) -> None:
     # A buffer of zeros gives at the first step what torch starts from: momentum * 0 + gradient.
-    sgd(parameters, gradients, slots.get("momentum") or [None] * len(parameters), fused=True, lr=optimizer.lr, momentum=optimizer.momentum,
+    momenta: list[Tensor | None] = [*slots["momentum"]] if "momentum" in slots else [None] * len(parameters)
+    sgd(parameters, gradients, momenta, fused=True, lr=optimizer.lr, momentum=optimizer.momentum,
         weight_decay=optimizer.weight_decay, dampening=0.0, nesterov=False, maximize=False)
 
 

@@ -62,7 +62,8 @@ def test_clients_train_what_the_server_compressed():
     for client in range(3):
         architecture = found.problem.architecture(client, 0)
         want = zoo.build(architecture, (1, 8, 8), 10, 0).state_dict()
-        assert {path: leaf.shape for path, leaf in fedconv.receive(message, architecture).items()} == {path: leaf.shape for path, leaf in tree.select_floating(want).items()}
+        assert {path: leaf.shape for path, leaf in fedconv.receive(message, architecture).items()} == {path: leaf.shape
+                for path, leaf in tree.select_floating(want).items()}
     module = fedconv.build_filters("fedconv", "fedconv@0.75")
     module.load_state_dict(dict(module.state_dict()) | module.derive_state(tree.part(server, "global")) | tree.part(server, "filters/fedconv@0.75"))
     for path, leaf in module.weights().items():
@@ -119,7 +120,8 @@ def test_size_classes_may_change_from_round_to_round(schedule):
         assert held == {client: found.world.problem.architecture(client, row) for client in range(3)}
         for client in held:
             want = zoo.build(held[client], (1, 8, 8), 10, 0).state_dict()
-            assert {path: leaf.shape for path, leaf in tree.part(found.state(client, row + 1), "model").items()} == {path: leaf.shape for path, leaf in want.items()}
+            assert {path: leaf.shape for path, leaf in tree.part(found.state(client, row + 1), "model").items()} == {path: leaf.shape
+                for path, leaf in want.items()}
         assert found.accounts[row]["down"] == {client: 4 * scalars(held[client]) for client in range(3)}
     assert len({tuple(found.world.problem.architecture(client, row) for client in range(3)) for row in range(3)}) > 1
     assert finite(found.states[-1].server)
@@ -148,7 +150,8 @@ def test_a_floor_above_the_rate_does_not_raise_it():
 def test_signs_are_noted_before_and_after_compression():
     found = went()
     notes = found.accounts[-1]["notes"]
-    assert {name for name in notes if name.startswith("negative head.weight")} == {f"negative head.weight {size}" for size in ("1", "fedconv@0.75", "fedconv@0.5625")}
+    assert {name for name in notes if name.startswith("negative head.weight")} == \
+        {f"negative head.weight {size}" for size in ("1", "fedconv@0.75", "fedconv@0.5625")}
     small = zoo.build("fedconv@0.75", (1, 8, 8), 10, 0)
     assert all(0 <= value <= 100 for value in notes.values()) and "compression_accuracy fedconv@0.75" in notes and small is not None
     assert set(found.metric("aggregate_dilation_accuracy", -1)) == {1, 2}, "a client of full size needs no dilation"

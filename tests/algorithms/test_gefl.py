@@ -104,7 +104,7 @@ def test_batch_counters_of_generators_are_neither_held_nor_sent_by_anybody():
     paths = [path for state in found.states for path in state.server if path.startswith(("generator/", "discriminator/"))]
     assert paths and not [path for path in paths if "num_batches_tracked" in path]
     networks = phase_of(found, "generator").steps[0].initialise("test").values()
-    assert norms(list(networks)[0]) and booked(found, 0, "up")[0] == 4 * sum(map(scalars, networks))
+    assert norms(next(iter(networks))) and booked(found, 0, "up")[0] == 4 * sum(map(scalars, networks))
 
 
 def test_client_states_carry_no_weights_of_a_generator_between_rounds():

@@ -164,7 +164,7 @@ def test_augmented_images_go_through_the_extractor_anew_and_samples_are_not_augm
 def test_the_generator_learns_from_maps_of_augmented_images_that_are_never_mixed(monkeypatch):
     calls = watched(monkeypatch)
     found = went("gefl_f", "vtc", {"warmup_rounds": 1, "generator_epochs": 2}, training={"augment": ["crop_flip", "mixup"]}, federation={"rounds": 1})
-    own = [call for call in calls if call.phase == "generator"][0]
+    own = next(call for call in calls if call.phase == "generator")
     client, model, batch = own.before.clients[0], frozen(found), found.world.job.training.batch
     site = found.world.client_site(own.before, phase_of(found, "generator"), 0)
     images = iterate_epochs(site.holdings[client].train, batch, 2, site.stream("generator batches", client), Augmentation(("crop_flip",)))

@@ -16,7 +16,7 @@ def test_the_extractor_is_averaged_over_all_clients_and_the_rest_within_each_arc
     assert set(architectures) == {"cnn1", "cnn2_bn"}
     for architecture in set(architectures):
         clients = [client for client in range(CLIENTS) if architectures[client] == architecture]
-        for path, leaf in tree.select_floating(before[0][clients[0]]).items():
+        for path in tree.select_floating(before[0][clients[0]]):
             members = range(CLIENTS) if path.startswith("extractor.") else clients
             got = server[f"{'common' if path.startswith('extractor.') else architecture}/{path}"]
             want = mean([before[0][client][path] for client in members], sizes(found)[list(members)])

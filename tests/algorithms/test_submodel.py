@@ -314,4 +314,4 @@ def test_models_of_two_families_have_no_common_global_model(name):
 @both
 def test_a_size_that_cannot_be_sliced_is_refused_before_the_first_round(name):
     with pytest.raises(JobError, match="models.feature_size = 128 is the size"):
-        built(name, models={"names": ["fedconv"], "sizes": [0, 1], "feature_size": 128}).modules
+        _ = built(name, models={"names": ["fedconv"], "sizes": [0, 1], "feature_size": 128}).modules

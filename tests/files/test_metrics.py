@@ -99,7 +99,7 @@ def test_a_record_in_pieces_reads_as_the_one_file(apart, tmp_path):
 
 
 def test_a_small_record_is_one_file_at_any_time_and_a_large_one_nearly(tmp_path, monkeypatch):
-    path = written(tmp_path / "small", {number: 1 for number in range(4)})
+    path = written(tmp_path / "small", dict.fromkeys(range(4), 1))
     assert metrics.find_beside(path) == [] and len(table(path, "rounds/round")) == 4
     monkeypatch.setattr(metrics, "SMALL_BYTES", 0)
     record, path, most = fresh(), tmp_path / "large.h5", 0

@@ -49,7 +49,7 @@ def test_training_stacked_clients_by_vmap_equals_training_each(name):
     x = torch.randn(2, 4, *GREY)
     state = tuple({path: leaf.detach().clone() for path, leaf in part.items()} for part in stack_module_state(models))
     together = vmap(lambda parameters_, buffers, batch: functional_call(models[0], (parameters_, buffers), (batch,)))(*state, x)
-    each = torch.stack([model(batch) for model, batch in zip(models, x)])
+    each = torch.stack([model(batch) for model, batch in zip(models, x, strict=True)])
     torch.testing.assert_close(together, each, rtol=1e-4, atol=1e-4)
     for path, leaf in models[1].named_buffers():
         torch.testing.assert_close(state[1][path][1], leaf, rtol=1e-4, atol=1e-4)

@@ -29,7 +29,7 @@ def test_equal_logits_give_the_mean_weighted_by_samples(granularity):
     weights = averaged(given, SAMPLES, granularity).weights()
     assert weights.keys() == given[0].keys()
     for path in select_floating(given[0]):
-        want = sum(count / 100 * model[path].double() for count, model in zip(SAMPLES, given))
+        want = sum(count / 100 * model[path].double() for count, model in zip(SAMPLES, given, strict=True))
         torch.testing.assert_close(weights[path].double(), want, rtol=1e-5, atol=1e-6)
     plain = averaged(given, [1.0] * 3, granularity).weights()
     torch.testing.assert_close(plain["head.weight"], torch.stack([model["head.weight"] for model in given]).mean(0))
@@ -66,8 +66,8 @@ def test_channels_and_layers_share_a_weight(granularity):
     assert module.logits.shape == (2, wanted)
     module = averaged(given, [1.0, 1.0], granularity, logits=torch.randn(2, wanted))
     one, other = (model["head.weight"] + torch.tensor([[2.0 * number]]) for number, model in enumerate(given))              # far apart: divided by
-    module = averaged([model | {"head.weight": weight} for model, weight in zip(given, (one, other))], [1.0, 1.0], granularity, logits=module.logits.detach() +
-                      torch.randn(2, wanted))
+    module = averaged([model | {"head.weight": weight} for model, weight in zip(given, (one, other), strict=True)], [1.0, 1.0], granularity,
+                      logits=module.logits.detach() + torch.randn(2, wanted))
     a = (2 * module.weights()["head.weight"].detach() - 2 * one) / (other - one)                       # a_2 of each element, for a_1 + a_2 = 2
     spread = {"element": a.std(), "channel": a.std(1).max(), "layer": a.std()}[granularity]
     assert (float(spread) < 1e-4) == (granularity != "element")

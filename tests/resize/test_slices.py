@@ -22,7 +22,7 @@ def built(name: str, features: int = 0, norm: str = "batch", shape=COLOUR):
 def roughened(model: nn.Module) -> nn.Module:
     """Norms with gains, biases and running statistics of their own per channel, so that a channel taken for another is seen."""
     generator = torch.Generator().manual_seed(1)
-    for path, leaf in model.state_dict().items():
+    for leaf in model.state_dict().values():
         if leaf.is_floating_point() and leaf.dim() == 1:
             leaf.copy_(torch.rand(leaf.shape, generator=generator) + 0.5)
     return model

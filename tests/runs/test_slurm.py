@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -323,7 +324,7 @@ def test_each_task_of_an_array_has_its_seed_its_settings_and_its_folder(task, tm
     assert run.ends(75)[0] == 75
     seed, names = (4, 9)[task % 2], ("training.lr=0.1", "training.lr=0.2,models.names=_cnn1_,_a_b")
     arguments = run.arguments()
-    assert [value for word, value in zip(arguments, arguments[1:], strict=False) if word == "--set"] == [
+    assert [value for word, value in pairwise(arguments) if word == "--set"] == [
         "run.seed=0", f"run.seed={seed}", *sweep.variants[task // 2], f"run.name={names[task // 2]}"]
     assert arguments[-1] == f"runs/it/slurm-16/{names[task // 2]}/seed-{seed}" and run.read("requeued") == f"requeue 16_{task} "
 

@@ -35,7 +35,7 @@ class Config:
     shape: Shape = Shape.ROUND
     depths: tuple[Depth, ...] = (Depth.DEEP,)
     limit: int | None = None
-    older: Optional[float] = None                                  # noqa: UP045
+    older: Optional[float] = None                                  # noqa: UP045  # the form that older configs have
     either: int | str = 5
     quoted: "float" = 0.25
     own: float = fields.real(0.5, 0.0, 1.0)

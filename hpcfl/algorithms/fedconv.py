@@ -239,7 +239,7 @@ class FedConv(Algorithm):
     def average(self, previous: Tree, restored: Mapping[int, Tree], samples: list[float], site: ServerSite) -> Tree:
         """Step 6: W' = sum_k (n_k / n) a_k (*) W_k, a tuned by CE(f(W')) + lambda KL(f(W_prev) || f(W')) on the public set."""
         config, device = self.config, self.problem.device
-        structure = self.problem.structure(self.base)
+        structure, (public, _) = self.problem.structure(self.base), site.require_public()
         module = Averaged(structure, len(restored), config.granularity, normalised=config.weights != "code").to(device)
         state = module.derive_state([tree.to(tree.part(result, "model"), device) for result in restored.values()], samples)
         loss, context = cross_entropy, {}

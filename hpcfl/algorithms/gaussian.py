@@ -8,6 +8,7 @@ from hpcfl import tree
 from hpcfl.algorithms import latent_statistics
 from hpcfl.algorithms.latent_statistics import DescribeLatents
 from hpcfl.contract import ClientSite, Group, Phase, Plan, Problem, Update, choice, choice_of, flag, integer, real
+from hpcfl.data.shards import Scale
 from hpcfl.latents.gaussians import TARGETS
 from hpcfl.latents.moments import MODES
 from hpcfl.models.fixed_maps import MAPS

@@ -143,4 +143,4 @@ class ServerSite:
 
 
 def _is_same(before: tuple, now: tuple) -> bool:
-    return len(before) == len(now) and all(new is old or not isinstance(new, Tensor) and new == old for old, new in zip(before, now, strict=True))
+    return len(before) == len(now) and all(new is old or (not isinstance(new, Tensor) and new == old) for old, new in zip(before, now, strict=True))

@@ -241,7 +241,7 @@ def build_labelled(where: str, train_images: np.ndarray, train_labels: np.ndarra
             raise DataError(f"{where}: {len(images)} {split} images and {len(labels)} {split} labels; wanted equally many, at least one")
         if images.shape[1:] != train_images.shape[1:] or 0 in images.shape:
             raise DataError(f"{where}: {split} images are {images.shape[1:]}, training images {train_images.shape[1:]}; wanted one size, not empty")
-    train_labels, test_labels, labels, renumbered = classes.number_labels(where, train_labels, test_labels)
+    train_labels, test_labels, found, renumbered = classes.number_labels(where, train_labels, test_labels)
     brightest = max(train_images.max(), test_images.max())
     dark = [f"no value is above {brightest} of 255: the images are nearly black; save them as 0 to 255, or as floats in [0, 1]"] if brightest < 2 else []
     return Labelled(np.ascontiguousarray(train_images), train_labels, np.ascontiguousarray(test_images), test_labels, len(found),

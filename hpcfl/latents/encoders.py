@@ -1,4 +1,5 @@
 """Encoders: what turns images into latents, the space of the class Gaussians: each client's own features, or one fixed map that all share."""
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 

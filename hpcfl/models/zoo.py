@@ -101,7 +101,7 @@ def split_name(architecture: str) -> tuple[str, float]:
     return base, width
 
 
-@lru_cache(maxsize=None)
+@cache
 def count_flops(name: str, shape: Shape, classes: int, features: int = 64, norm: str = "batch", feature_relu: bool = True) -> int:
     """Floating-point operations of one forward pass of one image, as flops.Counter counts them. Arguments and errors as of `build`.
 

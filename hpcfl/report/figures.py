@@ -1,6 +1,7 @@
 """figures: drawings of arrays, one function per figure and no knowledge of files."""
 import textwrap
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes

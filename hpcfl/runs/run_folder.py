@@ -4,7 +4,7 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 from hpcfl.data.store import NO_LOCKS
@@ -35,7 +35,7 @@ def choose_folders(job: Job, out: Path | None, resume: str) -> tuple[str, str | 
         unfinished = [path for path in begun if checkpoint.find_latest(path) and not is_finished(path) and is_of(path, job)]
         if unfinished:
             return str(unfinished[-1]), str(unfinished[-1])
-    folder = out or Path("runs", job.run.name, f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{job.digest()}")
+    folder = out or Path("runs", job.run.name, f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{job.digest()}")
     if resume == "auto" and checkpoint.find_latest(folder):
         return str(folder), str(folder)
     died_early = resume == "auto" and not is_finished(folder)        # in its first checkpoint: nobody can go on from that record

@@ -22,6 +22,7 @@ from hpcfl.runs.examination import Examination
 from hpcfl.runs.pace import Pace
 from hpcfl.runs.record import Record
 from hpcfl.runs.signal_lead import Lead
+from hpcfl.wire.communicator import require_server
 from hpcfl.wording import numbers_text
 
 log = logging.getLogger("hpcfl")

@@ -2,7 +2,7 @@
 import unicodedata
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard
+from typing import Any
 
 from hpcfl.errors import JobError
 from hpcfl.wording import did_you_mean, nearest

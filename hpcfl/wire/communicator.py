@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from hpcfl import tree
-from hpcfl.errors import EnvironmentFault, LayoutError
+from hpcfl.errors import EnvironmentFault
 from hpcfl.tree import Tree
 from hpcfl.wire import packing
 from hpcfl.wire.combining import combine_pieces

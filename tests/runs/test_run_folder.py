@@ -5,7 +5,7 @@ import os
 import platform
 import shutil
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import psutil
@@ -110,7 +110,7 @@ def test_a_finished_run_of_another_job_is_no_run_of_this_job(finished, tmp_path)
 
 def started_at(process: int) -> str:
     """When a process began, as LOCK has it."""
-    return datetime.fromtimestamp(psutil.Process(process).create_time(), timezone.utc).isoformat(timespec="seconds")
+    return datetime.fromtimestamp(psutil.Process(process).create_time(), UTC).isoformat(timespec="seconds")
 
 
 @pytest.mark.parametrize("ranks", [0, 2])

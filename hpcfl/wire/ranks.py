@@ -31,7 +31,10 @@ class Ranks:
         self._audiences: dict[Audience, Any] = {}                  # None where this rank is not of them; the last used comes last
         self.bcast, self.gather, self.allgather = ranks.bcast, ranks.gather, ranks.allgather
         self.send, self.barrier = ranks.send, ranks.Barrier
-        self.abort: Callable[[int], None] = ranks.Abort
+
+    def abort(self, code: int) -> None:
+        """End all ranks at once with an exit code."""
+        self._ranks.Abort(code)
 
     def receive(self, source: int) -> Any:
         """The object that `source` sent."""
@@ -102,7 +105,12 @@ class Alone(Ranks):
     def __init__(self) -> None:
         self.rank, self.size, self.local_rank, self.local_size = 0, 1, 0, 1
         self.library, self.standard = "no MPI library that mpi4py can load", ""
-        self.abort = _end_process
+
+    def abort(self, code: int) -> None:
+        """End this process at once with an exit code."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def find_ranks() -> Ranks:
@@ -128,9 +136,3 @@ def carry(device: str) -> None:
     MPI.COMM_SELF.Reduce(sent, total, op=MPI.SUM, root=0)
     if not (received.equal(sent) and total.equal(sent)):
         raise EnvironmentFault(f"what MPI moved between buffers on {device} did not arrive as it was sent")
-
-
-def _end_process(code: int) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

@@ -97,9 +97,9 @@ def test_the_limits_differ_freely_when_a_run_goes_on(whole, tmp_path):
 class Waiting(Alone):
     """Rank 0 of three, the others of which never answer."""
 
-    size = 3
-
     def __init__(self):
+        super().__init__()
+        self.size = 3
         self.aborted, self.released, self.barriers = [], threading.Event(), 0
 
     def barrier(self):
@@ -164,7 +164,7 @@ def waiting_in(*calls: str, began: int = 0, at: str = "a") -> dict:
 def verdict(folder: Path, hosts: list[str], *said: dict) -> str:
     guard = Watchdog(Communicator(Waiting()), folder, 9.0, print)
     guard.hosts = hosts
-    return guard.verdict(dict(enumerate(said)))
+    return guard.verdict_text(dict(enumerate(said)))
 
 
 def test_ranks_that_wait_for_each_other_in_different_calls_are_told_apart(tmp_path):
@@ -210,10 +210,10 @@ def test_calls_to_others_are_counted_and_errors_pass_through():
 
 
 def test_every_call_that_a_communicator_makes_is_watched():
-    """A call that is not in the lists would hang unseen; those that two ranks make alone are no step of all."""
+    """A call that is not in the lists would hang unseen; those that two ranks make alone are no step of all, and an abort waits for nobody."""
     lists = {*TOGETHER, *APART}
     made = {name for name in vars(Ranks) if not name.startswith("_")} | {"bcast", "gather", "allgather", "send", "barrier"}
-    assert made - lists == {"collectives"} and not {*TOGETHER} & {*APART}
+    assert made - lists == {"collectives", "abort"} and not {*TOGETHER} & {*APART}
 
 
 def test_without_a_limit_or_other_ranks_nothing_is_watched(tmp_path):

@@ -119,5 +119,6 @@ def test_a_dry_run_prints_the_job_with_comments(tmp_path, capsys):
 
 
 def test_settings_and_their_manual_are_there_without_torch():
-    code = "import sys, hpcfl.cli, hpcfl.settings.job, hpcfl.settings.manual, hpcfl.settings.sections; print([name for name in ('torch', 'numpy', 'mpi4py') if name in sys.modules])"
+    code = ("import sys, hpcfl.cli, hpcfl.settings.job, hpcfl.settings.manual, hpcfl.settings.sections; "
+            "print([name for name in ('torch', 'numpy', 'mpi4py') if name in sys.modules])")
     assert command([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -15,9 +15,10 @@ from tests.support import slurm_cluster
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
-LONGEST = ("runs/test_slurm.py", "runs/test_faults.py", "runs/test_watchdog.py", "bench/test_gefl.py", "bench/test_fedconv.py", "runs/test_signals.py", "runs/test_guard.py",
-           "runs/test_resume.py", "wire/test_two_hosts.py", "runs/test_power_cut.py", "doctor/test_examine.py", "runs/test_whole_runs.py",
-           "federation/test_residency.py", "algorithms/test_every_algorithm.py")       # begin first, so that no worker is left with one of them at the end
+LONGEST = ("runs/test_slurm.py", "runs/test_faults.py", "runs/test_watchdog.py", "bench/test_gefl.py", "bench/test_fedconv.py", "runs/test_signals.py",
+           "runs/test_guard.py", "runs/test_resume.py", "wire/test_two_hosts.py", "runs/test_power_cut.py", "doctor/test_examine.py",
+           "runs/test_whole_runs.py", "federation/test_residency.py",
+           "algorithms/test_every_algorithm.py")                   # begin first, so that no worker is left with one of them at the end
 
 torch.set_num_threads(1)                                           # the ranks of one machine share its cores
 

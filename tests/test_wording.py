@@ -19,10 +19,10 @@ def test_bytes_have_three_digits_and_the_unit_of_what_they_are_rounded_to(count,
 
 
 @pytest.mark.parametrize(("seconds", "text"), [
-    (0.0, "0 s"), (4.2e-6, "4.2 us"), (1.5e-8, "0.015 us"), (999.4e-6, "999 us"), (999.6e-6, "1 ms"), (0.0041, "4.1 ms"), (0.0123, "12.3 ms"), (0.9994, "999 ms"),
-    (0.9996, "1 s"), (1, "1 s"), (1.5, "1.5 s"), (59.96, "60 s"), (90, "90 s"), (119.4, "119 s"), (119.6, "2 min"), (120, "2 min"), (999.5, "16.7 min"),
-    (1000, "16.7 min"), (1500.0, "25 min"), (3600.0, "60 min"), (7100, "118 min"), (7199.9, "2 h"), (7200, "2 h"), (9000, "2.5 h"), (172_000, "47.8 h"), (172_800, "2 d"),
-    (1e9, "11600 d"), (-3.0, "-3 s"), (math.nan, "–"), (math.inf, "–"), (None, "–")])
+    (0.0, "0 s"), (4.2e-6, "4.2 us"), (1.5e-8, "0.015 us"), (999.4e-6, "999 us"), (999.6e-6, "1 ms"), (0.0041, "4.1 ms"), (0.0123, "12.3 ms"),
+    (0.9994, "999 ms"), (0.9996, "1 s"), (1, "1 s"), (1.5, "1.5 s"), (59.96, "60 s"), (90, "90 s"), (119.4, "119 s"), (119.6, "2 min"), (120, "2 min"),
+    (999.5, "16.7 min"), (1000, "16.7 min"), (1500.0, "25 min"), (3600.0, "60 min"), (7100, "118 min"), (7199.9, "2 h"), (7200, "2 h"), (9000, "2.5 h"),
+    (172_000, "47.8 h"), (172_800, "2 d"), (1e9, "11600 d"), (-3.0, "-3 s"), (math.nan, "–"), (math.inf, "–"), (None, "–")])
 def test_seconds_have_three_digits_and_a_unit_of_which_they_are_some(seconds, text):
     assert duration_text(seconds) == text
 
@@ -41,7 +41,8 @@ def test_what_is_not_known_is_a_dash_or_what_is_asked_for(write):
     assert write(None, nothing="-") == "-" and write(math.nan, nothing="") == ""
 
 
-@pytest.mark.parametrize(("largest", "unit"), [(0, ("B", 1.0)), (999, ("B", 1.0)), (1000, ("kB", 1e3)), (5e9, ("GB", 1e9)), (1e15, ("PB", 1e15)), (1e19, ("PB", 1e15))])
+@pytest.mark.parametrize(("largest", "unit"), [
+    (0, ("B", 1.0)), (999, ("B", 1.0)), (1000, ("kB", 1e3)), (5e9, ("GB", 1e9)), (1e15, ("PB", 1e15)), (1e19, ("PB", 1e15))])
 def test_an_axis_of_bytes_has_the_unit_of_its_largest(largest, unit):
     assert wording.choose_byte_unit(largest) == unit
 
@@ -50,7 +51,8 @@ def test_megabytes_are_equally_wide():
     assert [wording.megabytes_text(count) for count in (0, 1_234_000, 5e9)] == ["   0.000 MB", "   1.234 MB", "5000.000 MB"]
 
 
-@pytest.mark.parametrize(("value", "digits", "text"), [(0, 1, "0.0"), (92.84, 1, "92.8"), (1.4286, 2, "1.43"), (999.5, 0, "1000"), (1000, 1, "1000.0"), (1e15, 0, "1" + "0" * 15)])
+@pytest.mark.parametrize(("value", "digits", "text"), [
+    (0, 1, "0.0"), (92.84, 1, "92.8"), (1.4286, 2, "1.43"), (999.5, 0, "1000"), (1000, 1, "1000.0"), (1e15, 0, "1" + "0" * 15)])
 def test_numbers_have_the_digits_that_are_asked_for(value, digits, text):
     assert number_text(value, digits) == text
 
@@ -62,7 +64,8 @@ def test_percent_and_deviations():
     assert mean_sd_text(None, None) == "–" == mean_sd_text(math.nan, 1.0) and mean_sd_text(None, None, nothing="-") == "-"
 
 
-@pytest.mark.parametrize(("count", "nouns", "text"), [(1, ("rank",), "1 rank"), (0, ("rank",), "0 ranks"), (2, ("batch", "es"), "2 batches"), (1, ("batch", "es"), "1 batch")])
+@pytest.mark.parametrize(("count", "nouns", "text"), [
+    (1, ("rank",), "1 rank"), (0, ("rank",), "0 ranks"), (2, ("batch", "es"), "2 batches"), (1, ("batch", "es"), "1 batch")])
 def test_a_count_has_its_noun(count, nouns, text):
     assert count_text(count, *nouns) == text
 
@@ -97,7 +100,8 @@ def test_ranks_that_say_the_same_stand_together():
 
 
 @pytest.mark.parametrize(("error", "text"), [
-    (ValueError("first\nsecond"), "first"), (KeyError(), "KeyError"), (ValueError("  "), "ValueError"), (TypeError("cannot read <_io.BytesIO object at 0x7f00aa>"), "cannot read")])
+    (ValueError("first\nsecond"), "first"), (KeyError(), "KeyError"), (ValueError("  "), "ValueError"),
+    (TypeError("cannot read <_io.BytesIO object at 0x7f00aa>"), "cannot read")])
 def test_a_cause_is_one_line_without_addresses(error, text):
     assert wording.cause_text(error) == text
 

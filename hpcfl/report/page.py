@@ -78,7 +78,8 @@ def _write(recordings: Sequence[Recording], out: Path) -> Path:
     runs = [Run(number, label, recording, facts) for number, (label, recording, facts) in enumerate(
         ((label, *pair) for label, group in groups.items() for pair in zip(group, found[label], strict=True)), start=1)]
     several = len(runs) > 1
-    body = [f"<h1>{f'hpcfl report: {len(runs)} runs' if several else 'hpcfl report'}</h1>", _contents(runs) if several else "", *page_tables.list_results_tables(runs, found)]
+    body = [f"<h1>{f'hpcfl report: {len(runs)} runs' if several else 'hpcfl report'}</h1>", _contents(runs) if several else "",
+            *page_tables.list_results_tables(runs, found)]
     if several:
         body += ['<h2 id="comparison">Comparison</h2>', _gallery(pictures.compare_runs(groups), out / "figures")]
     for run in runs:
@@ -113,7 +114,8 @@ def _headline(run: Run, several: bool) -> str:
               "Time": (duration_text(found["wall_s"]), idle)}
     if conditions := found["conditions"]:
         share = 100 * conditions["answered"] / max(1, conditions["asked"])
-        tiles["Answers"] = (percent_text(share), f"{conditions['dropped']} dropped out, {conditions['late']} late; {duration_text(conditions['simulated_s'])} simulated")
+        tiles["Answers"] = (percent_text(share), f"{conditions['dropped']} dropped out, {conditions['late']} late; "
+                                                 f"{duration_text(conditions['simulated_s'])} simulated")
     cells = "".join(f"<div><dt>{name}</dt><dd>{value[0]}<small>{value[1]}</small></dd></div>" for name, value in tiles.items())
     origin = f" ({found['data_source']}, SHA-256 {found['data_sha256'][:12]})" if found["data_source"] else ""
     facts = f"{recording.algorithm} on {found['data']}{origin}, {count_text(recording.clients, 'client')}, {count_text(recording.ranks, 'rank')}, " \

@@ -15,9 +15,9 @@ from hpcfl.wording import NOTHING, byte_text, duration_text, mean_sd_text, numbe
 
 WAYS_EXPLAINED = (
     "<p class=note id=ways>Of the accuracies over architectures the one to report is the final one: the number of rounds was fixed beforehand, so that "
-    "nothing selected it. Selected by validation is the evaluation at which the validation parts of an architecture's clients were best: those have the clients' own "
-    "classes, so that with skewed shares they say little of the whole test set and may choose an early round. Best on test is selected by test data; "
-    "it is here to compare with papers that publish it.</p>")
+    "nothing selected it. Selected by validation is the evaluation at which the validation parts of an architecture's clients were best: those have the "
+    "clients' own classes, so that with skewed shares they say little of the whole test set and may choose an early round. Best on test is selected by "
+    "test data; it is here to compare with papers that publish it.</p>")
 WAYS_EXPLAINED_ABOVE = "<p class=note><a href=#ways>Which of the three to report</a></p>"
 
 
@@ -54,7 +54,8 @@ def list_architecture_tables(found: Found, explained: bool) -> list[str]:
     accuracies = [*over["per_architecture"].items(), ("mean", over)] if over["per_architecture"] else []
     flops = [(phase, name, counted) for phase, entries in found["flops"].items() for name, counted in entries.items()]
     tables = (("Architectures: size, time and bytes per client and round", ARCHITECTURE_COLUMNS, [(entry,) for entry in found["by_architecture"]], ""),
-              ("Architectures: mean accuracy of their clients, three ways", ACCURACY_COLUMNS, accuracies, WAYS_EXPLAINED_ABOVE if explained else WAYS_EXPLAINED),
+              ("Architectures: mean accuracy of their clients, three ways", ACCURACY_COLUMNS, accuracies,
+               WAYS_EXPLAINED_ABOVE if explained else WAYS_EXPLAINED),
               ("Architectures: floating-point operations per client and round, two for each multiply-add", FLOPS_COLUMNS, flops, ""))
     return [part for *described, rows, note in tables if rows for part in (render_table(*described, rows), note) if part]
 
@@ -85,7 +86,8 @@ def render_clients(recording: Recording, found: Found) -> str:
         columns["Absent classes"] = lambda client: str((counts[client] == 0).sum())
     if (answered := recording.arrays.get("conditions/answered")) is not None:
         columns["Answers"] = lambda client: f"{(answered[:, client] == 1).sum()} of {(answered[:, client] >= 0).sum()}"
-    headings = {"before": f"Before {after_text(accuracy['refine'])} (%)", "generalization": f"After {after_text(accuracy['refine'])} (%)", "personal": "Own images (%)"}
+    refined = after_text(accuracy["refine"])
+    headings = {"before": f"Before {refined} (%)", "generalization": f"After {refined} (%)", "personal": "Own images (%)"}
     for key, heading in headings.items():
         if (over := MEASURES[key].select(accuracy)) and over["mean"] is not None:
             columns[heading] = partial(lambda values, client: number_text(values[client]), over["per_client"])

@@ -119,7 +119,8 @@ SEED_COLUMNS: dict[str, Column] = {
     "run": lambda label, _: printable_text(label),
     "seeds": lambda _, found: ", ".join(map(str, found["seeds"])),
     "rounds": lambda _, found: str(found["rounds"]),
-    **_with_after({measure.heading: partial(lambda key, _, found: mean_sd_text(**found["accuracy"][key], nothing=NOTHING), key) for key, measure in MEASURES.items()},
+    **_with_after({measure.heading: partial(lambda key, _, found: mean_sd_text(**found["accuracy"][key], nothing=NOTHING), key)
+                   for key, measure in MEASURES.items()},
                   lambda _, found: measures.after_text(found["refine"])),
     "up/client": lambda _, found: byte_text(found["simulated_up_bytes_per_client"]["mean"]),
     "down/client": lambda _, found: byte_text(found["simulated_down_bytes_per_client"]["mean"]),

@@ -11,7 +11,7 @@ from hpcfl.runs.host_limits import choose_threads, read_quota_cores, read_thread
 from hpcfl.settings.job import Job
 from hpcfl.wire.communicator import Communicator
 
-WORTH_A_THREAD_FLOPS = 100_000_000                                 # of a batch's forward pass: with less a second thread costs more than it does (jobs/README.md)
+WORTH_A_THREAD_FLOPS = 100_000_000                                 # of a batch's forward pass; below, a second thread costs more than it gains (jobs/README.md)
 
 
 def choose_job_device(job: Job, comm: Communicator) -> torch.device:

@@ -51,8 +51,8 @@ class Record:
             for name, values in account["metrics"].items():
                 row = metrics.setdefault(name, np.full(self.clients, np.nan))
                 row[list(values)] = list(values.values())
-        self.rows.append({"phase": phase, "round": round_, "wall_s": max(account["wall_s"] for account in accounts), "conditions": self._describe_conditions(answers),
-                          "up": by_client("up"), "down": by_client("down"), "metrics": metrics,
+        self.rows.append({"phase": phase, "round": round_, "wall_s": max(account["wall_s"] for account in accounts),
+                          "conditions": self._describe_conditions(answers), "up": by_client("up"), "down": by_client("down"), "metrics": metrics,
                           "notes": {name: value for account in accounts for name, value in account["notes"].items()},
                           "transported": np.array([account["sent_bytes"] for account in accounts], np.int64),
                           "seconds": {kind: np.array([account["seconds"][kind] for account in accounts]) for kind in SECONDS},

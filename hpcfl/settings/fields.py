@@ -138,7 +138,8 @@ def name_of(table: str | Names, default: str, *, besides: str, meaning: str = ""
 
 def names_of(table: str | Names, *default: str, besides: str, meaning: str = "") -> Any:
     """A list of at least one name of a table, or `besides` of some that are known only where they are looked up."""
-    return setting(default, Tabled((table,), lambda names: SettingType(f"a list of at least one name: {_quoted(names)}, or {besides}", _words, names)), meaning, "")
+    kind = Tabled((table,), lambda names: SettingType(f"a list of at least one name: {_quoted(names)}, or {besides}", _words, names))
+    return setting(default, kind, meaning, "")
 
 
 def folder_name(default: str, *, meaning: str = "") -> Any:

@@ -53,8 +53,8 @@ class Meter:
         broken = [row for row, numbers in enumerate(table) if not all(map(math.isfinite, numbers))]
         if broken:
             raise NonFiniteError(self.diagnosis_text(broken, setup, read_start(), changed))
-        return [{name: total / counts[row] for (name, counts), total in zip(self.counts.items(), totals) if counts[row]}
-                for row, totals in enumerate(table)]
+        return [{name: total / counts[row] for (name, counts), total in zip(self.counts.items(), totals, strict=True) if counts[row]}
+                for row, (*totals, _) in enumerate(table)]
 
     def diagnosis_text(self, broken: Sequence[int], setup: Setup, start: Tree, changed: Tree) -> str:
         """What went wrong with the clients at these rows, and what to do; that depends on whether it was there before their first step."""

@@ -20,4 +20,5 @@ def test_clients_may_change_their_size_from_round_to_round(name):
     found = run(world(job(name, models={"names": ["cnn2_bn"], "sizes": [0, 1, 2, 3], "size_schedule": "rotate", "feature_size": 6})))
     assert len(found.states) > 3 and all(finite(found.state(client)) for client in range(3))
     for row, state in enumerate(found.states[1:]):
-        assert {client: group.architecture for group in state.groups for client in group.clients} == {client: found.world.problem.architecture(client, row) for client in range(3)}
+        assert {client: group.architecture for group in state.groups for client in group.clients} == {
+            client: found.world.problem.architecture(client, row) for client in range(3)}

@@ -12,5 +12,5 @@ def test_standalone_trains_everybody_and_moves_nothing():
 def test_a_client_trains_alike_whoever_else_takes_part():
     together = went("standalone")
     subset = went("standalone", federation=FOUR | {"participation": 0.5})
-    (first, *_) = [client for client in subset.world.cohort(subset.places[0].phase, 0)]
+    first, *_ = subset.world.cohort(subset.places[0].phase, 0)
     assert bits(together.state(first, 1)) == bits(subset.state(first, 1))

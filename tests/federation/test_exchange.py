@@ -1,5 +1,6 @@
 """Exchange: verbs in their order, what is booked for whom, and states that share no memory with messages."""
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ ONE = {"federation": {"clients": 2, "rounds": 2}, "models": {"names": ["mlp2"]}}
 class Noting(Algorithm):
     """A step with every verb, which notes what is called."""
 
-    called: list[str] = []
+    called: ClassVar[list[str]] = []
 
     def found(self, site):
         return {"w": torch.zeros(3), "fixed/w": torch.ones(5)}

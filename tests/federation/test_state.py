@@ -21,7 +21,7 @@ def test_a_run_begins_with_every_client_once_and_nothing_downloaded():
     assert sorted(client for group in state.groups for client in group.clients) == list(range(5))
     assert state.received == {client: {} for client in range(5)}
     assert (state.rows, state.version, state.versions) == (0, 0, {})
-    assert set(path.split("/")[0] for path in state.server) == {"mlp2", "cnn1"}
+    assert {path.split("/")[0] for path in state.server} == {"mlp2", "cnn1"}
 
 
 def test_the_beginning_follows_from_the_job_alone():

@@ -17,7 +17,7 @@ def parameters(module):
 def test_resnets_have_the_parameters_of_their_blocks(name):
     net = zoo.ENTRIES[name]
     wanted, channels = 27 * 64 + 2 * 64, 64
-    for stage, (count, width) in enumerate(zip(net.blocks, net.widths)):
+    for stage, (count, width) in enumerate(zip(net.blocks, net.widths, strict=False)):
         for index in range(count):
             wanted += 9 * channels * width + 9 * width * width + 4 * width
             wanted += (channels * width + 2 * width) if stage and not index else 0

@@ -40,7 +40,8 @@ def test_a_file_is_the_same_bytes_each_time_whatever_matplotlib_is_set_to(write)
 def test_a_png_is_of_the_width_in_dots_and_each_theme_has_its_surface():
     light, dark = canvas.to_png(draw), canvas.to_png(draw, canvas.DARK)
     for image in (light, dark):
-        assert image[:4] == b"\x89PNG" and int.from_bytes(image[16:20], "big") == canvas.WIDTH * canvas.DPI and int.from_bytes(image[20:24], "big") == 2 * canvas.DPI
+        width, height = (int.from_bytes(image[start:start + 4], "big") for start in (16, 20))
+        assert image[:4] == b"\x89PNG" and (width, height) == (canvas.WIDTH * canvas.DPI, 2 * canvas.DPI)
     assert light != dark
 
 

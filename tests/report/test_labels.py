@@ -63,6 +63,7 @@ def test_a_digest_is_told_only_of_names_that_stood_for_several_data(tmp_path):
     assert list(labels.label_groups(runs)) == ["fedvtc, name digits, data 1a1a1a1a1a1a", "fedvtc, name digits, data 2b2b2b2b2b2b", "fedvtc, name other"]
 
 
-@pytest.mark.parametrize(("value", "text"), [(True, "true"), (0.1, "0.1"), ("a b", "a b"), (["a", 1], "[a 1]"), ({"cnn1": 2, "cnn2": [1]}, "cnn1=2 cnn2=[1]"), ([], "[]")])
+@pytest.mark.parametrize(("value", "text"), [
+    (True, "true"), (0.1, "0.1"), ("a b", "a b"), (["a", 1], "[a 1]"), ({"cnn1": 2, "cnn2": [1]}, "cnn1=2 cnn2=[1]"), ([], "[]")])
 def test_values_are_written_as_a_job_has_them_without_quotes(value, text):
     assert labels._text(value) == text

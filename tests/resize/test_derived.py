@@ -68,7 +68,7 @@ def test_buffers_of_another_size_keep_their_leading_part_and_counters_begin_at_z
               for path, leaf in large.state_dict().items()}
     shrunk = Scaled(narrow).derive_buffers(source)
     assert shrunk["buffer:body:norm1:running_mean"].tolist() == list(range(1, 9)) and int(shrunk["buffer:body:norm1:num_batches_tracked"]) == 0
-    grown = Scaled(large).derive_buffers({path: leaf for path, leaf in narrow.state_dict().items()} | {"body.norm1.running_mean": torch.ones(8)})
+    grown = Scaled(large).derive_buffers(dict(narrow.state_dict()) | {"body.norm1.running_mean": torch.ones(8)})
     assert not grown["buffer:body:norm1:running_mean"].any() and grown["buffer:body:norm1:running_var"].tolist() == [1.0] * 16
 
 

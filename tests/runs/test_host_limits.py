@@ -1,4 +1,4 @@
-"""What a process may use of its host: threads by the job, the cores and OMP_NUM_THREADS; control groups of both versions; seconds that its threads had a core."""
+"""What a process may use of its host: threads by job, cores and OMP_NUM_THREADS; control groups of both versions; seconds that its threads had a core."""
 import math
 
 import psutil

@@ -7,7 +7,7 @@ import pytest
 
 from hpcfl.errors import JobError
 from hpcfl.runs.choices import CHOICES
-from hpcfl.settings import annotations, fields, job, manual, sections, synonyms
+from hpcfl.settings import fields, job, manual, sections
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,6 @@ def test_a_file_overrides_defaults_and_leaves_the_rest(path):
 
 def test_a_job_needs_only_the_name_of_its_algorithm():
     assert job.resolve({"algorithm": {"name": "standalone"}}, OFFERED).federation == sections.Federation()
-
-
-def test_every_default_is_a_value_that_a_file_may_hold():
-    for section, kind in {**sections.SECTIONS, "algorithm": Config}.items():
-        for key, setting in annotations.settings(kind, section, OFFERED).items():
-            setting.kind.check(f"{section}.{key}", setting.default)
 
 
 def test_a_resolved_job_reads_back_equal(path):
@@ -156,30 +150,9 @@ def test_an_unknown_key_is_told_the_nearest_one_and_those_there_are():
     assert "[algorithm] of standalone has no settings" in refusal({"algorithm": {"name": "standalone", "xyzzy": 2}})
 
 
-@pytest.mark.parametrize(("section", "key", "meant"), [
-    ("training", "learning_rate", "training.lr"), ("federation", "join_ratio", "federation.participation"),
-    ("federation", "fraction_fit", "federation.participation"), ("federation", "num_clients", "federation.clients"),
-    ("training", "local_epochs", "training.epochs"), ("federation", "local_epochs", "training.epochs"),
-    ("algorithm", "momentum", "training.momentum"), ("training", "BatchSize", "training.batch"), ("training", "weight-decay", "training.weight_decay"),
-    ("run", "participation", "federation.participation"), ("training", "personal", "evaluation.personal")])
-def test_a_key_of_another_simulator_or_section_is_told_what_it_is_called_here(section, key, meant):
-    tables = {"algorithm": {"name": "prox"}}
-    tables.setdefault(section, {})[key] = 0.5
-    assert f"unknown key {section}.{key}; did you mean '{meant}'?" in refusal(tables)
-
-
 def test_what_there_is_no_setting_for_is_said():
     assert "unknown key training.scheduler; the learning rate is the same in all rounds: training.lr. [training] has epochs" in refusal(
         {"training": {"scheduler": "cosine"}, "algorithm": {"name": "prox"}})
-
-
-def test_every_synonym_stands_for_a_setting_that_exists_and_for_one_alone():
-    known = {section: [field.name for field in dataclasses.fields(kind)] if kind else ["name"] for section, kind in sections.SECTIONS.items()}
-    words = [word for others in (*synonyms.MEANT.values(), *synonyms.ABSENT.values()) for word in others.split()]
-    assert len(set(words)) == len(words) and set(synonyms.SECTIONS) <= set(known)
-    for setting in synonyms.MEANT:
-        section, key = setting.split(".")
-        assert key in known[section]
 
 
 @pytest.mark.parametrize("table", [{"federation": {"dropout": 0.1}}, {"federation.dropout": 0.1}])

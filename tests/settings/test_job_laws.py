@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hpcfl.runs.choices import CHOICES
 from hpcfl.settings import fields, job
 from tests.support.laws import LAW
 
@@ -19,7 +20,7 @@ class Config:
     plain: float | None = None
 
 
-CONFIGS = {"law": Config}
+OFFERED = {**CHOICES, "algorithm": {"law": Config}}
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
 FOLDER = st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="/."), min_size=1, max_size=40)
 POSITIVE, SHARE = st.floats(1e-9, 1e9), st.floats(0.0, 0.5)
@@ -39,8 +40,8 @@ TABLES = st.fixed_dictionaries({"algorithm": st.fixed_dictionaries({"name": st.j
 @LAW
 @given(tables=TABLES)
 def test_a_job_that_is_written_out_reads_back_equal(tmp_path, tables):
-    read, path = job.resolve(tables, CONFIGS), tmp_path / "job.toml"
+    read, path = job.resolve(tables, OFFERED), tmp_path / "job.toml"
     path.write_text(read.to_toml(), encoding="utf-8")
-    again = job.load(path, CONFIGS)
+    again = job.load(path, OFFERED)
     assert again == read and again.digest() == read.digest() and job.find_differences(again.tables(), read.tables()) == []
-    assert job.recall(path, CONFIGS) == read
+    assert job.recall(path, OFFERED) == read

@@ -115,9 +115,10 @@ def test_a_dry_run_prints_the_job_with_comments(tmp_path, capsys):
         cli.main(["run", str(write_job(tmp_path, written)), "--dry-run", "--alone"])
     out = capsys.readouterr().out
     assert end.value.code == 0 and job.resolve(tomllib.loads(out), CHOICES) == written
-    assert out.startswith(manual.commented(written, CHOICES) + "\n\n# phase rounds: 3 round(s) of FedProx\n")
+    assert out.startswith(manual.commented(written, CHOICES) + "\n\n# phase rounds: 3 rounds of FedProx\n")
 
 
 def test_settings_and_their_manual_are_there_without_torch():
-    code = "import sys, hpcfl.cli, hpcfl.settings.job, hpcfl.settings.manual, hpcfl.settings.sections; print([name for name in ('torch', 'numpy', 'mpi4py') if name in sys.modules])"
+    code = ("import sys, hpcfl.cli, hpcfl.settings.job, hpcfl.settings.manual, hpcfl.settings.sections; "
+            "print([name for name in ('torch', 'numpy', 'mpi4py') if name in sys.modules])")
     assert command([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -92,13 +92,13 @@ class House:
         sizes = {room: sum(room_of(module) == room for module in self.modules if "." in module) for room in rooms}
         lines = [f"{number:>3}  " + "  ".join(f"{room} ({sizes[room]})" if sizes[room] > 1 else room for room in sorted(names))
                  for number, names in reversed(list(enumerate(floors, start=1)))]
-        return "\n".join([*lines, f"{sum(sizes.values())} modules in {len(rooms)} rooms on {len(floors)} floors, {sum(map(len, rooms.values()))} arrows between "
-                          f"rooms, {len(self.circles())} arrows of files on circles"])
+        return "\n".join([*lines, f"{sum(sizes.values())} modules in {len(rooms)} rooms on {len(floors)} floors, {sum(map(len, rooms.values()))} arrows "
+                                  f"between rooms, {len(self.circles())} arrows of files on circles"])
 
 
 def room_of(module: str) -> str:
     """The package below hpcfl that a module lies in, or the module itself; empty for hpcfl."""
-    return (module.split(".") + [""])[1]
+    return module.partition(".")[2].partition(".")[0]
 
 
 def _closure(rooms: dict[str, set[str]], start: str) -> set[str]:

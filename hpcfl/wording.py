@@ -3,6 +3,7 @@ import difflib
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import TypeGuard
 
 NOTHING = "–"                                                      # stands for what was not measured
 SHOWN = 12                                                         # items of a list that are named
@@ -136,7 +137,7 @@ def align_rows(rows: Sequence[Sequence[str]], words: int, also: Collection[str] 
                      for row in rows)
 
 
-def _is_known(value: float | None) -> bool:
+def _is_known(value: float | None) -> TypeGuard[float]:
     return value is not None and math.isfinite(value)
 
 

@@ -138,7 +138,8 @@ class FedDF(FedAvg):
 
     def measure_divergence(self, group: Group, teacher: Tree, site: ServerSite) -> float:
         """KL(ensemble || student) on the held-out public images, where there are any, else on the others."""
-        part, shard = ("held_out", site.public_validation) if "held_out" in teacher else ("public", site.public)
+        public, held_out = site.require_public()
+        part, shard = ("held_out", held_out) if "held_out" in teacher else ("public", public)
         predict = bind(self.problem.structure(group.architecture), tree.row(group.part("model"), 0))
         return float(divergence(teacher[part], apply_in_batches(predict, shard).log_softmax(1)))
 

@@ -41,7 +41,7 @@ class ClientSite:
     phase: str
     round: int
     remembered: Mapping[int, dict[str, Tensor]] = field(default_factory=lambda: defaultdict(dict))     # client -> name -> what `once` made
-    shared: dict[str, tuple[tuple, Any]] = field(default_factory=dict)         # name -> what `once_for_all` made, and of what
+    shared: dict[str, tuple[tuple[Any, ...], Any]] = field(default_factory=dict)         # name -> what `once_for_all` made, and of what
     trainings: Counter[int] = field(default_factory=Counter)       # client -> how often it was trained in this round, by whatever step
 
     def once(self, name: str, client: int, make: Callable[[], Tensor]) -> Tensor:
@@ -53,7 +53,7 @@ class ClientSite:
             self.remembered[client][name] = make()
         return self.remembered[client][name]
 
-    def once_for_all(self, name: str, source: tuple, make: Callable[[], Any]) -> Any:
+    def once_for_all(self, name: str, source: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         """What `make` gives of `source`, computed once for all clients of this rank: for what follows from a message or a round and from nobody's data.
 
         It is made again when something of `source` is another: a Tensor another object, all else unequal. It stays in this rank's memory, as by `once`.
@@ -142,5 +142,5 @@ class ServerSite:
                                 streams=partial(self.stream, f"training/{work}"))
 
 
-def _is_same(before: tuple, now: tuple) -> bool:
+def _is_same(before: tuple[Any, ...], now: tuple[Any, ...]) -> bool:
     return len(before) == len(now) and all(new is old or (not isinstance(new, Tensor) and new == old) for old, new in zip(before, now, strict=True))

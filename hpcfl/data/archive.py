@@ -44,7 +44,7 @@ def compute_digest(data: Labelled) -> str:
     """SHA-256 over the bytes of training images, training labels, test images, test labels (labels as little-endian int64)."""
     hasher = hashlib.sha256()
     for split in SPLITS:
-        hasher.update(np.ascontiguousarray(getattr(data, f"{split}_images")))
+        hasher.update(np.ascontiguousarray(getattr(data, f"{split}_images")).data)
         hasher.update(getattr(data, f"{split}_labels").astype("<i8"))
     return hasher.hexdigest()
 

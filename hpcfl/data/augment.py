@@ -111,8 +111,8 @@ def augmix(images: Tensor, draws: np.ndarray) -> Tensor:
     m, weights, depth, steps = np.split(draws, (1, 1 + CHAINS, 1 + 2 * CHAINS), axis=1)
     steps = steps.reshape(len(images), CHAINS, DEPTH, 3)
     exponential = -np.log1p(-weights)                                # (B, CHAINS): normalised, they are Dirichlet(1, 1, 1)
-    shares = np.concatenate([1 - m, m * exponential / exponential.sum(1, keepdims=True)], axis=1)
-    shares = torch.from_numpy(shares.astype(np.float32)).to(images.device)[:, :, None, None, None]         # (B, 1 + CHAINS, 1, 1, 1)
+    portions = np.concatenate([1 - m, m * exponential / exponential.sum(1, keepdims=True)], axis=1)
+    shares = torch.from_numpy(portions.astype(np.float32)).to(images.device)[:, :, None, None, None]         # (B, 1 + CHAINS, 1, 1, 1)
     mixed = shares[:, 0] * images
     for chain in range(CHAINS):
         changed = images

@@ -20,12 +20,12 @@ def number_labels(where: str, train: np.ndarray, test: np.ndarray) -> tuple[np.n
     absent = {label: int((test == label).sum()) for label in sorted(set(test.tolist()) - set(found))}
     if absent:
         images = count_text(sum(absent.values()), "test image")
-        raise DataError(f"{where}: {images} of class {list_text(absent)}, which has no training images (those are of class {list_text(found)}); leave them "
-                        "out of the test part, or add such images to the training part")
+        raise DataError(f"{where}: {images} of class {list_text(tuple(absent))}, which has no training images (those are of class {list_text(found)}); "
+                        "leave them out of the test part, or add such images to the training part")
     number = {label: index for index, label in enumerate(found)}
-    numbered = [np.array([number[label] for label in labels.tolist()], dtype=np.int64) for labels in (train, test)]
+    learned, asked = (np.array([number[label] for label in labels.tolist()], dtype=np.int64) for labels in (train, test))
     note = f"labels {list_text(found)} became the numbers 0 to {len(found) - 1}, in this order; the classes keep their labels as names"
-    return *numbered, tuple(map(str, found)), () if found == list(range(len(found))) else (note,)
+    return learned, asked, tuple(map(str, found)), () if found == list(range(len(found))) else (note,)
 
 
 def name_classes(names: Sequence[str], classes: int) -> tuple[str, ...]:

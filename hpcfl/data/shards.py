@@ -88,8 +88,8 @@ class Scale:
         if self.normalization in RANGES:
             centre, deviation = RANGES[self.normalization]
             return centre * unit, deviation * unit
-        centre, deviation = (torch.stack([x.new_full((1, 1), value * unit) for value in values]) for values in (self.mean, self.std))
-        return centre, deviation
+        means, deviations = (torch.stack([x.new_full((1, 1), value * unit) for value in values]) for values in (self.mean, self.std))
+        return means, deviations
 
 
 @dataclass(frozen=True, eq=False)

@@ -71,7 +71,7 @@ class Delivery:
                 where = verb_text(step, "receive", f"for {architecture}")
                 with blame(step, "receive", f"for {architecture}"), step.problem.stream("receive", round_=state.version).seeding():
                     message.trees[architecture] = require_tree(where, step.receive(message.whole, architecture))
-                check_unwritten(where, before, state.server, "the server's state")
+                check_unwritten(where, before, state.at_server(), "the server's state")
                 found[architecture] = self._describe(message.trees[architecture], state)
         message.downloads |= self.comm.share(found)
         self._move({architecture: (ranks, len(readers[architecture])) for architecture, ranks in wanted.items()}, message.downloads, message.trees)
@@ -89,7 +89,8 @@ class Delivery:
 
         The ranks that hold a model evaluate it; one that no rank holds whole is moved to all. A rank that evaluates no share of a model does not get its name.
         """
-        message, found, models = self._find_current(step, state), {}, {}
+        message, found = self._find_current(step, state), {}
+        models: Mapping[str, tuple[str, Tree]] = {}
         if self.comm.is_server:
             with blame(step, "global_models"):
                 models = require_models(verb_text(step, "global_models"), step.global_models(message.whole))
@@ -132,7 +133,7 @@ class Delivery:
             whole = require_tree(where, step.publish(server))
         check_unwritten(where, before, server, "the server's state")
         check_kept(where, earlier, whole)
-        checked = set(map(id, state.server.values()))              # when the server computed them
+        checked = set(map(id, server.values()))              # when the server computed them
         derived = {path: leaf for path, leaf in whole.items() if id(leaf) not in checked}
         refuse_broken(derived, earlier, f"server, {where}", f"lower {step.problem.rates()}")
         return whole

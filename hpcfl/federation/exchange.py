@@ -68,7 +68,7 @@ class Exchange:
             self.wait()
         return state
 
-    def serve(self, step: Algorithm, verb: str, state: State, place: Place, *totals: Totals) -> State:
+    def serve(self, step: Algorithm, verb: str, state: State, place: Place, *totals: Totals | None) -> State:
         """The state after the server's work under one verb. Other ranks take the share of it that the server spreads, and otherwise wait."""
         world, comm = self.world, self.world.comm
         site = world.server_site(place.phase, place.round, self.ledger, place.row)
@@ -81,7 +81,7 @@ class Exchange:
             return results
 
         def serve_here() -> tuple[Tree, set[str]]:
-            before, where = dict(state.server), verb_text(step, verb)
+            before, where = dict(state.at_server()), verb_text(step, verb)
             marks = tree.marks(before)
             with blame(step, verb), step.problem.stream(f"server/{place.phase.name}/{verb}", round_=place.round).seeding():
                 server = require_tree(where, getattr(step, verb)(state.server, *totals, site))

@@ -98,7 +98,8 @@ class World:
         """The server's public images for training and for validation; None where the job sets none aside."""
         if self.job.data.public_fraction == 0:
             return None, None
-        return self._load_shards([self.split.public, self.split.public_validation])
+        public, validation = self._load_shards([self.split.public, self.split.public_validation])
+        return public, validation
 
     @cached_property
     def modules(self) -> Mapping[str, Mapping[str, nn.Module]]:
@@ -142,7 +143,8 @@ class World:
 
     def client_site(self, group: Group, phase: Phase, round_: int) -> ClientSite:
         """What client code may see in a round, for one Group."""
-        holdings, remembered = ({client: every[client] for client in group.clients} for every in (self.holdings, self._remembered))
+        holdings = {client: self.holdings[client] for client in group.clients}
+        remembered = {client: self._remembered[client] for client in group.clients}
         if self._trainings[0] != (phase, round_):
             self._trainings = (phase, round_), Counter()
         return ClientSite(self.problem, holdings, self.modules[group.architecture], phase.name, round_, remembered, self._shared, self._trainings[1])

@@ -2,7 +2,7 @@
 import functools
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,8 @@ class Ddpm:
 
     def noise(self, batch: Tree, generator: torch.Generator) -> Tree:
         """eps, t ~ U{1 ... T} with sqrt(abar_t) and sqrt(1 - abar_t), and which classes training shows."""
-        x, place = batch["x"], {"generator": generator, "device": batch["x"].device}
+        x = batch["x"]
+        place: dict[str, Any] = {"generator": generator, "device": x.device}
         t = torch.randint(1, self.steps + 1, (len(x),), **place)
         signal = kept_signal(self.steps, x.device)[t]              # (B,) float64: 1 - abar cancels at small t
         return {**batch, "eps": torch.randn(x.shape, dtype=x.dtype, **place), "t": t, "signal": signal.sqrt().to(x.dtype),

@@ -31,12 +31,18 @@ class GenerativeModel(Protocol):
     extractor ("features"). Nothing clips samples to the range: as in GeFL, CVAE and DDPM may leave it.
     """
 
-    shape: Shape
-    classes: int
-    value_range: str
-    decay: str                                                     # of the rate over the rounds of training: "none", or "linear" to zero
-    channels_last: bool | None                                     # memory format of training on a CPU, as `fit` takes it
-    calls: int                                                     # of the network "generator" for one batch of samples
+    @property
+    def shape(self) -> Shape: ...
+    @property
+    def classes(self) -> int: ...
+    @property
+    def value_range(self) -> str: ...
+    @property
+    def decay(self) -> str: ...                                    # of the rate over the rounds of training: "none", or "linear" to zero
+    @property
+    def channels_last(self) -> bool | None: ...                    # memory format of training on a CPU, as `fit` takes it
+    @property
+    def calls(self) -> int: ...                                    # of the network "generator" for one batch of samples
 
     def networks(self) -> dict[str, nn.Module]:
         """New networks, initialised from torch's global generator: "generator", which samples need, and those that help to train it."""

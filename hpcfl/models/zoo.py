@@ -66,7 +66,7 @@ def build(name: str, shape: Shape, classes: int, features: int = 64, norm: str =
         raise JobError(f"models.names: '{name}' got images of {shape[1]}x{shape[2]} pixels, wanted at least {family.find_smallest()}x{family.find_smallest()}; "
                        "choose another model or enlarge the images by data.image_size")
     try:
-        trunk = family.build_trunk(tuple(shape), norm, width)
+        trunk = family.build_trunk((shape[0], shape[1], shape[2]), norm, width)
     except JobError as error:
         raise JobError(f"models.names: '{name}': {error}") from error
     return Model(trunk, shape, classes, features, feature_relu)

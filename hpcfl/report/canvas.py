@@ -57,7 +57,7 @@ def _file(draw: Drawing, theme: Theme, kind: str, metadata: Mapping[str, str | N
     buffer = io.BytesIO()
     with matplotlib.rc_context():
         matplotlib.rcdefaults()                                    # a user's matplotlibrc must not change a report
-        matplotlib.rcParams.update(settings)
+        matplotlib.rcParams.update(settings)  # type: ignore[arg-type]  # its stubs have the names of settings as a type
         draw(theme).savefig(buffer, format=kind, dpi=DPI, metadata=metadata)
     return buffer.getvalue()
 

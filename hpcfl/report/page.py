@@ -104,8 +104,8 @@ def _contents(runs: Sequence[Run]) -> str:
 
 def _headline(run: Run, several: bool) -> str:
     recording, found, accuracy, sent = run.recording, run.found, run.found["accuracy"], run.found["bytes"]
-    known = {key: measure.select(accuracy) for key, measure in MEASURES.items()}
-    tiles = {name: (percent_text(known[key]["mean"]), note) for key, (name, note) in _names(accuracy).items() if known[key] and known[key]["mean"] is not None}
+    known = {key: values for key, measure in MEASURES.items() if (values := measure.select(accuracy)) and values["mean"] is not None}
+    tiles = {name: (percent_text(known[key]["mean"]), note) for key, (name, note) in _names(accuracy).items() if key in known}
     idle = "wall clock" if found["idle_share"] is None else f"waiting {percent_text(100 * found['idle_share'])}"
     idle += "" if found["load_balance"] is None or recording.ranks == 1 else f", busiest rank {number_text(found['load_balance'], 2)} of the mean"
     tiles |= {"Simulated bytes": (byte_text(sent["simulated_up_bytes"] + sent["simulated_down_bytes"]),

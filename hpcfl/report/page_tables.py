@@ -53,11 +53,11 @@ def list_architecture_tables(found: Found, explained: bool) -> list[str]:
     over = found["accuracy"]["over_architectures"] or {"per_architecture": {}}
     accuracies = [*over["per_architecture"].items(), ("mean", over)] if over["per_architecture"] else []
     flops = [(phase, name, counted) for phase, entries in found["flops"].items() for name, counted in entries.items()]
-    tables = (("Architectures: size, time and bytes per client and round", ARCHITECTURE_COLUMNS, [(entry,) for entry in found["by_architecture"]], ""),
-              ("Architectures: mean accuracy of their clients, three ways", ACCURACY_COLUMNS, accuracies,
-               WAYS_EXPLAINED_ABOVE if explained else WAYS_EXPLAINED),
-              ("Architectures: floating-point operations per client and round, two for each multiply-add", FLOPS_COLUMNS, flops, ""))
-    return [part for *described, rows, note in tables if rows for part in (render_table(*described, rows), note) if part]
+    tables: tuple[tuple[str, Mapping[str, Callable[..., str]], Sequence[tuple[Any, ...]], str], ...] = (
+        ("Architectures: size, time and bytes per client and round", ARCHITECTURE_COLUMNS, [(entry,) for entry in found["by_architecture"]], ""),
+        ("Architectures: mean accuracy of their clients, three ways", ACCURACY_COLUMNS, accuracies, WAYS_EXPLAINED_ABOVE if explained else WAYS_EXPLAINED),
+        ("Architectures: floating-point operations per client and round, two for each multiply-add", FLOPS_COLUMNS, flops, ""))
+    return [part for caption, columns, rows, note in tables if rows for part in (render_table(caption, columns, rows), note) if part]
 
 
 def fold_details(recording: Recording, found: Found) -> list[str]:

@@ -39,7 +39,7 @@ class Averaged(Derived):
         flat = [torch.cat([to_channels_last(model[path]).flatten() for path in self.shapes]) for model in models]              # (P,) each
         rows = torch.stack([weight * row for weight, row in zip(weights, flat, strict=True)])
         buffers = [path for path, leaf in tree.select_floating(models[0]).items() if path not in self.shapes]
-        mean = {path: sum(weight * model[path] for weight, model in zip(weights, models, strict=True)) for path in buffers}
+        mean = {path: sum((weight * model[path] for weight, model in zip(weights, models, strict=True)), torch.zeros(())) for path in buffers}
         return self.derive_buffers(mean) | {"shares": rows}
 
     def coverage(self, shapes: Mapping[str, torch.Size], little: float) -> Tensor:

@@ -109,7 +109,7 @@ class Console:
         """Print; an output that goes away ends the printing, not the run."""
         try:
             telling(*what)
-            failure = outlets.find_failure(sys.stdout)
+            failure: Exception | None = outlets.find_failure(sys.stdout)
         except (OSError, ValueError) as error:                     # a stream of somebody else's, broken or closed
             failure = error
         if failure:

@@ -40,8 +40,8 @@ def run(job: Job, comm: Communicator, out: str | Path | None, resume: str, may_d
     """
     refuse_old_names(may_differ, "--may-differ")
     began_s = time.monotonic()
-    folder, resume_from = (Path(path) if path else None
-                           for path in comm.share(choose_folders(job, Path(out) if out else None, resume) if comm.is_server else None))
+    chosen = comm.share(choose_folders(job, Path(out) if out else None, resume) if comm.is_server else None)
+    folder, resume_from = Path(chosen[0]), Path(chosen[1]) if chosen[1] else None
     with owning(folder, comm), watching(comm, folder, job.timeouts.collective, partial(_fail, folder)):
         keep_log(folder, comm.rank)
         # A launcher gives its ranks terminals that are none, and standard output may be closed.

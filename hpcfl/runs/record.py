@@ -121,7 +121,7 @@ class Record:
         pieces, damaged = metrics.salvage(path)
         taken: set[int] = set()
         self.left_out = [kind for kind in ACCURACIES if any(f"evaluation/{kind}_count" in piece.arrays and not np.array_equal(
-            piece.arrays[f"evaluation/{kind}_count"], self.fixed.get(f"evaluation/{kind}_count")) for piece in pieces)]
+            piece.arrays[f"evaluation/{kind}_count"], self.fixed.get(f"evaluation/{kind}_count", np.zeros(0))) for piece in pieces)]
         self.rows = [self._make_unknown(*(places[row] if row < len(places) else ("unknown", 0))) for row in range(rows)]
         for piece in pieces:
             if (schema := piece.attributes.get("schema")) != RECORD_VERSION:

@@ -57,8 +57,8 @@ def owning(folder: Path, comm: Communicator) -> Iterator[None]:
             handle.truncate(0)
             print(json.dumps(lock.describe_holder()), file=handle, flush=True)
         except BlockingIOError:
-            handle.seek(0)
-            failure = f"{folder}: another run is at work in this folder ({lock.holder_text(handle.read())}); wait for it, or choose another --out"
+            holder = (folder / lock.NAME).read_text(encoding="utf-8")
+            failure = f"{folder}: another run is at work in this folder ({lock.holder_text(holder)}); wait for it, or choose another --out"
         except OSError as error:
             failure = None if error.errno in NO_LOCKS else f"{folder}: cannot write there: {error.strerror}; choose a writable folder with --out"
     failure = comm.share(failure)

@@ -2,7 +2,7 @@
 import unicodedata
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 from hpcfl.errors import JobError
 from hpcfl.wording import did_you_mean, nearest
@@ -65,7 +65,7 @@ class Setting:
     unit: str = ""
 
 
-def is_text(value: Any) -> bool:
+def is_text(value: Any) -> TypeGuard[str]:
     """Whether a value is text that every file takes: no NUL, and no half of a character, which a command line in another encoding leaves."""
     return isinstance(value, str) and not any(character == "\0" or "\ud800" <= character <= "\udfff" for character in value)
 
@@ -73,9 +73,11 @@ def is_text(value: Any) -> bool:
 def one_of(options: tuple[str, ...]) -> SettingType:
     """One of a few words."""
     def parse(value: Any) -> str:
+        if not isinstance(value, str):
+            raise ValueError
         if value in options:
             return value
-        if isinstance(value, str) and (meant := nearest(value, options)):
+        if meant := nearest(value, options):
             raise Hint(did_you_mean(meant, before=""))
         raise ValueError
     return SettingType(f"one of {_quoted(options)}", parse, options)

@@ -93,10 +93,10 @@ class BoundTurn:
         if not loss.requires_grad:
             raise LayoutError(f"does not depend on any parameter that its Turn trains, of {', '.join(self.turn.trains)}: "
                               "it was detached, or computed without gradients")
-        gradients = torch.autograd.grad(loss, self.leaves, torch.ones_like(loss) if self.rows else None, allow_unused=True)
-        used = [index for index, gradient in enumerate(gradients) if gradient is not None]
-        parameters, slots = (self.parameters, self.slots) if len(used) == len(gradients) else self.select_used(used)
-        gradients = [gradients[index] for index in used]
+        found = torch.autograd.grad(loss, self.leaves, torch.ones_like(loss) if self.rows else None, allow_unused=True)
+        used = [index for index, gradient in enumerate(found) if gradient is not None]
+        parameters, slots = (self.parameters, self.slots) if len(used) == len(found) else self.select_used(used)
+        gradients = [found[index] for index in used]
         if self.turn.optimizer.clip and gradients:
             gradients = (vmap(clip_gradients, (0, None)) if self.rows else clip_gradients)(gradients, self.turn.optimizer.clip)
         if self.rows and not self.stacked:

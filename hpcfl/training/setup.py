@@ -15,7 +15,6 @@ from hpcfl.training.turns import Batches, Modules, Turn, describe_value
 from hpcfl.tree import Tree, root
 from hpcfl.wording import leaf_text
 
-END = object()                                                     # stands behind a client's last batch
 Forward = Callable[..., tuple[Tensor, Tree]]                       # loss and scalars; its arguments are those of engines.forward_one
 
 
@@ -52,11 +51,7 @@ class Setup:
         given = batches(client)
         if not isinstance(given, Iterable):
             raise LayoutError(f"{self.where}: the batches of {self.member} {client} are {describe_value(given)}, wanted something to iterate over")
-        source = iter(given)
-        while True:
-            batch = next(source, END)
-            if batch is END:
-                return
+        for batch in given:
             if not isinstance(batch, Mapping) or not all(isinstance(leaf, Tensor) for leaf in batch.values()):
                 raise LayoutError(f"{self.where}: a batch of {self.member} {client} is {describe_value(batch)}, "
                                   "wanted a dict of tensors, for example {'x': images, 'y': labels}")

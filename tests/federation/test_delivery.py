@@ -175,10 +175,14 @@ def delivering(server: Tree, version: int = 0, versions: dict[str, int] | None =
     return State(server, (), {}, version=version, versions=versions or {})
 
 
+def with_verbs(step: Algorithm, **verbs: Callable) -> Algorithm:
+    """A step like another one but for some verbs, which are given without self."""
+    return type("Another", (type(step),), {name: staticmethod(verb) for name, verb in verbs.items()})(step.config, step.problem)
+
+
 def test_what_a_rank_has_does_not_travel_to_it_again(monkeypatch):
-    step = of_steps(monkeypatch, Reading, Scaled, **FOUR).steps[1]
-    step.publish = lambda server: server
-    step.receive = lambda message, architecture: {path: message[path] for path in ("all", architecture)}
+    step = with_verbs(of_steps(monkeypatch, Reading, Scaled, **FOUR).steps[1], publish=lambda server: server,
+                      receive=lambda message, architecture: {path: message[path] for path in ("all", architecture)})
     comm, server = Serving(), {"all": torch.ones(2), "one": torch.ones(3), "two": torch.ones(4)}
     delivery = Delivery(comm, (0, 1, 2, 1))
     delivery.publish(step, delivering(server), {"one": [1], "two": [0]})
@@ -193,9 +197,8 @@ def test_what_a_rank_has_does_not_travel_to_it_again(monkeypatch):
 
 
 def test_a_global_model_is_worked_with_where_it_is_and_goes_to_all_where_nobody_has_it(monkeypatch):
-    step = of_steps(monkeypatch, Scaled, **FOUR).steps[0]
-    step.publish, step.receive = (lambda server: server), tree.part
-    step.global_models = lambda message: {name: (name, tree.part(message, name)) for name in ("one", "two", "none")}
+    step = with_verbs(of_steps(monkeypatch, Scaled, **FOUR).steps[0], publish=lambda server: server, receive=tree.part,
+                      global_models=lambda message: {name: (name, tree.part(message, name)) for name in ("one", "two", "none")})
     comm, state = Serving(), delivering({"one/w": torch.ones(2), "two/w": torch.ones(3), "none/w": torch.ones(4)})
     delivery = Delivery(comm, (0, 1, 2, 1))
     delivery.publish(step, state, {"one": [0, 1], "two": [1]})

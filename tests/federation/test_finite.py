@@ -90,14 +90,14 @@ class Spoiling(FedAvg):
 
 @pytest.mark.parametrize("spoils, told", [("state", "server, phase rounds, round 1, Spoiling.aggregate: 'mlp2/head.bias'"),
                                           ("message", "server, Spoiling.publish: 'steep'")])
-def test_a_server_that_makes_something_broken_is_stopped_before_anybody_gets_it(spoils, told):
+def test_a_server_that_makes_something_broken_is_stopped_before_anybody_gets_it(spoils, told, monkeypatch):
     found = world(job("fedavg"))
     step = Spoiling(Config(), found.problem)
-    step.spoils = spoils
+    monkeypatch.setattr(Spoiling, "spoils", spoils)
     found.plan = (replace(found.plan[0], steps=(step,)),)
     with pytest.raises(NonFiniteError, match=f"{told} holds NaN or infinity: nothing is sent or saved; lower training.lr = 0.05$"):
         run(found)
-    step.spoils = "nothing"
+    monkeypatch.setattr(Spoiling, "spoils", "nothing")
     assert len(run(found).states) == 4, "an infinity that was there from the beginning is the method's own"
 
 

@@ -11,6 +11,7 @@ from hpcfl.federation.state import State
 from hpcfl.training.group import Group
 from hpcfl.tree import Tree
 from hpcfl.wire.communicator import Alone, Communicator, connect
+from hpcfl.wire.traffic import Traffic
 from tests.support.in_memory import job, of_steps, run, world
 from tests.support.verdict import mpi_assert
 
@@ -159,12 +160,10 @@ class Serving:
 
     def __init__(self):
         self.travelled: list[dict[tuple[int, ...], set[str]]] = []
+        self.traffic = Traffic()
 
     def share(self, value):
         return value
-
-    def carry(self, kind: str, count: int, clients: int = 0) -> None:
-        """Nothing is booked here."""
 
     def distribute(self, parcels):
         self.travelled.append({audience: set(parcel) for audience, parcel in parcels.items()})

@@ -98,7 +98,8 @@ def quoted(paper: Path) -> Iterator[str]:
 
 def masked(output: str) -> list[str]:
     """Lines whose numbers, which differ between machines, are all the same, and with them their plurals and the width of columns."""
-    return [re.sub(r"\s+", " ", re.sub(r"\d+(\.\d+)?(e[+-]?\d+)?( thread)?s?", "#\\3", line)).strip() for line in output.strip().splitlines()]
+    numbers = (re.sub(r"\d+(\.\d+)?(e[+-]?\d+)?( thread)?s?", "#\\3", line) for line in output.strip().splitlines())
+    return [re.sub(r"\s+", " ", re.sub(r"# (us|ms|min)\b", "# s", line)).strip() for line in numbers]
 
 
 def imported(name: str, path: Path) -> ModuleType:

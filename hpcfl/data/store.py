@@ -10,7 +10,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -209,12 +209,9 @@ def _stamp_text(target: Path) -> str:
 
 
 def _write_stamp(stamp: Path, content: str) -> None:
-    temporary = stamp.with_name(f"{stamp.name}.{os.uname().nodename}-{os.getpid()}")
-    try:
-        temporary.write_text(content, encoding="utf-8")
-        os.replace(temporary, stamp)
-    except OSError:
-        return                                                     # a cache for reading only: the next start verifies again
+    """A stamp for the next start; where the cache is for reading only, that one verifies again."""
+    with suppress(DataError), replacing(stamp, _explain_unwritable) as draft:
+        draft.write(content.encode())
 
 
 def _describe_sizes(data: Labelled) -> dict[str, Any]:

@@ -96,10 +96,11 @@ def test_nothing_is_selected_by_client_data_or_by_the_part_that_is_tuned_on():
     site = found.server_site(found.plan[0], 0, Ledger(found.problem.device))
     seen = []
     wrong = replace(site.public_validation, labels=(site.public_validation.labels + 1) % 10)
+    tuned_on = replace(site.public, labels=(site.public.labels + 1) % 10, images=255 - site.public.images)
     module = fedconv.problem.structure("fedconv").eval()
     own = tree.join(model=module.state_dict())
     for validation in (site.public_validation, wrong):
-        seen.append(float(fedconv.validate(replace(site, public=None, public_validation=validation), module, own)))
+        seen.append(float(fedconv.validate(replace(site, public=tuned_on, public_validation=validation), module, own)))
     right = (module(site.public_validation.pixels()).argmax(1) == site.public_validation.labels).float().mean()
     assert seen[0] == pytest.approx(100 * float(right)) and seen[0] != seen[1]
 

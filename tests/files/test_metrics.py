@@ -227,7 +227,7 @@ def in_the_first_layout(record: Record, path: Path) -> None:
     """A metrics.h5 as it was written before it had checksums, small integers and files beside it."""
     with h5py.File(path, "w") as file:
         file.attrs.update({"schema": 1, **record.attributes})
-        for name, column in (record.fixed | record._columns(0)).items():
+        for name, column in (record.fixed | record._build_columns(0)).items():
             file[name] = np.array(column, h5py.string_dtype()) if column.dtype == object else column
 
 

@@ -6,19 +6,8 @@ import torch
 from hpcfl import tree
 from hpcfl.algorithms.shared_head import HEAD, take_head
 from hpcfl.tree import Tree
-from tests.support.feature_methods import CLASSES, CLIENTS, HEAD_BYTES, SIZE, features_of, labels_of, server_site, usual, went
-from tests.support.in_memory import Run, bits
-
-
-def prototypes_of(found: Run, position: int) -> tuple[np.ndarray, np.ndarray]:
-    """The mean features of each client's classes, (n, p), and the classes, client after client."""
-    rows, classes = [], []
-    for client in range(CLIENTS):
-        z, y = features_of(found, client, position), labels_of(found, client)
-        for label in np.unique(y):
-            rows.append(z[y == label].mean(0))
-            classes.append(label)
-    return np.stack(rows), np.array(classes)
+from tests.support.feature_methods import CLASSES, CLIENTS, HEAD_BYTES, SIZE, labels_of, prototypes_of, server_site, usual, went
+from tests.support.in_memory import bits
 
 
 def descended(head: Tree, z: np.ndarray, y: np.ndarray, lr: float, order) -> dict[str, np.ndarray]:

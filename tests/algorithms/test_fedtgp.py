@@ -10,19 +10,8 @@ from hpcfl import tree
 from hpcfl.algorithms.fedtgp import FedTGP, GlobalPrototypes, compute_margin, contrastive_loss
 from hpcfl.training.turns import Modules
 from hpcfl.wire.uplink import Uploads
-from tests.support.feature_methods import CLASSES, CLIENTS, FOUR, SIZE, features_of, labels_of, server_site, usual, went
-from tests.support.in_memory import Run, bits, job, run, step, world
-
-
-def prototypes_of(found: Run, position: int) -> tuple[np.ndarray, np.ndarray]:
-    """The mean features of each client's classes, (n, p), and the classes, client after client."""
-    rows, classes = [], []
-    for client in range(CLIENTS):
-        z, y = features_of(found, client, position), labels_of(found, client)
-        for label in np.unique(y):
-            rows.append(z[y == label].mean(0))
-            classes.append(label)
-    return np.stack(rows), np.array(classes)
+from tests.support.feature_methods import CLASSES, CLIENTS, FOUR, SIZE, labels_of, prototypes_of, server_site, usual, went
+from tests.support.in_memory import bits, job, run, step, world
 
 
 def test_the_margin_is_the_largest_distance_to_the_nearest_or_to_the_furthest_class():

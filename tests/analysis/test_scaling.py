@@ -197,9 +197,9 @@ def test_one_rank_is_predicted_as_it_was_measured(tmp_path):
 
 
 def test_a_run_that_was_carried_out_is_predicted_as_it_was_measured(tmp_path):
-    folder = carry_out(tiny("fedavg", federation={"rounds": 5, "participation": 1.0}, evaluation={"every": 1}), tmp_path / "run")
+    folder = carry_out(tiny("fedavg", federation={"rounds": 25, "participation": 1.0}, evaluation={"every": 1}), tmp_path / "run")
     round_ = measure_round(read(folder), FREE)
-    assert scaling.predict(round_, FREE, 1, 5)["round_s"] == pytest.approx(round_.round_s, rel=0.5)         # other processes have the cores too
+    assert scaling.predict(round_, FREE, 1, 5)["round_s"] == pytest.approx(round_.round_s, rel=0.2)
     assert all(round_.carried[kind] > 0 for kind in ("bcast", "reduce")) and round_.carried["gatherv"] == round_.carried["send"] == 0
 
 

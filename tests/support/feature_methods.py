@@ -45,3 +45,14 @@ def features_of(found: Run, client: int, position: int) -> np.ndarray:
 
 def server_site(found: Run, phase: int = 0, round_: int = 0) -> ServerSite:
     return found.world.server_site(found.world.plan[phase], round_, Ledger(found.world.problem.device))
+
+
+def prototypes_of(found: Run, position: int) -> tuple[np.ndarray, np.ndarray]:
+    """The mean features of each client's classes, (n, p), and the classes, client after client."""
+    rows, classes = [], []
+    for client in range(CLIENTS):
+        z, y = features_of(found, client, position), labels_of(found, client)
+        for label in np.unique(y):
+            rows.append(z[y == label].mean(0))
+            classes.append(label)
+    return np.stack(rows), np.array(classes)

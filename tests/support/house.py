@@ -4,7 +4,7 @@
 """
 import ast
 import sys
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -49,12 +49,7 @@ class House:
 
     def reach(self, start: str) -> set[str]:
         """All modules that come along with one."""
-        found, todo = set(), [start]
-        while todo:
-            new = self.arrows[todo.pop()] - found
-            found |= new
-            todo += new
-        return found
+        return reach(self.arrows, start)
 
     def circles(self) -> list[tuple[str, str]]:
         """The arrows that lie on a circle of files."""
@@ -72,19 +67,14 @@ class House:
     def floors(self) -> list[set[str]]:
         """The rooms from the ground up: each lies above all that it imports, those of a circle on one floor."""
         rooms = self.rooms()
-        behind = {room: _closure(rooms, room) for room in rooms}
-        floor: dict[str, int] = {}
+        behind = {room: reach(rooms, room) for room in rooms}
+        circles = {room: frozenset({room, *(other for other in behind[room] if room in behind[other])}) for room in rooms}
 
-        def climb(room: str) -> int:
-            if room not in floor:
-                floor[room] = 1 + max((climb(other) for other in rooms[room] if room not in behind[other]), default=0)
-                for other in behind[room]:
-                    if room in behind[other]:
-                        floor[other] = floor[room] = max(floor[room], 1 + max((climb(each) for each in rooms[other] if room not in behind[each]), default=0))
-            return floor[room]
-        for room in rooms:
-            climb(room)
-        return [{room for room in rooms if floor[room] == number} for number in range(1, max(floor.values()) + 1)]
+        @cache
+        def climb(circle: frozenset[str]) -> int:
+            return 1 + max((climb(circles[other]) for room in circle for other in rooms[room] - circle), default=0)
+        floors = {room: climb(circle) for room, circle in circles.items()}
+        return [{room for room in rooms if floors[room] == number} for number in range(1, max(floors.values()) + 1)]
 
     def draw(self) -> str:
         """The drawing, the highest floor first."""
@@ -101,10 +91,12 @@ def room_of(module: str) -> str:
     return module.partition(".")[2].partition(".")[0]
 
 
-def _closure(rooms: dict[str, set[str]], start: str) -> set[str]:
-    found, todo = set(), [start]
+def reach(arrows: dict[str, set[str]], start: str) -> set[str]:
+    """Everything that arrows lead to from one place, in one step or more."""
+    found: set[str] = set()
+    todo = [start]
     while todo:
-        new = rooms[todo.pop()] - found
+        new = arrows[todo.pop()] - found
         found |= new
         todo += new
     return found
